@@ -1,7 +1,7 @@
 """The one error hierarchy of Lathe.
 
-Services raise only these classes. `rpc/status.py` turns them into gRPC statuses and the gateway into OpenAI
-and Azure error bodies. Only the standard library is imported here, because the public client shares this module.
+Services raise only these classes. `rpc/status.py` turns them into gRPC statuses, the gateway into OpenAI and
+Azure error bodies. Only the standard library is imported here, because the public client shares this module.
 """
 
 from __future__ import annotations
