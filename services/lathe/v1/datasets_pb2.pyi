@@ -73,7 +73,6 @@ class Dataset(message.Message):
     REPORT_FIELD_NUMBER: builtins.int
     CREATE_TIME_FIELD_NUMBER: builtins.int
     EXPIRE_TIME_FIELD_NUMBER: builtins.int
-    STAGING_KEY_FIELD_NUMBER: builtins.int
     name: builtins.str
     """projects/{project}/datasets/{dataset}; the last segment is OpenAI's file id."""
     display_name: builtins.str
@@ -84,8 +83,6 @@ class Dataset(message.Message):
     size_bytes: builtins.int
     sha256: builtins.str
     """Lower-case hex of the whole file."""
-    staging_key: builtins.str
-    """Where the gateway puts the bytes while they come in. Shown to internal callers only."""
     @builtins.property
     def report(self) -> ValidationReport:
         """What validation found. Set from READY or ERROR on."""
@@ -108,11 +105,10 @@ class Dataset(message.Message):
         report: ValidationReport | None = ...,
         create_time: timestamp_pb2.Timestamp | None = ...,
         expire_time: timestamp_pb2.Timestamp | None = ...,
-        staging_key: builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = typing.Literal["create_time", b"create_time", "expire_time", b"expire_time", "report", b"report"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["create_time", b"create_time", "display_name", b"display_name", "expire_time", b"expire_time", "name", b"name", "purpose", b"purpose", "report", b"report", "sha256", b"sha256", "size_bytes", b"size_bytes", "staging_key", b"staging_key", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["create_time", b"create_time", "display_name", b"display_name", "expire_time", b"expire_time", "name", b"name", "purpose", b"purpose", "report", b"report", "sha256", b"sha256", "size_bytes", b"size_bytes", "state", b"state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -393,6 +389,50 @@ class DeleteDatasetRequest(message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 @typing.final
+class GetUploadRequest(message.Message):
+    DESCRIPTOR: descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: builtins.int
+    name: builtins.str
+    """projects/{project}/datasets/{dataset}"""
+    def __init__(
+        self,
+        *,
+        name: builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["name", b"name"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class Upload(message.Message):
+    DESCRIPTOR: descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: builtins.int
+    STATE_FIELD_NUMBER: builtins.int
+    STAGING_KEY_FIELD_NUMBER: builtins.int
+    name: builtins.str
+    """projects/{project}/datasets/{dataset}"""
+    state: DatasetState.ValueType
+    """UPLOADING takes bytes; any later state refuses them."""
+    staging_key: builtins.str
+    """staging/{random}: one object of that key, or parts below it. Empty from VALIDATING on."""
+    def __init__(
+        self,
+        *,
+        name: builtins.str = ...,
+        state: DatasetState.ValueType = ...,
+        staging_key: builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["name", b"name", "staging_key", b"staging_key", "state", b"state"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
 class CommitUploadRequest(message.Message):
     DESCRIPTOR: descriptor.Descriptor
 
@@ -518,5 +558,35 @@ class Audit(message.Message):
     _HasFieldArgType: _TypeAlias = typing.Literal["report", b"report"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
     _ClearFieldArgType: _TypeAlias = typing.Literal["key", b"key", "max_row_tokens", b"max_row_tokens", "object_key", b"object_key", "report", b"report", "rows", b"rows", "sha256", b"sha256", "state", b"state", "tokens", b"tokens", "trained_tokens", b"trained_tokens", "truncated_rows", b"truncated_rows"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class CreateResultFileRequest(message.Message):
+    DESCRIPTOR: descriptor.Descriptor
+
+    PARENT_FIELD_NUMBER: builtins.int
+    DISPLAY_NAME_FIELD_NUMBER: builtins.int
+    CONTENT_FIELD_NUMBER: builtins.int
+    REQUEST_ID_FIELD_NUMBER: builtins.int
+    parent: builtins.str
+    """projects/{project}"""
+    display_name: builtins.str
+    """The file's name, such as results.csv."""
+    content: builtins.bytes
+    """At most 3 MiB."""
+    request_id: builtins.str
+    """Required; unique per project."""
+    def __init__(
+        self,
+        *,
+        parent: builtins.str = ...,
+        display_name: builtins.str = ...,
+        content: builtins.bytes = ...,
+        request_id: builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["content", b"content", "display_name", b"display_name", "parent", b"parent", "request_id", b"request_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...

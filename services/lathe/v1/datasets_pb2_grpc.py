@@ -373,6 +373,11 @@ class DatasetsInternalServiceStub:
         Args:
             channel: A grpc.Channel.
         """
+        self.GetUpload = channel.unary_unary(
+                '/lathe.v1.DatasetsInternalService/GetUpload',
+                request_serializer=lathe_dot_v1_dot_datasets__pb2.GetUploadRequest.SerializeToString,
+                response_deserializer=lathe_dot_v1_dot_datasets__pb2.Upload.FromString,
+                _registered_method=True)
         self.CommitUpload = channel.unary_unary(
                 '/lathe.v1.DatasetsInternalService/CommitUpload',
                 request_serializer=lathe_dot_v1_dot_datasets__pb2.CommitUploadRequest.SerializeToString,
@@ -383,11 +388,23 @@ class DatasetsInternalServiceStub:
                 request_serializer=lathe_dot_v1_dot_datasets__pb2.EnsureAuditRequest.SerializeToString,
                 response_deserializer=lathe_dot_v1_dot_datasets__pb2.Audit.FromString,
                 _registered_method=True)
+        self.CreateResultFile = channel.unary_unary(
+                '/lathe.v1.DatasetsInternalService/CreateResultFile',
+                request_serializer=lathe_dot_v1_dot_datasets__pb2.CreateResultFileRequest.SerializeToString,
+                response_deserializer=lathe_dot_v1_dot_datasets__pb2.Dataset.FromString,
+                _registered_method=True)
 
 
 class DatasetsInternalServiceServicer:
     """For the gateway and for jobs only; never forwarded to clients.
     """
+
+    def GetUpload(self, request, context):
+        """Where the bytes of a dataset go while they come in.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
 
     def CommitUpload(self, request, context):
         """Takes a finished upload over from staging: state becomes VALIDATING, validation starts.
@@ -404,9 +421,22 @@ class DatasetsInternalServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def CreateResultFile(self, request, context):
+        """Stores a small file that the platform itself made (a job's step metrics) as a READY dataset with purpose
+        fine-tune-results. The same request_id again answers with the dataset that is there.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_DatasetsInternalServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
+            'GetUpload': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetUpload,
+                    request_deserializer=lathe_dot_v1_dot_datasets__pb2.GetUploadRequest.FromString,
+                    response_serializer=lathe_dot_v1_dot_datasets__pb2.Upload.SerializeToString,
+            ),
             'CommitUpload': grpc.unary_unary_rpc_method_handler(
                     servicer.CommitUpload,
                     request_deserializer=lathe_dot_v1_dot_datasets__pb2.CommitUploadRequest.FromString,
@@ -416,6 +446,11 @@ def add_DatasetsInternalServiceServicer_to_server(servicer, server):
                     servicer.EnsureAudit,
                     request_deserializer=lathe_dot_v1_dot_datasets__pb2.EnsureAuditRequest.FromString,
                     response_serializer=lathe_dot_v1_dot_datasets__pb2.Audit.SerializeToString,
+            ),
+            'CreateResultFile': grpc.unary_unary_rpc_method_handler(
+                    servicer.CreateResultFile,
+                    request_deserializer=lathe_dot_v1_dot_datasets__pb2.CreateResultFileRequest.FromString,
+                    response_serializer=lathe_dot_v1_dot_datasets__pb2.Dataset.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -428,6 +463,33 @@ def add_DatasetsInternalServiceServicer_to_server(servicer, server):
 class DatasetsInternalService:
     """For the gateway and for jobs only; never forwarded to clients.
     """
+
+    @staticmethod
+    def GetUpload(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/lathe.v1.DatasetsInternalService/GetUpload',
+            lathe_dot_v1_dot_datasets__pb2.GetUploadRequest.SerializeToString,
+            lathe_dot_v1_dot_datasets__pb2.Upload.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
 
     @staticmethod
     def CommitUpload(request,
@@ -473,6 +535,33 @@ class DatasetsInternalService:
             '/lathe.v1.DatasetsInternalService/EnsureAudit',
             lathe_dot_v1_dot_datasets__pb2.EnsureAuditRequest.SerializeToString,
             lathe_dot_v1_dot_datasets__pb2.Audit.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CreateResultFile(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/lathe.v1.DatasetsInternalService/CreateResultFile',
+            lathe_dot_v1_dot_datasets__pb2.CreateResultFileRequest.SerializeToString,
+            lathe_dot_v1_dot_datasets__pb2.Dataset.FromString,
             options,
             channel_credentials,
             insecure,

@@ -128,11 +128,17 @@ class DatasetsInternalServiceStub:
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> DatasetsInternalServiceAsyncStub: ...
+    GetUpload: _grpc.UnaryUnaryMultiCallable[_datasets_pb2.GetUploadRequest, _datasets_pb2.Upload]
+    """Where the bytes of a dataset go while they come in."""
     CommitUpload: _grpc.UnaryUnaryMultiCallable[_datasets_pb2.CommitUploadRequest, _datasets_pb2.Dataset]
     """Takes a finished upload over from staging: state becomes VALIDATING, validation starts."""
     EnsureAudit: _grpc.UnaryUnaryMultiCallable[_datasets_pb2.EnsureAuditRequest, _datasets_pb2.Audit]
     """Renders and tokenises the dataset for one base model, once; the same key answers from what is stored.
     Answers at once; call again until the state is READY or ERROR.
+    """
+    CreateResultFile: _grpc.UnaryUnaryMultiCallable[_datasets_pb2.CreateResultFileRequest, _datasets_pb2.Dataset]
+    """Stores a small file that the platform itself made (a job's step metrics) as a READY dataset with purpose
+    fine-tune-results. The same request_id again answers with the dataset that is there.
     """
 
 @_typing.type_check_only
@@ -140,15 +146,29 @@ class DatasetsInternalServiceAsyncStub(DatasetsInternalServiceStub):
     """For the gateway and for jobs only; never forwarded to clients."""
 
     def __init__(self, channel: _aio.Channel) -> None: ...
+    GetUpload: _aio.UnaryUnaryMultiCallable[_datasets_pb2.GetUploadRequest, _datasets_pb2.Upload]  # type: ignore[assignment]
+    """Where the bytes of a dataset go while they come in."""
     CommitUpload: _aio.UnaryUnaryMultiCallable[_datasets_pb2.CommitUploadRequest, _datasets_pb2.Dataset]  # type: ignore[assignment]
     """Takes a finished upload over from staging: state becomes VALIDATING, validation starts."""
     EnsureAudit: _aio.UnaryUnaryMultiCallable[_datasets_pb2.EnsureAuditRequest, _datasets_pb2.Audit]  # type: ignore[assignment]
     """Renders and tokenises the dataset for one base model, once; the same key answers from what is stored.
     Answers at once; call again until the state is READY or ERROR.
     """
+    CreateResultFile: _aio.UnaryUnaryMultiCallable[_datasets_pb2.CreateResultFileRequest, _datasets_pb2.Dataset]  # type: ignore[assignment]
+    """Stores a small file that the platform itself made (a job's step metrics) as a READY dataset with purpose
+    fine-tune-results. The same request_id again answers with the dataset that is there.
+    """
 
 class DatasetsInternalServiceServicer(metaclass=_abc_1.ABCMeta):
     """For the gateway and for jobs only; never forwarded to clients."""
+
+    @_abc_1.abstractmethod
+    def GetUpload(
+        self,
+        request: _datasets_pb2.GetUploadRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_datasets_pb2.Upload, _abc.Awaitable[_datasets_pb2.Upload]]:
+        """Where the bytes of a dataset go while they come in."""
 
     @_abc_1.abstractmethod
     def CommitUpload(
@@ -166,6 +186,16 @@ class DatasetsInternalServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_datasets_pb2.Audit, _abc.Awaitable[_datasets_pb2.Audit]]:
         """Renders and tokenises the dataset for one base model, once; the same key answers from what is stored.
         Answers at once; call again until the state is READY or ERROR.
+        """
+
+    @_abc_1.abstractmethod
+    def CreateResultFile(
+        self,
+        request: _datasets_pb2.CreateResultFileRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_datasets_pb2.Dataset, _abc.Awaitable[_datasets_pb2.Dataset]]:
+        """Stores a small file that the platform itself made (a job's step metrics) as a READY dataset with purpose
+        fine-tune-results. The same request_id again answers with the dataset that is there.
         """
 
 def add_DatasetsInternalServiceServicer_to_server(servicer: DatasetsInternalServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
