@@ -1,8 +1,107 @@
+# Lathe's commands. `make` alone lists them.
+#
+# PYTHON      the interpreter that makes the environment (3.11 or later)
+# TORCH_FROM  a folder of wheels, or an index, that holds torch's CPU build; without it pip's own settings decide
+# DATA        where `make quickstart` keeps its platform
 PYTHON ?= python3.11
+TORCH := torch==2.13.0
+TORCH_FROM ?=
+DATA ?= .lathe
+
 VENV := .venv
 BIN := $(VENV)/bin
+LOCK := $(BIN)/uv pip compile -q pyproject.toml --universal --python-version 3.11 --generate-hashes --no-annotate --no-header \
+	--override requirements/overrides.txt --no-emit-package torch
 
-.PHONY: proto
-proto: ## regenerate services/lathe/v1 from proto/
+.DEFAULT_GOAL := help
+.PHONY: help quickstart test test-unit lint format proto proto-check breaking lock docs docs-check clean
+
+help: ## list the commands
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sort | awk -F':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
+
+quickstart: $(VENV)/.engine ## tune a real model on the example data, measure it, and chat with it
+	@$(BIN)/lathe quickstart --data $(DATA)
+
+test: $(VENV)/.dev ## install what the tests need and run all of them (not the cluster ones)
+	$(BIN)/pytest tests/unit
+	$(BIN)/pytest tests/contract tests/integration
+	$(BIN)/pytest tests/e2e --target=embedded
+	$(BIN)/pytest tests/e2e --target=processes
+
+test-unit: $(VENV)/.dev ## the unit tests alone (seconds)
+	$(BIN)/pytest tests/unit
+
+lint: $(VENV)/.dev proto-check docs-check ## ruff, mypy, import rules, buf
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/buf lint
+	$(MAKE) breaking
+
+format: $(VENV)/.dev ## let ruff format and fix
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+proto: $(VENV)/.dev ## regenerate services/lathe/v1 from proto/
+	rm -f services/lathe/v1/*_pb2*
 	PATH=$(CURDIR)/$(BIN):$$PATH $(BIN)/python -m grpc_tools.protoc -I proto --python_out=services --grpc_python_out=services \
-		--mypy_out=readable_stubs:services --mypy_grpc_out=services proto/lathe/v1/*.proto
+		--mypy_out=quiet,readable_stubs:services --mypy_grpc_out=quiet:services proto/lathe/v1/*.proto
+
+proto-check: $(VENV)/.dev ## fail when the committed generated code is not what proto/ gives
+	@rm -rf build/proto && mkdir -p build/proto
+	@PATH=$(CURDIR)/$(BIN):$$PATH $(BIN)/python -m grpc_tools.protoc -I proto --python_out=build/proto --grpc_python_out=build/proto \
+		--mypy_out=quiet,readable_stubs:build/proto --mypy_grpc_out=quiet:build/proto proto/lathe/v1/*.proto
+	@diff -r -x __init__.py -x __pycache__ build/proto/lathe/v1 services/lathe/v1 || { echo "services/lathe/v1 differs from proto/: run 'make proto' and commit." >&2; exit 1; }
+
+# On main itself the comparison is with the commit before; a first commit has nothing to break.
+BREAKING_AGAINST ?= $(shell git rev-parse -q --verify origin/main 2>/dev/null || git rev-parse -q --verify HEAD~1 2>/dev/null)
+breaking: $(VENV)/.dev ## fail when proto/ breaks what main promises
+	@if [ -n "$(BREAKING_AGAINST)" ] && git cat-file -e $(BREAKING_AGAINST):proto 2>/dev/null; then \
+		rm -rf build/breaking && mkdir -p build/breaking && git archive $(BREAKING_AGAINST) proto buf.yaml | tar -x -C build/breaking && \
+		$(BIN)/buf breaking --against build/breaking; \
+	else echo "breaking: nothing on main to compare with yet"; fi
+
+lock: $(VENV)/.dev ## write requirements/*.txt anew from pyproject.toml
+	$(LOCK) --all-extras --group dev -o requirements/dev.txt
+	$(LOCK) --extra cli --extra server --extra postgres --extra engine -c requirements/dev.txt -o requirements/engine.txt
+	$(LOCK) --extra cli --extra server --extra postgres -c requirements/dev.txt -o requirements/control.txt
+
+docs: $(VENV)/.dev ## write the generated pages
+	$(BIN)/python -m lathe.common.metrics > docs/metrics.md
+	$(BIN)/python -m lathe.jobs.transitions > docs/job-states.md
+
+docs-check: $(VENV)/.dev ## fail when a generated page is out of date
+	@mkdir -p build/docs
+	@$(BIN)/python -m lathe.common.metrics > build/docs/metrics.md
+	@$(BIN)/python -m lathe.jobs.transitions > build/docs/job-states.md
+	@diff build/docs/metrics.md docs/metrics.md && diff build/docs/job-states.md docs/job-states.md || { echo "docs/ is out of date: run 'make docs' and commit." >&2; exit 1; }
+
+clean: ## remove what the commands above made (not DATA)
+	rm -rf $(VENV) build .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
+
+# --- the environment ---------------------------------------------------------------------------------------
+
+$(VENV)/.torch:
+	@command -v $(PYTHON) >/dev/null || { echo "Lathe needs Python 3.11 or later as '$(PYTHON)'; set PYTHON=/path/to/python3." >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "$(PYTHON) is older than 3.11; set PYTHON=…" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	@echo "Installing $(TORCH) $(if $(TORCH_FROM),from $(TORCH_FROM),from where pip is set to look; without a CPU build there that is about 3 GB with CUDA)"
+	@$(BIN)/python -m pip install -q --disable-pip-version-check $(if $(TORCH_FROM),$(if $(findstring ://,$(TORCH_FROM)),--index-url,--find-links) $(TORCH_FROM)) $(TORCH) \
+		|| { echo "$(TORCH) could not be installed. Give a folder or an index that has it: make TORCH_FROM=… $(MAKECMDGOALS)" >&2; exit 1; }
+	@touch $@
+
+define install
+	@echo "Installing $(1)"
+	@$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --require-hashes -r $(1) \
+		|| { echo "The packages in $(1) could not be installed: is a Python package index reachable?" >&2; exit 1; }
+	@$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps -e .
+	@touch $@
+endef
+
+$(VENV)/.engine: requirements/engine.txt pyproject.toml $(VENV)/.torch
+	$(call install,requirements/engine.txt)
+
+$(VENV)/.dev: requirements/dev.txt pyproject.toml $(VENV)/.torch
+	$(call install,requirements/dev.txt)
+	@touch $(VENV)/.engine
