@@ -81,13 +81,13 @@ class RpcServer:
 
     async def set_serving(self, serving: bool) -> None:
         """What the health protocol answers for each service and for the whole server."""
-        statuses = health_pb2.HealthCheckResponse.ServingStatus
-        status = statuses.SERVING if serving else statuses.NOT_SERVING
+        answer = health_pb2.HealthCheckResponse
+        status = answer.SERVING if serving else answer.NOT_SERVING
         for service in ("", *self._services):
             await self._health.set(service, status)
 
     async def stop(self, grace: float | None = None) -> None:
-        """Say NOT_SERVING, wait `drain_delay_s`, refuse new calls, let running ones end within `grace` seconds."""
+        """Say NOT_SERVING, wait `drain_delay_s`, refuse new calls, let running ones end for `grace` s."""
         await self._health.enter_graceful_shutdown()
         if self._settings.drain_delay_s:
             await asyncio.sleep(self._settings.drain_delay_s)
