@@ -155,9 +155,7 @@ def validate_chat(request: ChatRequest, prefix: str = "") -> None:
         "logit_bias",
         "a map from token ids to biases between -100 and 100",
     )
-    demand(
-        0 <= request.top_logprobs <= MAX_TOP_LOGPROBS, "top_logprobs", f"between 0 and {MAX_TOP_LOGPROBS}"
-    )
+    demand(0 <= request.top_logprobs <= MAX_TOP_LOGPROBS, "top_logprobs", f"between 0 and {MAX_TOP_LOGPROBS}")
     demand(request.logprobs or not request.top_logprobs, "top_logprobs", "0 unless logprobs is true")
     demand(1 <= request.n <= MAX_CHOICES, "n", f"between 1 and {MAX_CHOICES}")
     if found:

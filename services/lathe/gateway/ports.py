@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from typing import Protocol, TypeVar
 
 from lathe.common.rpc.principal import Principal
@@ -17,7 +17,7 @@ from lathe.gateway.model import (
 )
 from lathe.text.tokenizer import Tokenizer
 
-Committed = TypeVar("Committed", covariant=True)
+Committed_co = TypeVar("Committed_co", covariant=True)
 
 
 class KeyService(Protocol):
@@ -59,19 +59,23 @@ class EngineFeed(Protocol):
 class EngineConnector(Protocol):
     """Samples on engines."""
 
-    def sample(self, address: str, call: SampleCall) -> AsyncIterator[SampleEvent]:
-        """An async generator; closing it frees the sequence. Raises LatheError."""
+    def sample(self, address: str, call: SampleCall) -> AsyncGenerator[SampleEvent, None]:
+        """Closing the generator frees the sequence. Raises LatheError; Unavailable if the engine is lost."""
+        ...
+
+    async def keep_only(self, addresses: set[str]) -> None:
+        """Close the connections to all other engines."""
         ...
 
 
-class DatasetOwner(Protocol[Committed]):
+class DatasetOwner(Protocol[Committed_co]):
     """The datasets service as uploads need it."""
 
     async def target(self, principal: Principal, name: str) -> UploadTarget:
         """Where the dataset's bytes go. Raises NotFound."""
         ...
 
-    async def commit(self, principal: Principal, name: str, upload: StoredUpload) -> Committed:
+    async def commit(self, principal: Principal, name: str, upload: StoredUpload) -> Committed_co:
         """Hand a finished upload over."""
         ...
 
@@ -80,7 +84,7 @@ class DatasetOwner(Protocol[Committed]):
         ...
 
 
-class ModelOwner(Protocol[Committed]):
+class ModelOwner(Protocol[Committed_co]):
     """The models service as uploads need it."""
 
     async def check(self, principal: Principal, base_model: str, path: str) -> None:
@@ -89,6 +93,6 @@ class ModelOwner(Protocol[Committed]):
 
     async def commit(
         self, principal: Principal, base_model: str, path: str, upload: StoredUpload
-    ) -> Committed:
+    ) -> Committed_co:
         """Hand one uploaded file over."""
         ...

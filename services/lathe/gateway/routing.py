@@ -13,8 +13,8 @@ _WARM_BONUS = 0.5
 
 @dataclass(frozen=True, slots=True)
 class Situation:
-    """What the gateway knows besides the list: its own open calls per engine, engines whose connection failed,
-    and which engine served an adapter last.
+    """What the gateway knows besides the list: its own open calls per engine, engines whose connection
+    failed, and which engine served an adapter last.
     """
 
     own_load: Mapping[str, int] = field(default_factory=dict)

@@ -1,0 +1,33 @@
+"""The gateway's settings: environment `LATHE_GATEWAY_…`, or a YAML file."""
+
+from pathlib import Path
+from typing import ClassVar
+
+from pydantic import Field
+
+from lathe.common.service import ProcessSettings
+from lathe.common.settings import DatabaseSettings, RpcSettings, StoreSettings
+
+
+class GatewaySettings(ProcessSettings):
+    """`python -m lathe.gateway.main`."""
+
+    service: ClassVar[str] = "gateway"
+
+    rpc: RpcSettings = RpcSettings()
+    http_host: str = "127.0.0.1"
+    http_port: int = Field(8080, ge=0, le=65535, description="0 picks a free port")
+    db: DatabaseSettings
+    store: StoreSettings
+    cache_folder: Path = Field(description="where tokenizers are kept, by digest")
+    accounts_address: str
+    models_address: str
+    datasets_address: str
+    jobs_address: str
+    engine_start_timeout_s: float = Field(
+        120.0, gt=0, description="how long a request waits for an engine before 503"
+    )
+    auth_cache_s: float = Field(5.0, ge=0, le=60, description="the bound on how long a revoked key works")
+    model_cache_s: float = Field(5.0, ge=0, le=60)
+    forward_timeout_s: float = Field(60.0, gt=0, description="deadline of calls that come without one")
+    upload_idle_timeout_s: float = Field(120.0, gt=0, description="an upload that sends nothing so long ends")
