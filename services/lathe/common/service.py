@@ -1,0 +1,104 @@
+"""What every service's `main` has in common: start, say when ready, stop on a signal.
+
+A service's `main.py` gives `running(settings, …)`, an async context manager that yields a RunningService. One process
+of its own runs it with `run_service`; `lathe up` enters several of them on one event loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import sys
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from lathe import __version__
+from lathe.common.errors import LatheError
+from lathe.common.log import configure as configure_logging
+from lathe.common.metrics import Metrics, MetricsServer
+from lathe.common.rpc.server import RpcServer
+from lathe.common.settings import LogSettings, MetricsSettings, ServiceSettings
+
+log = logging.getLogger(__name__)
+
+S = TypeVar("S", bound="ProcessSettings")
+
+
+class ProcessSettings(ServiceSettings):
+    """What a process of its own needs beside its service's settings."""
+
+    metrics: MetricsSettings = MetricsSettings()
+    log: LogSettings = LogSettings()
+
+
+@dataclass(frozen=True, slots=True)
+class RunningService:
+    """A service that answers. `port` is gRPC's; `http_port` only the gateway has."""
+
+    name: str
+    port: int
+    health_port: int | None = None
+    http_port: int | None = None
+
+
+@asynccontextmanager
+async def serving(server: RpcServer, name: str) -> AsyncIterator[RunningService]:
+    """Start a built server; stop it gracefully when left."""
+    await server.start()
+    try:
+        yield RunningService(name, server.port, server.health_port)
+    finally:
+        await server.stop()
+
+
+Running = Callable[[S, Metrics], AbstractAsyncContextManager[RunningService]]
+
+
+def run_service(running: Running[S], settings_class: type[S], config: Path | None = None) -> int:
+    """Run one service until SIGTERM or SIGINT; the process's exit code.
+
+    A setting that is wrong, a port in use, a database of a newer version: one sentence on stderr and 1.
+    """
+    try:
+        settings = settings_class.load(config)
+        configure_logging(settings.log.level, settings.log.format)
+        asyncio.run(_serve(running, settings))
+    except LatheError as error:
+        print(error.message, file=sys.stderr)
+        return 1
+    return 0
+
+
+async def _serve(running: Running[S], settings: S) -> None:
+    metrics = Metrics(__version__)
+    with metrics_endpoint(metrics, settings.metrics):
+        async with running(settings, metrics) as service:
+            log.info("%s answers on port %s.", service.name, service.port)
+            await until_signal()
+            log.info("%s drains and stops.", service.name)
+
+
+@contextmanager
+def metrics_endpoint(metrics: Metrics, settings: MetricsSettings) -> Iterator[int | None]:
+    """`/metrics` while inside; yields its port, None where the settings want none."""
+    if settings.port is None:
+        yield None
+        return
+    server = MetricsServer(metrics.registry, settings.host, settings.port)
+    try:
+        yield server.port
+    finally:
+        server.stop()
+
+
+async def until_signal() -> None:
+    """Return at the first SIGTERM or SIGINT."""
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    await stop.wait()
