@@ -38,16 +38,28 @@ class RpcSettings(SettingsGroup):
     """The gRPC server of a service, and the credentials it checks and shows."""
 
     host: str = "127.0.0.1"
-    port: int = Field(7460, ge=0, le=65535, description="0 picks a free port")
-    health_port: int | None = Field(7461, ge=0, le=65535, description="plaintext, health only; null for none")
+    port: int = Field(default=7460, ge=0, le=65535, description="0 picks a free port")
+    health_port: int | None = Field(
+        default=7461, ge=0, le=65535, description="plaintext, health only; null for none"
+    )
     tls_cert_file: Path | None = None
     tls_key_file: Path | None = None
-    tls_client_ca_file: Path | None = Field(None, description="when given, clients must show a certificate")
+    tls_client_ca_file: Path | None = Field(
+        default=None, description="when given, clients must show a certificate"
+    )
     reflection: bool = False
-    service_token_file: Path | None = Field(None, description="the secret that Lathe's services share")
-    engine_token_file: Path | None = Field(None, description="the secret of engines: WorkerService only")
-    drain_delay_s: float = Field(0.0, ge=0, description="seconds between NOT_SERVING and refusing new calls")
-    grace_s: float = Field(10.0, ge=0, description="seconds that running calls may take to end at a stop")
+    service_token_file: Path | None = Field(
+        default=None, description="the secret that Lathe's services share"
+    )
+    engine_token_file: Path | None = Field(
+        default=None, description="the secret of engines: WorkerService only"
+    )
+    drain_delay_s: float = Field(
+        default=0.0, ge=0, description="seconds between NOT_SERVING and refusing new calls"
+    )
+    grace_s: float = Field(
+        default=10.0, ge=0, description="seconds that running calls may take to end at a stop"
+    )
 
     @model_validator(mode="after")
     def _tls_is_whole(self) -> Self:
@@ -65,7 +77,7 @@ class DatabaseSettings(SettingsGroup):
     """
 
     url: SecretStr
-    pool_size: int = Field(5, ge=1)
+    pool_size: int = Field(default=5, ge=1)
 
 
 class StoreSettings(SettingsGroup):
@@ -73,14 +85,14 @@ class StoreSettings(SettingsGroup):
 
     kind: Literal["folder", "s3"] = "folder"
     folder: Path | None = None
-    endpoint: str | None = Field(None, description="host:port of the S3 service")
+    endpoint: str | None = Field(default=None, description="host:port of the S3 service")
     bucket: str | None = None
     access_key: str | None = None
     secret_key: SecretStr | None = None
     region: str = "us-east-1"
     secure: bool = True
     public_endpoint: str | None = Field(
-        None, description="where clients reach the store; presigned URLs use it"
+        default=None, description="where clients reach the store; presigned URLs use it"
     )
 
     @model_validator(mode="after")
@@ -96,7 +108,7 @@ class MetricsSettings(SettingsGroup):
     """The `/metrics` endpoint."""
 
     host: str = "127.0.0.1"
-    port: int | None = Field(9090, ge=0, le=65535, description="0 picks a free port; null for none")
+    port: int | None = Field(default=9090, ge=0, le=65535, description="0 picks a free port; null for none")
 
 
 class LogSettings(SettingsGroup):
@@ -114,7 +126,7 @@ class ServiceSettings(BaseSettings):
     )
     service: ClassVar[str] = ""
 
-    config: Path | None = Field(None, description="a YAML file with any of these settings")
+    config: Path | None = Field(default=None, description="a YAML file with any of these settings")
 
     @classmethod
     def settings_customise_sources(

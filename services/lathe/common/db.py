@@ -1,0 +1,275 @@
+"""One SQL database per service: SQLite embedded, PostgreSQL in a cluster, the same SQL on both.
+
+Stores use SQLAlchemy Core inside `db.read()` or `db.write()`. Outages become Unavailable here; IntegrityError
+passes through, because only the store knows what it means (see `is_unique_violation`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sqlite3
+import zlib
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager, nullcontext
+from datetime import UTC, datetime
+from typing import Any, Literal
+
+from alembic import command
+from alembic.config import Config
+from alembic.runtime.migration import MigrationContext
+from alembic.script import ScriptDirectory
+from sqlalchemy import Connection, DateTime, Dialect, TypeDecorator, event, make_url, text
+from sqlalchemy import exc as sa
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
+from sqlalchemy.pool import AsyncAdaptedQueuePool
+
+from lathe.common.errors import FailedPrecondition, Internal, Unavailable
+
+SchemaState = Literal["current", "behind", "ahead"]
+
+_WRITE = "lathe_write"
+_BUSY_TIMEOUT_MS = 10_000
+_UNIQUE_SQLSTATE = "23505"
+# SQLite's OperationalError also covers wrong SQL; only these primary codes are outages.
+_SQLITE_OUTAGES = {
+    sqlite3.SQLITE_BUSY: "is locked by another process",
+    sqlite3.SQLITE_LOCKED: "is locked",
+    sqlite3.SQLITE_IOERR: "cannot be read or written",
+    sqlite3.SQLITE_FULL: "cannot grow because the disk is full",
+    sqlite3.SQLITE_CANTOPEN: "cannot be opened",
+    sqlite3.SQLITE_READONLY: "may not be written",
+}
+
+
+class UtcDateTime(TypeDecorator[datetime]):
+    """A point in time: aware in Python, `timestamptz` on PostgreSQL, UTC text on SQLite."""
+
+    impl = DateTime(timezone=True)
+    cache_ok = True
+
+    def process_bind_param(self, value: datetime | None, dialect: Dialect) -> datetime | None:
+        if value is None:
+            return None
+        if value.tzinfo is None:
+            raise Internal(f"{value!r} has no time zone; times are stored in UTC.")
+        utc = value.astimezone(UTC)
+        return utc.replace(tzinfo=None) if dialect.name == "sqlite" else utc
+
+    def process_result_value(self, value: datetime | None, dialect: Dialect) -> datetime | None:
+        if value is None:
+            return None
+        return value.replace(tzinfo=UTC) if value.tzinfo is None else value.astimezone(UTC)
+
+
+class Database:
+    """A service's database.
+
+    url: `sqlite+aiosqlite:///path` or `postgresql+psycopg://user:password@host/name`.
+    """
+
+    def __init__(self, url: str, pool_size: int = 5) -> None:
+        self._sqlite = make_url(url).get_backend_name() == "sqlite"
+        self._engine = _sqlite_engine(url, pool_size) if self._sqlite else _postgres_engine(url, pool_size)
+        event.listen(self._engine.sync_engine, "before_execute", _refuse_write_in_read)
+        # SQLite has one writer at a time; waiting here costs nothing, waiting in the driver polls.
+        self._writer = asyncio.Lock() if self._sqlite else nullcontext()
+
+    @property
+    def dialect(self) -> str:
+        """`sqlite` or `postgresql`."""
+        return self._engine.dialect.name
+
+    @asynccontextmanager
+    async def read(self) -> AsyncIterator[AsyncConnection]:
+        """A transaction that only reads. Raises Unavailable if the database is away."""
+        with _outages():
+            async with self._engine.connect() as connection, connection.begin():
+                yield connection
+
+    @asynccontextmanager
+    async def write(self) -> AsyncIterator[AsyncConnection]:
+        """A transaction that may write: committed at the end, rolled back by any exception.
+
+        Raises Unavailable if the database is away, its disk is full, or another process keeps it locked.
+        """
+        with _outages():
+            async with self._writer, self._engine.connect() as connection:
+                await connection.execution_options(**{_WRITE: True})
+                async with connection.begin():
+                    yield connection
+
+    async def check(self) -> None:
+        """Raise Unavailable unless the database answers."""
+        async with self.read() as connection:
+            await connection.execute(text("SELECT 1"))
+
+    async def close(self) -> None:
+        """Close every connection."""
+        await self._engine.dispose()
+
+
+def is_unique_violation(error: sa.IntegrityError) -> bool:
+    """Whether a UNIQUE or PRIMARY KEY constraint refused the row (and not a foreign key or NOT NULL)."""
+    if isinstance(error.orig, sqlite3.IntegrityError):
+        return error.orig.sqlite_errorcode in (
+            sqlite3.SQLITE_CONSTRAINT_UNIQUE,
+            sqlite3.SQLITE_CONSTRAINT_PRIMARYKEY,
+        )
+    return getattr(error.orig, "sqlstate", None) == _UNIQUE_SQLSTATE
+
+
+def _sqlite_engine(url: str, pool_size: int) -> AsyncEngine:
+    # A database in memory is its connection: there can be one only.
+    in_memory = make_url(url).database in (None, "", ":memory:")
+    engine = create_async_engine(
+        url,
+        poolclass=AsyncAdaptedQueuePool,
+        pool_size=1 if in_memory else pool_size,
+        max_overflow=0,
+        pool_timeout=_BUSY_TIMEOUT_MS / 1000,
+    )
+
+    @event.listens_for(engine.sync_engine, "connect")
+    def configure(connection: Any, record: Any) -> None:
+        # The driver would begin by itself, too late and never IMMEDIATE.
+        connection.isolation_level = None
+        cursor = connection.cursor()
+        for pragma in (f"busy_timeout={_BUSY_TIMEOUT_MS}", "journal_mode=WAL", "foreign_keys=ON"):
+            cursor.execute(f"PRAGMA {pragma}")
+        cursor.close()
+
+    @event.listens_for(engine.sync_engine, "begin")
+    def begin(connection: Connection) -> None:
+        writing = connection.get_execution_options().get(_WRITE, False)
+        connection.exec_driver_sql("BEGIN IMMEDIATE" if writing else "BEGIN")
+
+    return engine
+
+
+def _postgres_engine(url: str, pool_size: int) -> AsyncEngine:
+    return create_async_engine(
+        url,
+        pool_size=pool_size,
+        max_overflow=0,
+        pool_pre_ping=True,
+        pool_timeout=10,
+        connect_args={
+            "connect_timeout": 5,
+            # A peer that vanished without a word is noticed within seconds, not hours.
+            "keepalives_idle": 10,
+            "keepalives_interval": 5,
+            "keepalives_count": 2,
+            "tcp_user_timeout": 15_000,
+            "options": "-c statement_timeout=30000 -c timezone=UTC",
+        },
+    )
+
+
+def _refuse_write_in_read(
+    connection: Connection, clause: Any, multiparams: Any, params: Any, options: Any
+) -> None:
+    if clause.is_dml and not connection.get_execution_options().get(_WRITE, False):
+        raise Internal("A statement that writes was run inside db.read(); use db.write().")
+
+
+@contextmanager
+def _outages() -> Iterator[None]:
+    """Turn what means "the database is away" into Unavailable and leave everything else alone."""
+    try:
+        yield
+    except sa.TimeoutError as error:
+        raise Unavailable(
+            "The database is busy: no connection became free in time. Try again.",
+            reason="DATABASE_BUSY",
+            retry_after=1.0,
+        ) from error
+    except sa.DBAPIError as error:
+        why = _outage(error)
+        if why is None:
+            raise
+        raise Unavailable(
+            f"The database {why}. Try again.", reason="DATABASE_UNAVAILABLE", retry_after=1.0
+        ) from error
+
+
+def _outage(error: sa.DBAPIError) -> str | None:
+    """What keeps the database from answering; None if the statement itself is at fault."""
+    if isinstance(error.orig, sqlite3.Error):
+        code = getattr(error.orig, "sqlite_errorcode", None)
+        return _SQLITE_OUTAGES.get(code & 0xFF) if code is not None else None
+    if error.connection_invalidated or isinstance(error, sa.OperationalError | sa.InterfaceError):
+        return "cannot be reached"
+    return None
+
+
+# --- migrations ---
+
+
+def _config(package: str) -> Config:
+    config = Config()
+    config.set_main_option("script_location", f"{package}:migrations")
+    return config
+
+
+async def migrate(db: Database, package: str) -> None:
+    """Bring the schema to the newest revision under `<package>/migrations` (for instance `lathe.jobs`).
+
+    All or nothing, and one process at a time. Raises FailedPrecondition if the database is newer than the
+    code.
+    """
+    async with db.write() as connection:
+        if db.dialect == "postgresql":
+            key = zlib.crc32(f"lathe migrations of {package}".encode())
+            await connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": key})
+        await connection.run_sync(_upgrade, package)
+
+
+def _upgrade(connection: Connection, package: str) -> None:
+    if _state(connection, package) == "ahead":
+        raise _newer(package)
+    config = _config(package)
+    config.attributes["connection"] = connection
+    command.upgrade(config, "head")
+
+
+def run_migrations() -> None:
+    """All that a service's `migrations/env.py` does: it imports this function and calls it."""
+    from alembic import context
+
+    context.configure(connection=context.config.attributes["connection"])
+    with context.begin_transaction():
+        context.run_migrations()
+
+
+async def schema_state(db: Database, package: str) -> SchemaState:
+    """Whether the schema is as new as the code, older (or not there yet), or newer."""
+    async with db.read() as connection:
+        return await connection.run_sync(_state, package)
+
+
+async def check_schema(db: Database, package: str) -> None:
+    """Raise FailedPrecondition, with what to do, unless the schema is as new as the code."""
+    state = await schema_state(db, package)
+    if state == "ahead":
+        raise _newer(package)
+    if state == "behind":
+        raise FailedPrecondition(
+            f"The database of {package} is older than this version of Lathe; run `lathe migrate` first.",
+            reason="DATABASE_OLDER",
+        )
+
+
+def _newer(package: str) -> FailedPrecondition:
+    return FailedPrecondition(
+        f"The database of {package} was written by a newer version of Lathe; start that version.",
+        reason="DATABASE_NEWER",
+    )
+
+
+def _state(connection: Connection, package: str) -> SchemaState:
+    scripts = ScriptDirectory.from_config(_config(package))
+    current = set(MigrationContext.configure(connection).get_current_heads())
+    if current == set(scripts.get_heads()):
+        return "current"
+    known = {script.revision for script in scripts.walk_revisions()}
+    return "behind" if current <= known else "ahead"
