@@ -118,6 +118,13 @@ class Metrics:
             buckets=_OUTPUT_TOKEN_SECONDS,
         )
 
+        self.chat_tokens = Counter(
+            "lathe_chat_tokens_total",
+            "Tokens of chat requests, by kind: prompt, cached_prompt (part of prompt) or completion.",
+            ("kind",),
+            registry=reg,
+        )
+
         self.build_info = Gauge(
             "lathe_build_info", "Always 1; the version is in the label.", ("version",), registry=reg
         )

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from typing import Protocol, TypeVar
 
 from lathe.common.rpc.principal import Principal
 from lathe.gateway.model import (
     BaseModelRef,
+    Deployment,
     EngineInfo,
+    IdempotencyRow,
     SampleCall,
     SampleEvent,
     ServedModel,
@@ -41,6 +43,58 @@ class TokenizerSource(Protocol):
 
     async def get(self, base: BaseModelRef) -> Tokenizer:
         """Raises Unavailable while the store is away, FailedPrecondition for a model without tokenizer."""
+        ...
+
+
+class DeploymentStore(Protocol):
+    """The deployments that are kept, by full name."""
+
+    async def add(self, deployment: Deployment, request_id: str) -> Deployment:
+        """Keep a new one, or answer with the one that the same request_id made. Raises AlreadyExists."""
+        ...
+
+    async def get(self, name: str) -> Deployment | None: ...
+
+    async def list(self, project: str, *, after: str, limit: int) -> Sequence[Deployment]:
+        """By name, the ones after `after`."""
+        ...
+
+    async def update(self, deployment: Deployment, expected_version: int) -> bool:
+        """Write it over `expected_version`; False if that is no longer the current one."""
+        ...
+
+    async def delete(self, name: str, expected_version: int | None) -> bool:
+        """False if there is none of that name (and version, when given)."""
+        ...
+
+
+class IdempotencyStore(Protocol):
+    """The creates at the HTTP door, so that a retry joins the first try."""
+
+    async def begin(self, key_id: str, path: str, digest: str) -> IdempotencyRow:
+        """A new row in state running."""
+        ...
+
+    async def finish(self, row_id: str, status: int, body: bytes) -> None:
+        """Keep the answer."""
+        ...
+
+    async def discard(self, row_id: str) -> None:
+        """Forget a try that a retry should do again."""
+        ...
+
+    async def newest(
+        self, key_id: str, path: str, digest: str, *, within_s: float = 600
+    ) -> IdempotencyRow | None:
+        """The last such row that began within `within_s` seconds."""
+        ...
+
+    async def get(self, row_id: str) -> IdempotencyRow | None:
+        """None once it was discarded or swept."""
+        ...
+
+    async def sweep(self, older_than_s: float) -> int:
+        """Forget rows that are too old to be joined; how many there were."""
         ...
 
 
