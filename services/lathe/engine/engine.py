@@ -1,0 +1,492 @@
+"""The engine's verbs on one frozen base and many adapters. Synchronous; called from one thread."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from safetensors.torch import save as to_safetensors
+from torch import Tensor
+
+from lathe.common.errors import (
+    AlreadyExists,
+    FailedPrecondition,
+    InvalidArgument,
+    NotFound,
+    ResourceExhausted,
+)
+from lathe.engine.adapters import Adapter, AdapterBank, LoraSpec
+from lathe.engine.base import Decoder
+from lathe.engine.kv import KVCache, common_prefix
+from lathe.engine.losses import cross_entropy, token_logprobs, trained_positions
+from lathe.engine.optim import AdamW
+from lathe.engine.sampling import Sampled, Sampler, SamplingParams, sample_batch
+from lathe.engine.weights import choose_dtype, load_weights, read_spec
+
+OPTIMIZER_FILE = "optimizer.safetensors"
+# A prompt waits for another one that is being computed when they share at least this many further tokens.
+_WORTH_WAITING = 32
+
+
+@dataclass(frozen=True, slots=True)
+class TrainRow:
+    """A rendered example: mask[i] says that token i is a target; mask[0] is ignored (nothing predicts it)."""
+
+    tokens: Sequence[int]
+    mask: Sequence[bool]
+
+
+@dataclass(frozen=True, slots=True)
+class TrainSlice:
+    """Rows of one pass. `batch_tokens`: trained tokens of the whole batch, by which the loss is divided."""
+
+    rows: tuple[TrainRow, ...]
+    batch_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class SliceResult:
+    """Sum of -log p over the slice's trained tokens, their number, how many were right, and all its tokens."""
+
+    loss_sum: float
+    tokens: int
+    correct: int
+    input_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class EngineMemory:
+    """Bytes held. `kv_bytes` is the pool as allocated."""
+
+    base_bytes: int
+    adapter_bytes: int
+    optimizer_bytes: int
+    kv_bytes: int
+    kv_budget_bytes: int
+
+
+@dataclass(eq=False)
+class SequenceState:
+    """One sequence being sampled. `finished`: None, "stop" (a stop id, last of `tokens`) or "length"."""
+
+    key: str
+    prompt: tuple[int, ...]
+    sampler: Sampler
+    limit: int
+    tokens: list[int] = field(default_factory=list)
+    finished: str | None = None
+    cached_tokens: int = 0
+    kv_slot: int | None = None
+    done: int = 0  # tokens whose keys and values are in the slot
+    closed: bool = False
+
+    @property
+    def prompt_tokens(self) -> int:
+        return len(self.prompt)
+
+    def pending(self) -> list[int]:
+        """Tokens to be put through the model, the newest sampled one included."""
+        return self.all_tokens()[self.done :]
+
+    def all_tokens(self) -> list[int]:
+        return [*self.prompt, *self.tokens]
+
+
+@dataclass(frozen=True, slots=True)
+class StepOutput:
+    """A token for one sequence; `state.finished` tells whether it was the last."""
+
+    state: SequenceState
+    sampled: Sampled
+
+
+@dataclass(slots=True)
+class _Held:
+    slot: int
+    adapter: Adapter
+    optimizer: AdamW | None
+    users: int = 0
+
+
+def trained_tokens(row: TrainRow) -> int:
+    """How many targets a row has; the first token cannot be one."""
+    return sum(bool(m) for m in row.mask[1:])
+
+
+class Engine:
+    """One base, its adapters by key ("" is the base itself), their optimisers, and the sequences being sampled."""
+
+    def __init__(
+        self, decoder: Decoder, *, kv_budget_bytes: int = 1 << 30, context_length: int | None = None
+    ) -> None:
+        spec = decoder.spec
+        self.decoder, self.spec = decoder, spec
+        self.device, self.dtype = decoder.device, decoder.dtype
+        self.context_length = min(context_length or spec.context_length, spec.context_length)
+        self._bank = AdapterBank(spec.module_shapes(), spec.layers, self.dtype, self.device)
+        self._held: dict[str, _Held] = {}
+        self._kv_budget = kv_budget_bytes
+        self._cache = KVCache(
+            layers=spec.layers,
+            width=2 * spec.kv_size,
+            max_length=self.context_length,
+            budget_bytes=kv_budget_bytes,
+            dtype=self.dtype,
+            device=self.device,
+        )
+
+    @classmethod
+    def load(
+        cls,
+        folder: Path,
+        *,
+        device: str = "cpu",
+        dtype: str = "auto",
+        threads: int | None = None,
+        kv_budget_bytes: int = 1 << 30,
+        context_length: int | None = None,
+    ) -> Engine:
+        """Loads a Hugging Face folder. threads sets torch's for the process. Raises InvalidArgument."""
+        if threads is not None:
+            torch.set_num_threads(threads)
+        place = torch.device(device)
+        spec = read_spec(folder)
+        weights = load_weights(folder, spec, device=place, dtype=choose_dtype(dtype, place))
+        return cls(Decoder(spec, weights), kv_budget_bytes=kv_budget_bytes, context_length=context_length)
+
+    # Adapters
+
+    def create_adapter(self, key: str, config: LoraSpec, seed: int) -> None:
+        """A new trainable adapter; it may be sampled from at once. Raises AlreadyExists."""
+        slot = self._new_slot(key)
+        self._hold(key, slot, self._bank.new_trainable(slot, config, seed))
+
+    def load_adapter(self, key: str, folder: Path) -> None:
+        """A frozen adapter from PEFT's files. Raises AlreadyExists, InvalidArgument."""
+        slot = self._new_slot(key)
+        self._held[key] = _Held(slot, self._bank.load(slot, folder), None)
+
+    def drop_adapter(self, key: str) -> None:
+        """Raises NotFound, or FailedPrecondition while a sequence uses it."""
+        held = self._adapter(key)
+        if held.users:
+            raise FailedPrecondition(
+                f"adapter {key!r} is in use by {held.users} sequence(s); close them first."
+            )
+        self._cache.forget(self._cache_key(key))
+        self._bank.remove(held.slot)
+        del self._held[key]
+
+    def adapter_keys(self) -> tuple[str, ...]:
+        return tuple(self._held)
+
+    # Training
+
+    def forward_backward(self, key: str, piece: TrainSlice) -> SliceResult:
+        """Adds the slice's share of the batch's mean loss to the adapter's gradients. Raises NotFound."""
+        self._optimizer(key)
+        return self._run_slice(key, piece, training=True)
+
+    def evaluate(self, key: str, piece: TrainSlice) -> SliceResult:
+        """The slice's loss, without gradients."""
+        return self._run_slice(key, piece, training=False)
+
+    def optim_step(self, key: str, lr: float, *, clip: float = 1.0, weight_decay: float = 0.0) -> float:
+        """One AdamW step; answers the gradients' norm before clipping and zeroes them. Sampling sees it at once.
+
+        A norm that is not finite is answered and changes nothing else.
+        """
+        optimizer = self._optimizer(key)
+        stale = self._cache_key(key)
+        norm = optimizer.step(lr, clip=clip, weight_decay=weight_decay)
+        self._adapter(key).adapter.publish()
+        self._cache.forget(stale)
+        return norm
+
+    def zero_grad(self, key: str) -> None:
+        """Forgets the gradients of a step that will not be finished."""
+        gradients = self._adapter(key).adapter.gradients
+        if gradients is not None:
+            gradients.zero_()
+
+    def logprobs(self, key: str, tokens: Sequence[int]) -> list[float]:
+        """log p(tokens[i] | tokens[:i]) for i = 1 …, by the pass that training uses."""
+        if len(tokens) < 2:
+            return []
+        with torch.no_grad():
+            hidden = self._rows_pass(key, [tokens], training=False)
+            targets = torch.tensor(list(tokens[1:]), device=self.device)
+            return token_logprobs(hidden[:-1], targets, self.decoder.weights.head)
+
+    def save(self, key: str, folder: Path, *, with_optimizer: bool, base_model: str = "") -> tuple[str, ...]:
+        """Writes PEFT's two files, and the optimiser's; equal numbers give equal bytes. Answers their names."""
+        held = self._adapter(key)
+        folder.mkdir(parents=True, exist_ok=True)
+        names = held.adapter.save(folder, base_model)
+        if not with_optimizer:
+            return names
+        (folder / OPTIMIZER_FILE).write_bytes(to_safetensors(self._optimizer(key).state()))
+        return (*names, OPTIMIZER_FILE)
+
+    def restore(self, key: str, folder: Path) -> int:
+        """A trainable adapter as it was at save(with_optimizer=True); answers its optimiser's steps.
+
+        Raises AlreadyExists, InvalidArgument.
+        """
+        slot = self._new_slot(key)
+        try:
+            state = load_file(str(folder / OPTIMIZER_FILE))
+        except (OSError, SafetensorError) as error:
+            raise InvalidArgument(f"{OPTIMIZER_FILE} cannot be read: {error}") from error
+        adapter = self._bank.load(slot, folder, trainable=True)
+        optimizer = self._hold(key, slot, adapter)
+        try:
+            optimizer.load_state(state)
+        except InvalidArgument:
+            self.drop_adapter(key)
+            raise
+        return optimizer.steps
+
+    # Sampling
+
+    def open_sequence(self, key: str, prompt: Sequence[int], params: SamplingParams) -> SequenceState:
+        """Takes a prompt; `step` computes it. Raises NotFound (adapter), InvalidArgument (prompt)."""
+        held = self._adapter(key) if key else None
+        if not prompt:
+            raise InvalidArgument("the prompt has no tokens.")
+        room = self.context_length - len(prompt)
+        if room < 1:
+            raise InvalidArgument(
+                f"the prompt has {len(prompt)} tokens; this model's context of {self.context_length} leaves no room for an answer.",
+                reason="CONTEXT_LENGTH_EXCEEDED",
+            )
+        low, high = min(prompt), max(prompt)
+        if low < 0 or high >= self.spec.vocab_size:
+            raise InvalidArgument(f"the prompt has a token outside the vocabulary of {self.spec.vocab_size}.")
+        limit = room if params.max_tokens is None else min(params.max_tokens, room)
+        state = SequenceState(key, tuple(prompt), Sampler(params, self.spec.vocab_size), limit)
+        if held is not None:
+            held.users += 1
+        return state
+
+    def step(self, sequences: Sequence[SequenceState], *, prefill_tokens: int = 256) -> list[StepOutput]:
+        """One pass: a token for each sequence past its prompt, and up to prefill_tokens of the others' prompts.
+
+        Prompts are taken in the order given; a sequence that gets no token is absent from the answer. Raises
+        ResourceExhausted when the cache cannot hold even one of them.
+        """
+        work = [s for s in sequences if s.finished is None and not s.closed]
+        chunks = self._claim(work, prefill_tokens)
+        if not chunks:
+            return []
+        chunks.sort(key=lambda chunk: self._slot(chunk[0].key))
+        with torch.inference_mode():
+            try:
+                hidden = self._cached_pass(chunks)
+            except BaseException:
+                for state, _ in chunks:
+                    self._cache.truncate(_slot_of(state), state.done)
+                raise
+            ends, last = [], 0
+            for state, tokens in chunks:
+                last += len(tokens)
+                state.done += len(tokens)
+                if state.done == len(state.prompt) + len(state.tokens):
+                    ends.append((state, last - 1))
+            if not ends:
+                return []
+            rows = hidden[torch.tensor([row for _, row in ends], device=self.device)]
+            sampled = sample_batch(self.decoder.logits(rows), [state.sampler for state, _ in ends])
+        return [_emit(state, one) for (state, _), one in zip(ends, sampled, strict=True)]
+
+    def close_sequence(self, state: SequenceState) -> None:
+        """Ends a sequence; what it computed stays for prompts that begin alike. Closing twice does nothing."""
+        if state.closed:
+            return
+        state.closed = True
+        self._release(state)
+        if state.key in self._held:
+            self._held[state.key].users -= 1
+
+    def memory(self) -> EngineMemory:
+        optimizers = [held.optimizer.nbytes for held in self._held.values() if held.optimizer is not None]
+        return EngineMemory(
+            self.decoder.weights.nbytes,
+            self._bank.nbytes,
+            sum(optimizers),
+            self._cache.nbytes,
+            self._kv_budget,
+        )
+
+    # Inside
+
+    def _adapter(self, key: str) -> _Held:
+        held = self._held.get(key)
+        if held is None:
+            raise NotFound(f"this engine holds no adapter {key!r}; load it first.")
+        return held
+
+    def _optimizer(self, key: str) -> AdamW:
+        optimizer = self._adapter(key).optimizer
+        if optimizer is None:
+            raise FailedPrecondition(f"adapter {key!r} was loaded for sampling only; restore it to train it.")
+        return optimizer
+
+    def _slot(self, key: str) -> int:
+        return self._adapter(key).slot if key else -1
+
+    def _new_slot(self, key: str) -> int:
+        if not key:
+            raise InvalidArgument("an adapter's key must not be empty: that is the base model.")
+        if key in self._held:
+            raise AlreadyExists(f"this engine holds an adapter {key!r} already.")
+        return self._bank.free_slot()
+
+    def _hold(self, key: str, slot: int, adapter: Adapter) -> AdamW:
+        assert adapter.gradients is not None
+        optimizer = AdamW(adapter.master, adapter.gradients)
+        self._held[key] = _Held(slot, adapter, optimizer)
+        return optimizer
+
+    def _cache_key(self, key: str) -> str:
+        if not key:
+            return ""
+        adapter = self._adapter(key).adapter
+        return f"{key}@{adapter.serial}.{adapter.version}"
+
+    def _rows_pass(self, key: str, rows: Sequence[Sequence[int]], *, training: bool) -> Tensor:
+        lengths = [len(row) for row in rows]
+        tokens = torch.cat([torch.as_tensor(row, dtype=torch.int64) for row in rows]).to(self.device)
+        positions = torch.cat([torch.arange(n) for n in lengths]).to(self.device)
+        slots = [self._slot(key)] * len(rows)
+        return self.decoder.forward(tokens, positions, lengths, slots, self._bank, training=training)
+
+    def _run_slice(self, key: str, piece: TrainSlice, *, training: bool) -> SliceResult:
+        rows = [row.tokens for row in piece.rows]
+        for i, row in enumerate(piece.rows):
+            if len(row.tokens) != len(row.mask) or not len(row.tokens):
+                raise InvalidArgument(f"row {i} of the slice is empty or its mask has another length.")
+            if len(row.tokens) > self.context_length:
+                raise InvalidArgument(
+                    f"row {i} of the slice is longer than the context of {self.context_length}."
+                )
+        size = sum(len(row) for row in rows)
+        chosen = trained_positions([row.mask for row in piece.rows])
+        if not chosen:
+            return SliceResult(0.0, 0, 0, size)
+        flat = torch.cat([torch.as_tensor(row, dtype=torch.int64) for row in rows])
+        index = torch.tensor(chosen)
+        targets = flat[index + 1].to(self.device)
+        with torch.set_grad_enabled(training):
+            hidden = self._rows_pass(key, rows, training=training)
+            picked = hidden.index_select(0, index.to(self.device))
+            loss, figures = cross_entropy(
+                picked, targets, self.decoder.weights.head, 1.0 / max(1, piece.batch_tokens)
+            )
+            if training:
+                loss.backward()  # type: ignore[no-untyped-call]
+        return SliceResult(figures.loss_sum, figures.tokens, figures.correct, size)
+
+    def _claim(
+        self, work: Sequence[SequenceState], prefill_tokens: int
+    ) -> list[tuple[SequenceState, list[int]]]:
+        """Which tokens of which sequences go through the coming pass; their room in the cache is taken."""
+        wanted: list[tuple[SequenceState, list[int]]] = []
+        begun: list[SequenceState] = []
+        room = prefill_tokens
+        for state in work:
+            pending = state.pending()
+            if state.kv_slot is not None and len(pending) == 1:
+                wanted.append((state, pending))
+                continue
+            if room <= 0:
+                continue
+            if state.kv_slot is None:
+                if self._worth_waiting(state, begun):
+                    continue
+                if not self._allocate(state, others=bool(wanted)):
+                    continue
+                pending = state.pending()
+            begun.append(state)
+            wanted.append((state, pending[:room]))
+            room -= min(room, len(pending))
+        return self._extend(work, wanted)
+
+    def _worth_waiting(self, state: SequenceState, begun: Sequence[SequenceState]) -> bool:
+        mine = state.all_tokens()
+        return any(
+            other.key == state.key and common_prefix(other.all_tokens(), mine) - other.done >= _WORTH_WAITING
+            for other in begun
+        )
+
+    def _allocate(self, state: SequenceState, *, others: bool) -> bool:
+        tokens = state.all_tokens()
+        try:
+            state.kv_slot, state.done = self._cache.allocate(tokens, self._cache_key(state.key))
+        except ResourceExhausted:
+            if others:
+                return False
+            raise
+        if not state.tokens:
+            state.cached_tokens = state.done
+        return True
+
+    def _extend(
+        self, work: Sequence[SequenceState], wanted: list[tuple[SequenceState, list[int]]]
+    ) -> list[tuple[SequenceState, list[int]]]:
+        """Takes room for the tokens; when there is none, the last sequences give theirs up and wait."""
+        claimed: list[tuple[SequenceState, list[int]]] = []
+        for state, tokens in wanted:
+            while state.kv_slot is not None:
+                try:
+                    self._cache.extend(state.kv_slot, tokens)
+                except ResourceExhausted:
+                    done = {id(other) for other, _ in claimed}
+                    holders = [
+                        s for s in work if s.kv_slot is not None and s is not state and id(s) not in done
+                    ]
+                    if not holders and not claimed:
+                        raise
+                    self._release(holders[-1] if holders else state)
+                else:
+                    claimed.append((state, tokens))
+                    break
+        return claimed
+
+    def _release(self, state: SequenceState) -> None:
+        if state.kv_slot is not None:
+            self._cache.free(state.kv_slot)
+            state.kv_slot, state.done = None, 0
+
+    def _cached_pass(self, chunks: Sequence[tuple[SequenceState, list[int]]]) -> Tensor:
+        lengths = [len(tokens) for _, tokens in chunks]
+        flat = [token for _, tokens in chunks for token in tokens]
+        places = [state.done + i for state, tokens in chunks for i in range(len(tokens))]
+        return self.decoder.forward(
+            torch.tensor(flat, device=self.device),
+            torch.tensor(places, device=self.device),
+            lengths,
+            [self._slot(state.key) for state, _ in chunks],
+            self._bank,
+            cache=self._cache,
+            kv_slots=[_slot_of(state) for state, _ in chunks],
+            past=[state.done for state, _ in chunks],
+        )
+
+
+def _slot_of(state: SequenceState) -> int:
+    assert state.kv_slot is not None
+    return state.kv_slot
+
+
+def _emit(state: SequenceState, sampled: Sampled) -> StepOutput:
+    state.tokens.append(sampled.token)
+    if sampled.token in state.sampler.params.stop_ids:
+        state.finished = "stop"
+    elif len(state.tokens) >= state.limit:
+        state.finished = "length"
+    return StepOutput(state, sampled)
