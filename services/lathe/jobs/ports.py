@@ -1,0 +1,312 @@
+"""What jobs needs from outside."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass
+from datetime import datetime
+from enum import StrEnum
+from typing import Protocol
+
+from lathe.jobs.model import (
+    AdapterObject,
+    Attempt,
+    BaseRef,
+    Checkpoint,
+    DatasetRef,
+    EngineRecord,
+    Job,
+    JobEvent,
+    JobState,
+    NewEvent,
+    Pool,
+    StepMetrics,
+    SupervisedSpec,
+    TokenObject,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class FileFinding:
+    """One finding of a validation report; line 0 is about the whole file."""
+
+    line: int
+    field: str
+    code: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class User:
+    """On whose behalf a call is made: the fields of the caller's principal."""
+
+    project: str
+    role: str
+    key_id: str
+
+
+class DatasetState(StrEnum):
+    UPLOADING = "uploading"
+    VALIDATING = "validating"
+    READY = "ready"
+    ERROR = "error"
+    DELETING = "deleting"
+
+
+@dataclass(frozen=True, slots=True)
+class DatasetInfo:
+    """What jobs looks at before it takes a dataset."""
+
+    id: str
+    purpose: str
+    state: DatasetState
+    sha256: str = ""
+    findings: tuple[FileFinding, ...] = ()
+    finding_count: int = 0
+
+
+class AuditState(StrEnum):
+    RUNNING = "running"
+    READY = "ready"
+    ERROR = "error"
+
+
+@dataclass(frozen=True, slots=True)
+class Audit:
+    """A dataset rendered and tokenised for one base model."""
+
+    key: str
+    state: AuditState
+    tokens: TokenObject | None = None
+    rows: int = 0
+    truncated_rows: int = 0
+    findings: tuple[FileFinding, ...] = ()
+    finding_count: int = 0
+
+
+class Datasets(Protocol):
+    """The datasets service."""
+
+    async def get(self, project: str, dataset: str, user: User) -> DatasetInfo:
+        """Raises NotFound."""
+        ...
+
+    async def ensure_audit(self, project: str, dataset: str, base_model: str, method: str) -> Audit:
+        """Start it or answer with what there is; safe to repeat. Raises NotFound."""
+        ...
+
+    async def create_result_file(
+        self, project: str, display_name: str, content: bytes, request_id: str
+    ) -> str:
+        """Keep a small file; the dataset's id. The same request_id gives the same id."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class ResolvedModel:
+    """A model id that a client wrote. adapter: set for a tuned model, with the `lora` it was made with."""
+
+    base: BaseRef
+    tunable: bool
+    not_tunable_reason: str = ""
+    methods: tuple[str, ...] = ()
+    adapter: AdapterObject | None = None
+    lora: SupervisedSpec | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterRegistration:
+    """An adapter and what it was made from."""
+
+    project: str
+    model_id: str
+    base: BaseRef
+    object: AdapterObject
+    is_final: bool
+    job: str
+    attempt: str
+    step: int
+    dataset: DatasetRef
+    audit_key: str
+    hyperparameters_json: str
+    seed: int
+    code_version: str
+
+
+class Models(Protocol):
+    """The models service."""
+
+    async def resolve(self, project: str, model_id: str) -> ResolvedModel:
+        """Raises NotFound."""
+        ...
+
+    async def register_adapter(self, adapter: AdapterRegistration) -> None:
+        """Safe to repeat."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Quota:
+    """0 means no limit."""
+
+    max_running_jobs: int = 0
+    max_queued_jobs: int = 0
+
+
+class Accounts(Protocol):
+    """The accounts service."""
+
+    async def get_quota(self, project: str) -> Quota: ...
+
+
+@dataclass(frozen=True, slots=True)
+class LaunchedEngine:
+    """A process that the launcher knows. exit_status: in words, once it has ended."""
+
+    engine_id: str
+    running: bool
+    exit_status: str = ""
+    # Ended by a signal from outside, not by itself.
+    killed: bool = False
+    last_log_line: str = ""
+
+
+class Launcher(Protocol):
+    """What starts engines. Only jobs retries; a launcher never does."""
+
+    async def start(self, engine_id: str, base_model: str, base_digest: str) -> None:
+        """Start one engine process. Safe to repeat for the same id. Raises Unavailable if it cannot be started now."""
+        ...
+
+    async def list(self) -> Sequence[LaunchedEngine]:
+        """Every engine that was started and not forgotten. Raises Unavailable if that cannot be found out."""
+        ...
+
+    async def stop(self, engine_id: str) -> None:
+        """End it if it runs, and forget it. Safe to repeat."""
+        ...
+
+    async def close(self) -> None:
+        """End what would not outlive this process, and free what the launcher holds."""
+        ...
+
+
+class JobSession(Protocol):
+    """The tables within one transaction."""
+
+    async def add_job(self, job: Job, request_id: str, events: Sequence[NewEvent]) -> None:
+        """Raises AlreadyExists if the project used the request_id before."""
+        ...
+
+    async def job_by_request(self, project: str, request_id: str) -> Job | None: ...
+
+    async def job(self, job_id: str, *, lock: bool = False) -> Job | None:
+        """lock: nobody else writes the row until the transaction ends."""
+        ...
+
+    async def save(self, before: Job, after: Job, events: Sequence[NewEvent] = ()) -> Job:
+        """Write `after` over `before` and append events.
+
+        Raises Aborted (reason STALE) if the row's version, state or lease token is no longer `before`'s.
+        """
+        ...
+
+    async def jobs_in(self, states: Sequence[JobState]) -> Sequence[Job]:
+        """Of every project, oldest first."""
+        ...
+
+    async def list_jobs(
+        self,
+        project: str,
+        *,
+        states: Sequence[JobState] = (),
+        metadata: Sequence[tuple[str, str]] = (),
+        after: tuple[datetime, str] | None = None,
+        limit: int,
+    ) -> Sequence[Job]:
+        """Newest first; `after` is the (create_time, id) of the last one seen."""
+        ...
+
+    async def count_jobs(self, project: str, states: Sequence[JobState]) -> int: ...
+
+    async def count_by_state(self) -> dict[JobState, int]: ...
+
+    async def lock_project(self, project: str) -> None:
+        """No two transactions that lock the same project run at the same time."""
+        ...
+
+    async def add_attempt(self, attempt: Attempt) -> None: ...
+
+    async def attempt(self, attempt_id: str) -> Attempt | None: ...
+
+    async def attempts(self, job_id: str) -> Sequence[Attempt]:
+        """Newest first."""
+        ...
+
+    async def open_attempts(self, engine_id: str | None = None) -> Sequence[Attempt]:
+        """Those that hold a lease, of one engine or of all."""
+        ...
+
+    async def renew(self, attempt_id: str, lease_token: str, expire_time: datetime) -> bool:
+        """Move the end of the lease; False if the attempt does not hold it any more."""
+        ...
+
+    async def end_attempt(self, ended: Attempt, *, expired_at: datetime | None = None) -> bool:
+        """Record the outcome, unless there is one already.
+
+        expired_at: only if the lease still ends at this time. False if nothing was written.
+        """
+        ...
+
+    async def put_metrics(self, job_id: str, measured: Sequence[StepMetrics]) -> set[int]:
+        """Insert or replace; the steps that had no row before."""
+        ...
+
+    async def metrics(self, job_id: str) -> Sequence[StepMetrics]:
+        """Ascending by step."""
+        ...
+
+    async def put_checkpoint(self, checkpoint: Checkpoint) -> bool:
+        """Keep it unless the job has one of that step; True if it is new."""
+        ...
+
+    async def delete_checkpoint(self, job_id: str, step: int) -> None: ...
+
+    async def checkpoints(
+        self, job_id: str, *, before_step: int | None = None, limit: int | None = None
+    ) -> Sequence[Checkpoint]:
+        """Newest first."""
+        ...
+
+    async def events(
+        self, job_id: str, *, before: int | None = None, after: int | None = None, limit: int
+    ) -> Sequence[JobEvent]:
+        """With `after`: oldest first, of a higher sequence; otherwise newest first, of a lower one than `before`."""
+        ...
+
+    async def event(self, job_id: str, event_id: str) -> JobEvent | None: ...
+
+    async def put_engine(self, engine: EngineRecord) -> None:
+        """Insert or replace."""
+        ...
+
+    async def engine(self, engine_id: str, *, lock: bool = False) -> EngineRecord | None: ...
+
+    async def engines(self) -> Sequence[EngineRecord]: ...
+
+    async def delete_engine(self, engine_id: str) -> None: ...
+
+    async def pools(self) -> Sequence[Pool]: ...
+
+    async def save_pool(self, before: Pool | None, after: Pool) -> bool:
+        """Insert (before None) or write over the same version; False if somebody else did first."""
+        ...
+
+
+class JobStore(Protocol):
+    """The database of jobs."""
+
+    def read(self) -> AbstractAsyncContextManager[JobSession]: ...
+
+    def write(self) -> AbstractAsyncContextManager[JobSession]: ...

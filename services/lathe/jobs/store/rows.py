@@ -1,0 +1,262 @@
+"""Rows of the database to models and back. Pure."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, fields
+from datetime import datetime
+from typing import Any
+
+from lathe.jobs import model
+from lathe.jobs.model import (
+    AdapterObject,
+    Attempt,
+    BaseRef,
+    Checkpoint,
+    DatasetRef,
+    EngineRecord,
+    EngineState,
+    EventLevel,
+    EventType,
+    Hyperparameters,
+    Job,
+    JobError,
+    JobEvent,
+    JobState,
+    Outcome,
+    Pool,
+    SlicePlan,
+    StepMetrics,
+    SupervisedSpec,
+    TokenObject,
+)
+
+Row = Mapping[str, Any]
+
+_JOB_COLUMNS = frozenset(
+    {"id", "project", "state", "lease_token", "version", "event_sequence", "create_time"}
+)
+
+
+def _time(value: str | None) -> datetime | None:
+    return datetime.fromisoformat(value) if value else None
+
+
+def _lists_to_tuples(value: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: tuple(item) if isinstance(item, list) else item for key, item in value.items()}
+
+
+# How a member of the body is read again; what is not named here is a plain value.
+_READERS: dict[str, Callable[[Any], Any]] = {
+    "base": lambda v: BaseRef(**_lists_to_tuples(v)),
+    "training": lambda v: DatasetRef(**v),
+    "validation": lambda v: DatasetRef(**v),
+    "spec": lambda v: SupervisedSpec(**_lists_to_tuples(v)),
+    "hyperparameters": lambda v: Hyperparameters(**_lists_to_tuples(v)),
+    "initial_adapter": lambda v: AdapterObject(**v),
+    "training_tokens": lambda v: TokenObject(**v),
+    "validation_tokens": lambda v: TokenObject(**v),
+    "slice_plan": lambda v: SlicePlan(**v),
+    "error": lambda v: JobError(**v),
+    "result_files": tuple,
+    "queue_time": _time,
+    "start_time": _time,
+    "finish_time": _time,
+    "estimated_finish_time": _time,
+    "hold_until": _time,
+}
+
+
+def job_values(job: Job) -> dict[str, Any]:
+    """The columns of a job; event_sequence apart, which only the store moves."""
+    whole = asdict(job)
+    body = {key: value for key, value in whole.items() if key not in _JOB_COLUMNS}
+    for key, value in body.items():
+        if isinstance(value, datetime):
+            body[key] = value.isoformat()
+    return {
+        "id": job.id,
+        "project": job.project,
+        "state": str(job.state),
+        "lease_token": job.lease_token,
+        "version": job.version,
+        "create_time": job.create_time,
+        "body": body,
+    }
+
+
+def job(row: Row) -> Job:
+    known = {item.name for item in fields(Job)}
+    # A body that a newer version wrote may have members that this one does not know: leave them out.
+    body = {key: value for key, value in row["body"].items() if key in known}
+    for key, read in _READERS.items():
+        if body.get(key) is not None:
+            body[key] = read(body[key])
+    return Job(
+        id=row["id"],
+        project=row["project"],
+        state=JobState(row["state"]),
+        lease_token=row["lease_token"],
+        version=row["version"],
+        event_sequence=row["event_sequence"],
+        create_time=row["create_time"],
+        **body,
+    )
+
+
+def attempt_values(attempt: Attempt) -> dict[str, Any]:
+    final = attempt.final_adapter or AdapterObject("", "")
+    error = attempt.error or JobError("", "")
+    return {
+        "id": attempt.id,
+        "job_id": attempt.job_id,
+        "number": attempt.number,
+        "engine_id": attempt.engine_id,
+        "lease_token": attempt.lease_token,
+        "lease_expire_time": attempt.lease_expire_time,
+        "create_time": attempt.create_time,
+        "end_time": attempt.end_time,
+        "outcome": str(attempt.outcome) if attempt.outcome is not None else None,
+        "final_prefix": final.prefix,
+        "final_manifest_sha256": final.manifest_sha256,
+        "trained_tokens": attempt.trained_tokens,
+        "error_code": error.code,
+        "error_message": error.message,
+        "error_param": error.param,
+        "step": attempt.step,
+        "code_version": attempt.code_version,
+    }
+
+
+def attempt(row: Row) -> Attempt:
+    final = AdapterObject(row["final_prefix"], row["final_manifest_sha256"])
+    return Attempt(
+        id=row["id"],
+        job_id=row["job_id"],
+        number=row["number"],
+        engine_id=row["engine_id"],
+        lease_token=row["lease_token"],
+        lease_expire_time=row["lease_expire_time"],
+        create_time=row["create_time"],
+        end_time=row["end_time"],
+        outcome=Outcome(row["outcome"]) if row["outcome"] else None,
+        final_adapter=final if final.prefix else None,
+        trained_tokens=row["trained_tokens"],
+        error=JobError(row["error_code"], row["error_message"], row["error_param"])
+        if row["error_code"]
+        else None,
+        step=row["step"],
+        code_version=row["code_version"],
+    )
+
+
+_OPTIONAL_METRICS = (
+    "valid_loss",
+    "valid_mean_token_accuracy",
+    "full_valid_loss",
+    "full_valid_mean_token_accuracy",
+)
+
+
+def metrics(row: Row) -> StepMetrics:
+    values = {item.name: row[item.name] for item in fields(StepMetrics)}
+    for name, value in values.items():
+        if value is None and name not in _OPTIONAL_METRICS:
+            values[name] = math.nan
+    return StepMetrics(**values)
+
+
+def metrics_values(job_id: str, item: StepMetrics) -> dict[str, Any]:
+    return {"job_id": job_id, **asdict(item)}
+
+
+def event(row: Row, of_step: StepMetrics | None) -> JobEvent:
+    return JobEvent(
+        id=row["id"],
+        job_id=row["job_id"],
+        sequence=row["sequence"],
+        create_time=row["create_time"],
+        message=row["message"],
+        type=EventType(row["type"]),
+        level=EventLevel(row["level"]),
+        step=row["step"],
+        metrics=of_step,
+    )
+
+
+def checkpoint(row: Row, of_step: StepMetrics | None) -> Checkpoint:
+    return Checkpoint(
+        id=row["id"],
+        job_id=row["job_id"],
+        step=row["step"],
+        create_time=row["create_time"],
+        object=AdapterObject(row["prefix"], row["manifest_sha256"]),
+        metrics=of_step,
+    )
+
+
+def checkpoint_values(item: Checkpoint) -> dict[str, Any]:
+    return {
+        "id": item.id,
+        "job_id": item.job_id,
+        "step": item.step,
+        "create_time": item.create_time,
+        "prefix": item.object.prefix,
+        "manifest_sha256": item.object.manifest_sha256,
+    }
+
+
+def engine(row: Row) -> EngineRecord:
+    values = {
+        item.name: row[item.name] for item in fields(EngineRecord) if item.name not in ("base", "state")
+    }
+    return EngineRecord(
+        base=BaseRef(row["base_id"], row["base_digest"]), state=EngineState(row["state"]), **values
+    )
+
+
+def engine_values(record: EngineRecord) -> dict[str, Any]:
+    values = {item.name: getattr(record, item.name) for item in fields(EngineRecord) if item.name != "base"}
+    return {
+        **values,
+        "state": str(record.state),
+        "base_id": record.base.id,
+        "base_digest": record.base.digest,
+    }
+
+
+def pool(row: Row) -> Pool:
+    return Pool(
+        base=BaseRef(row["base_id"], row["base_digest"]),
+        demand_time=row["demand_time"],
+        start_failures=row["start_failures"],
+        next_launch_time=row["next_launch_time"],
+        last_error=row["last_error"],
+        version=row["version"],
+    )
+
+
+def pool_values(item: Pool) -> dict[str, Any]:
+    return {
+        "base_digest": item.base.digest,
+        "base_id": item.base.id,
+        "demand_time": item.demand_time,
+        "start_failures": item.start_failures,
+        "next_launch_time": item.next_launch_time,
+        "last_error": item.last_error,
+        "version": item.version,
+    }
+
+
+def new_event_values(job_id: str, event_id: str, sequence: int, now: datetime, new: model.NewEvent) -> Row:
+    return {
+        "id": event_id,
+        "job_id": job_id,
+        "sequence": sequence,
+        "create_time": now,
+        "type": str(new.type),
+        "level": str(new.level),
+        "message": new.message,
+        "step": new.step,
+    }
