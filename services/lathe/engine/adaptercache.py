@@ -1,0 +1,77 @@
+"""Which adapters are in the model's memory for sampling: loaded when first asked for, evicted least used first."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import OrderedDict
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+from lathe.common.errors import FailedPrecondition, ResourceExhausted
+from lathe.common.objectstore.base import ObjectStore
+from lathe.engine.basecache import ensure_adapter
+from lathe.engine.loop import ModelLoop
+from lathe.engine.model import AdapterRef
+
+
+class AdapterCache:
+    """Keys are manifest digests. An adapter in training is served from its published files like any other."""
+
+    def __init__(self, store: ObjectStore, loop: ModelLoop, folder: Path, max_adapters: int) -> None:
+        self._store, self._loop, self._folder, self._limit = store, loop, folder, max_adapters
+        # Key -> how many calls use it; the least recently used first.
+        self._users: OrderedDict[str, int] = OrderedDict()
+        self._fetching: dict[str, asyncio.Lock] = {}
+        self._residence = asyncio.Lock()
+
+    @property
+    def loaded(self) -> int:
+        return len(self._users)
+
+    async def load(self, ref: AdapterRef) -> bool:
+        """Bring it into memory; False when it was there. Raises NotFound, DataLoss, InvalidArgument."""
+        was_there = ref.manifest_sha256 in self._users
+        async with self.using(ref):
+            return not was_there
+
+    @asynccontextmanager
+    async def using(self, ref: AdapterRef | None) -> AsyncIterator[str]:
+        """The engine's key of an adapter ("" for None, the base), which stays in memory inside the block."""
+        if ref is None:
+            yield ""
+            return
+        key = ref.manifest_sha256
+        if key not in self._users:
+            async with self._fetching.setdefault(key, asyncio.Lock()):
+                folder = await ensure_adapter(self._store, ref, self._folder)
+            # One at a time decides who stays in memory; those who are there already do not wait for it.
+            async with self._residence:
+                if key not in self._users:
+                    await self._make_room()
+                    await asyncio.wrap_future(self._loop.load_adapter(key, folder))
+                    self._users[key] = 0
+                self._users[key] += 1
+        else:
+            self._users[key] += 1
+        self._users.move_to_end(key)
+        try:
+            yield key
+        finally:
+            self._users[key] -= 1
+
+    async def _make_room(self) -> None:
+        while len(self._users) >= self._limit:
+            idle = [key for key, users in self._users.items() if users == 0]
+            for key in idle:
+                del self._users[key]
+                try:
+                    await asyncio.wrap_future(self._loop.drop_adapter(key))
+                    break
+                except FailedPrecondition:
+                    # A call has just ended and the model thread has not freed its sequence yet.
+                    self._users[key] = 0
+            else:
+                raise ResourceExhausted(
+                    f"All {self._limit} adapters in memory are in use; try again soon.", retry_after=1.0
+                )

@@ -1,0 +1,138 @@
+"""Base models and adapters on local disk, by digest.
+
+A base model's manifest is the object `basemodels/<digest>.json`, written by the models service when it commits the
+model: `{"digest": …, "files": [{"path", "size", "sha256"}, …]}`; the bytes are at `blobs/<sha256>`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import hashlib
+import json
+import os
+import re
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path, PurePosixPath
+from shutil import rmtree
+
+from lathe.common.clock import Clock
+from lathe.common.errors import DataLoss, InvalidArgument, NotFound
+from lathe.common.objectstore.base import ObjectStore
+from lathe.engine.checkpoints import MANIFEST, OPTIMIZER, FileEntry, Manifest, digest_file, fetch_files
+from lathe.engine.model import AdapterRef
+
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+
+
+def base_manifest_key(digest: str) -> str:
+    """Where a base model's list of files is."""
+    return f"basemodels/{digest}.json"
+
+
+def parse_base_manifest(data: bytes, digest: str) -> tuple[FileEntry, ...]:
+    """The files of a base model. Raises DataLoss for anything that is not its manifest."""
+    try:
+        content = json.loads(data)
+        if content["digest"] != digest:
+            raise ValueError(f"it is the manifest of {content['digest']}")
+        entries = tuple(
+            FileEntry(str(item["path"]), int(item["size"]), str(item["sha256"])) for item in content["files"]
+        )
+        for entry in entries:
+            parts = PurePosixPath(entry.path).parts
+            if (
+                not parts
+                or ".." in parts
+                or entry.path.startswith("/")
+                or not _DIGEST.fullmatch(entry.sha256)
+            ):
+                raise ValueError(f"{entry.path!r} is no path inside a folder, or has no digest")
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataLoss(f"The manifest of base model {digest} cannot be read: {error}.") from error
+    if not entries:
+        raise DataLoss(f"The manifest of base model {digest} names no file.")
+    return entries
+
+
+async def ensure_base(store: ObjectStore, digest: str, cache: Path, clock: Clock) -> Path:
+    """The folder with a base model's files, fetched if it is not there yet.
+
+    Several engines may share `cache`: one fetches under a lock file, the others wait. Raises NotFound for a
+    digest that nobody registered, DataLoss for bytes that do not match, Unavailable while the store is away.
+    """
+    if not _DIGEST.fullmatch(digest):
+        raise InvalidArgument(f"base_digest must be a SHA-256 in lower-case hex, not {digest!r}.")
+    target = cache / "base" / digest
+    async with _locked(cache / "base" / f"{digest}.lock", clock):
+        if target.is_dir():
+            return target
+        try:
+            data = await store.get(base_manifest_key(digest))
+        except NotFound as error:
+            raise NotFound(
+                f"No base model with digest {digest} is registered in the object store."
+            ) from error
+        partial = target.with_name(f"{digest}.partial")
+        await asyncio.to_thread(rmtree, partial, ignore_errors=True)
+        for entry in parse_base_manifest(data, digest):
+            path = partial / entry.path
+            path.parent.mkdir(parents=True, exist_ok=True)
+            await _fetch_blob(store, entry, path)
+        partial.rename(target)
+    return target
+
+
+async def _fetch_blob(store: ObjectStore, entry: FileEntry, path: Path) -> None:
+    try:
+        await store.fetch(f"blobs/{entry.sha256}", path)
+    except NotFound as error:
+        raise DataLoss(f"blobs/{entry.sha256} ({entry.path}) is gone from the object store.") from error
+    if await asyncio.to_thread(digest_file, path) != entry.sha256:
+        raise DataLoss(f"blobs/{entry.sha256} ({entry.path}) does not have that SHA-256.")
+
+
+async def ensure_adapter(store: ObjectStore, ref: AdapterRef, cache: Path) -> Path:
+    """The folder with an adapter's PEFT files, verified against the manifest that `ref` names.
+
+    Raises NotFound when there is no such adapter, DataLoss when its bytes are not those that were registered.
+    """
+    prefix = ref.prefix.rstrip("/")
+    if not _DIGEST.fullmatch(ref.manifest_sha256):
+        raise InvalidArgument("adapter.manifest_sha256 must be a SHA-256 in lower-case hex.")
+    target = cache / "adapters" / ref.manifest_sha256
+    if target.is_dir():
+        return target
+    try:
+        data = await store.get(f"{prefix}/{MANIFEST}")
+    except NotFound as error:
+        raise NotFound(f"There is no adapter at {prefix}.") from error
+    if hashlib.sha256(data).hexdigest() != ref.manifest_sha256:
+        raise DataLoss(f"The manifest at {prefix} is not the one that was registered.")
+    entries = [entry for entry in Manifest.from_bytes(data).files if entry.path != OPTIMIZER]
+    partial = target.with_name(f"{ref.manifest_sha256}.{os.getpid()}.partial")
+    await asyncio.to_thread(rmtree, partial, ignore_errors=True)
+    await fetch_files(store, prefix, entries, partial)
+    if target.is_dir():  # another engine on this cache was quicker
+        await asyncio.to_thread(rmtree, partial)
+    else:
+        partial.rename(target)
+    return target
+
+
+@asynccontextmanager
+async def _locked(path: Path, clock: Clock) -> AsyncIterator[None]:
+    """Hold an advisory lock; it ends with the process, so a killed engine leaves none behind."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                await clock.sleep(0.2)
+        try:
+            yield
+        finally:
+            fcntl.flock(file, fcntl.LOCK_UN)

@@ -1,0 +1,208 @@
+"""Checkpoints in the object store: files first, `manifest.json` last. One exists when its manifest does.
+
+jobs/<job>/<attempt>/checkpoints/step-<n>/   adapter_config.json, adapter_model.safetensors, optimizer.safetensors
+jobs/<job>/<attempt>/final/                  adapter_config.json, adapter_model.safetensors
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import logging
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from shutil import rmtree
+
+from lathe.common.errors import DataLoss, NotFound
+from lathe.common.objectstore.base import ObjectStore
+from lathe.engine.model import AdapterRef, CheckpointReport, SlicePlan, Snapshot, SnapshotKind, StepMetrics
+
+logger = logging.getLogger(__name__)
+
+MANIFEST = "manifest.json"
+OPTIMIZER = "optimizer.safetensors"
+# One may be damaged or half deleted; the one before it is then the start.
+RESUME_KEPT = 2
+_VERSION = 1
+_MANIFEST_KEY = re.compile(r"checkpoints/step-\d+/manifest\.json$")
+
+
+@dataclass(frozen=True, slots=True)
+class FileEntry:
+    """One file of a folder in the store. sha256: lower-case hex."""
+
+    path: str
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """What a checkpoint or a final adapter consists of, and what going on from it needs."""
+
+    kind: SnapshotKind
+    step: int
+    epoch: int
+    total_steps: int
+    trained_tokens: int
+    slice_plan: SlicePlan
+    files: tuple[FileEntry, ...]
+    metrics: StepMetrics | None = None
+    halvings: Mapping[int, int] | None = None
+    # Steps measured but not yet heard by jobs when this was written: the next attempt reports them.
+    unreported: tuple[StepMetrics, ...] = ()
+
+    def to_bytes(self) -> bytes:
+        """Canonical JSON: the same manifest is the same bytes."""
+        content = asdict(self) | {"version": _VERSION, "kind": str(self.kind)}
+        content["halvings"] = {str(step): times for step, times in sorted((self.halvings or {}).items())}
+        return (json.dumps(content, sort_keys=True, indent=1) + "\n").encode()
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> Manifest:
+        """Raises DataLoss if it is not a manifest that this version can read."""
+        try:
+            content = json.loads(data)
+            if content.pop("version") != _VERSION:
+                raise ValueError("another version of the format")
+            content["kind"] = SnapshotKind(content["kind"])
+            content["slice_plan"] = SlicePlan(**content["slice_plan"])
+            content["files"] = tuple(FileEntry(**entry) for entry in content["files"])
+            metrics = content["metrics"]
+            content["metrics"] = StepMetrics(**metrics) if metrics is not None else None
+            content["unreported"] = tuple(StepMetrics(**row) for row in content["unreported"])
+            content["halvings"] = {int(step): int(n) for step, n in content["halvings"].items()}
+            unknown = set(content) - {item.name for item in fields(cls)}
+            if unknown:
+                raise ValueError(f"unknown fields {sorted(unknown)}")
+            return cls(**content)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise DataLoss(f"A checkpoint's manifest cannot be read: {error}.") from error
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A complete checkpoint, its files verified and in a local folder.
+
+    epochs: every epoch's checkpoint up to it, oldest first; some may never have been reported.
+    """
+
+    ref: AdapterRef
+    manifest: Manifest
+    folder: Path
+    epochs: tuple[CheckpointReport, ...] = ()
+
+
+def checkpoint_prefix(output_prefix: str, snapshot: Snapshot) -> str:
+    """Where a snapshot of the attempt with this output prefix goes; without a slash at the end."""
+    base = output_prefix.rstrip("/")
+    return (
+        f"{base}/final"
+        if snapshot.kind is SnapshotKind.FINAL
+        else f"{base}/checkpoints/step-{snapshot.step:08d}"
+    )
+
+
+def digest_file(path: Path) -> str:
+    """The file's SHA-256 in lower-case hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def describe(snapshot: Snapshot, plan: SlicePlan, unreported: Sequence[StepMetrics] = ()) -> Manifest:
+    """The manifest of a snapshot's folder. Blocks while it hashes."""
+    entries = tuple(
+        FileEntry(name, (snapshot.folder / name).stat().st_size, digest_file(snapshot.folder / name))
+        for name in sorted(snapshot.files)
+    )
+    return Manifest(
+        kind=snapshot.kind,
+        step=snapshot.step,
+        epoch=snapshot.epoch,
+        total_steps=snapshot.total_steps,
+        trained_tokens=snapshot.trained_tokens,
+        slice_plan=plan,
+        files=entries,
+        metrics=snapshot.metrics,
+        halvings=snapshot.halvings,
+        unreported=tuple(row for row in unreported if row.step <= snapshot.step),
+    )
+
+
+async def upload(store: ObjectStore, prefix: str, folder: Path, manifest: Manifest) -> AdapterRef:
+    """Put the files, then the manifest. Repeating it after any failure is safe."""
+    for entry in manifest.files:
+        await store.put_file(f"{prefix}/{entry.path}", folder / entry.path)
+    data = manifest.to_bytes()
+    await store.put(f"{prefix}/{MANIFEST}", data)
+    return AdapterRef(prefix, hashlib.sha256(data).hexdigest())
+
+
+async def delete(store: ObjectStore, prefix: str) -> None:
+    """Remove a checkpoint: its manifest first, so that it never looks whole while it is not."""
+    await store.delete(f"{prefix}/{MANIFEST}")
+    await store.delete_prefix(f"{prefix}/")
+
+
+async def fetch_files(store: ObjectStore, prefix: str, entries: Sequence[FileEntry], folder: Path) -> None:
+    """Bring files below `prefix` into `folder`. Raises DataLoss when one is gone or not what was written."""
+    await asyncio.to_thread(folder.mkdir, parents=True, exist_ok=True)
+    for entry in entries:
+        key, path = f"{prefix}/{entry.path}", folder / entry.path
+        try:
+            await store.fetch(key, path)
+        except NotFound as error:
+            raise DataLoss(f"{key} is gone from the object store.") from error
+        if await asyncio.to_thread(digest_file, path) != entry.sha256:
+            raise DataLoss(f"{key} does not have the SHA-256 that its manifest states.")
+
+
+async def newest_complete(store: ObjectStore, prefixes: Sequence[str], scratch: Path) -> Found | None:
+    """The complete checkpoint with the most steps under `prefixes` (newest attempt first), files verified.
+
+    Whether it was ever reported does not matter. A damaged one is passed over with a line in the log.
+    scratch: a folder for the files. Raises Unavailable while the store is away.
+    """
+    candidates = await _candidates(store, prefixes)
+    for prefix, manifest, digest in candidates:
+        folder = scratch / f"from-{manifest.step:08d}-{digest[:12]}"
+        try:
+            await fetch_files(store, prefix, manifest.files, folder)
+        except DataLoss as error:
+            logger.warning("checkpoint %s is damaged and passed over: %s", prefix, error)
+            await asyncio.to_thread(rmtree, folder, ignore_errors=True)
+        else:
+            epochs = {
+                other.step: CheckpointReport(other.step, AdapterRef(place, sha256), other.metrics)
+                for place, other, sha256 in candidates
+                if other.kind is SnapshotKind.EPOCH and other.step <= manifest.step
+            }
+            ordered = tuple(epochs[step] for step in sorted(epochs))
+            return Found(AdapterRef(prefix, digest), manifest, folder, ordered)
+    return None
+
+
+async def _candidates(store: ObjectStore, prefixes: Sequence[str]) -> list[tuple[str, Manifest, str]]:
+    found: list[tuple[int, int, str, Manifest, str]] = []
+    for age, attempt in enumerate(prefixes):
+        async for item in store.list(attempt.rstrip("/") + "/checkpoints/"):
+            if _MANIFEST_KEY.search(item.key) is None:
+                continue
+            prefix = item.key.removesuffix(f"/{MANIFEST}")
+            try:
+                data = await store.get(item.key)
+                manifest = Manifest.from_bytes(data)
+            except (NotFound, DataLoss) as error:
+                logger.warning("checkpoint %s is passed over: %s", prefix, error)
+                continue
+            if any(entry.path == OPTIMIZER for entry in manifest.files):
+                found.append((-manifest.step, age, prefix, manifest, hashlib.sha256(data).hexdigest()))
+    return [(prefix, manifest, digest) for *_, prefix, manifest, digest in sorted(found, key=lambda f: f[:2])]
+
+
+def resumes_to_drop(kept: Sequence[str]) -> tuple[str, ...]:
+    """Of an attempt's resume checkpoints, oldest first, those to delete."""
+    return tuple(kept[: max(0, len(kept) - RESUME_KEPT)])

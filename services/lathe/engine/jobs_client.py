@@ -1,0 +1,216 @@
+"""jobs over gRPC: model to proto and back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import grpc
+
+from lathe.common.errors import Unavailable
+from lathe.common.rpc.channel import call
+from lathe.engine.model import (
+    Action,
+    AdapterRef,
+    Attempt,
+    AttemptError,
+    CheckpointReport,
+    HeartbeatReply,
+    HeldLease,
+    Outcome,
+    Progress,
+    Registration,
+    SlicePlan,
+    StepMetrics,
+    Terms,
+    TokenRef,
+    TrainingConfig,
+)
+from lathe.v1 import jobs_pb2, models_pb2, worker_pb2, worker_pb2_grpc
+
+_ACTIONS = {
+    worker_pb2.DIRECTIVE_ACTION_CANCEL: Action.CANCEL,
+    worker_pb2.DIRECTIVE_ACTION_PAUSE: Action.PAUSE,
+    worker_pb2.DIRECTIVE_ACTION_PREEMPT: Action.PREEMPT,
+    worker_pb2.DIRECTIVE_ACTION_LEASE_LOST: Action.LEASE_LOST,
+}
+_OUTCOMES = {
+    Outcome.SUCCEEDED: worker_pb2.ATTEMPT_OUTCOME_SUCCEEDED,
+    Outcome.FAILED: worker_pb2.ATTEMPT_OUTCOME_FAILED,
+    Outcome.RELEASED: worker_pb2.ATTEMPT_OUTCOME_RELEASED,
+    Outcome.CANCELLED: worker_pb2.ATTEMPT_OUTCOME_CANCELLED,
+    Outcome.RETRYABLE: worker_pb2.ATTEMPT_OUTCOME_RETRYABLE,
+}
+# A heartbeat that takes longer than this has missed its purpose.
+HEARTBEAT_TIMEOUT_S = 3.0
+DEFAULT_HEARTBEAT_S = 3.0
+DEFAULT_LEASE_TERM_S = 15.0
+
+
+class GrpcJobs:
+    """The `Jobs` port over a channel of `common.rpc.channel.connect`."""
+
+    def __init__(self, channel: grpc.aio.Channel) -> None:
+        self._stub = worker_pb2_grpc.WorkerServiceStub(channel)
+
+    async def register(self, registration: Registration) -> Terms:
+        request = worker_pb2.RegisterRequest(
+            engine_id=registration.engine_id,
+            base_model=registration.base_model,
+            base_digest=registration.base_digest,
+            address=registration.address,
+            capacity=worker_pb2.Capacity(
+                max_attempts=registration.max_attempts,
+                max_sequences=registration.max_sequences,
+                device=registration.device,
+                threads=registration.threads,
+            ),
+            code_version=registration.code_version,
+        )
+        answer = await call(self._stub.Register, request)
+        return Terms(
+            answer.heartbeat_interval.ToNanoseconds() / 1e9 or DEFAULT_HEARTBEAT_S,
+            answer.lease_term.ToNanoseconds() / 1e9 or DEFAULT_LEASE_TERM_S,
+        )
+
+    async def heartbeat(
+        self,
+        engine_id: str,
+        leases: Sequence[HeldLease],
+        *,
+        active_sequences: int,
+        memory_bytes: int,
+        draining: bool,
+    ) -> HeartbeatReply:
+        request = worker_pb2.HeartbeatRequest(
+            engine_id=engine_id,
+            leases=[
+                worker_pb2.HeldLease(attempt_id=lease.attempt_id, lease_token=lease.lease_token)
+                for lease in leases
+            ],
+            active_sequences=active_sequences,
+            memory_bytes=memory_bytes,
+            draining=draining,
+        )
+        answer = await call(self._stub.Heartbeat, request, timeout=HEARTBEAT_TIMEOUT_S)
+        directives = tuple(
+            (item.attempt_id, _ACTIONS[item.action]) for item in answer.directives if item.action in _ACTIONS
+        )
+        return HeartbeatReply(directives, answer.reregister, answer.shut_down)
+
+    async def lease(self, engine_id: str) -> Attempt | None:
+        answer = await call(self._stub.LeaseAttempt, worker_pb2.LeaseAttemptRequest(engine_id=engine_id))
+        return attempt_from(answer.attempt) if answer.HasField("attempt") else None
+
+    async def report(self, lease: HeldLease, progress: Progress) -> None:
+        plan = progress.slice_plan
+        request = worker_pb2.ReportProgressRequest(
+            attempt_id=lease.attempt_id,
+            lease_token=lease.lease_token,
+            metrics=[metrics_pb(row) for row in progress.metrics],
+            checkpoints=[_checkpoint_pb(item) for item in progress.checkpoints],
+            slice_plan=_plan_pb(plan) if plan is not None else None,
+            total_steps=progress.total_steps,
+        )
+        await call(self._stub.ReportProgress, request)
+
+    async def complete(
+        self,
+        lease: HeldLease,
+        outcome: Outcome,
+        *,
+        step: int,
+        trained_tokens: int,
+        final_adapter: AdapterRef | None = None,
+        error: AttemptError | None = None,
+    ) -> None:
+        request = worker_pb2.CompleteAttemptRequest(
+            attempt_id=lease.attempt_id,
+            lease_token=lease.lease_token,
+            outcome=_OUTCOMES[outcome],
+            step=step,
+            trained_tokens=trained_tokens,
+            final_adapter=_adapter_pb(final_adapter) if final_adapter is not None else None,
+            error=jobs_pb2.JobError(code=error.code, message=error.message) if error is not None else None,
+        )
+        await call(self._stub.CompleteAttempt, request)
+
+    async def deregister(self, engine_id: str) -> None:
+        await call(self._stub.Deregister, worker_pb2.DeregisterRequest(engine_id=engine_id), timeout=3.0)
+
+
+def metrics_pb(row: StepMetrics) -> jobs_pb2.StepMetrics:
+    """The fields have the same names on both sides."""
+    return jobs_pb2.StepMetrics(
+        step=row.step,
+        total_steps=row.total_steps,
+        train_loss=row.train_loss,
+        train_mean_token_accuracy=row.train_mean_token_accuracy,
+        learning_rate=row.learning_rate,
+        tokens_per_second=row.tokens_per_second,
+        trained_tokens=row.trained_tokens,
+        valid_loss=row.valid_loss,
+        valid_mean_token_accuracy=row.valid_mean_token_accuracy,
+        full_valid_loss=row.full_valid_loss,
+        full_valid_mean_token_accuracy=row.full_valid_mean_token_accuracy,
+        step_seconds=row.step_seconds,
+        grad_norm=row.grad_norm,
+        epoch=row.epoch,
+    )
+
+
+def attempt_from(pb: worker_pb2.Attempt) -> Attempt:
+    """A lease. Raises Unavailable for one that names no training object: jobs is not done with it."""
+    if not pb.training.object_key:
+        raise Unavailable(f"Attempt {pb.attempt_id} names no training object.")
+    config = pb.config
+    plan = pb.slice_plan
+    initial = pb.initial_adapter
+    return Attempt(
+        attempt_id=pb.attempt_id,
+        lease_token=pb.lease_token,
+        job=pb.job,
+        output_prefix=pb.output_prefix,
+        training=TokenRef(pb.training.object_key, pb.training.sha256),
+        validation=TokenRef(pb.validation.object_key, pb.validation.sha256)
+        if pb.validation.object_key
+        else None,
+        config=TrainingConfig(
+            n_epochs=config.n_epochs,
+            batch_size=config.batch_size,
+            learning_rate=config.learning_rate,
+            seed=config.seed,
+            warmup_fraction=config.warmup_fraction,
+            weight_decay=config.weight_decay,
+            max_grad_norm=config.max_grad_norm,
+            lora_r=config.lora_r,
+            lora_alpha=config.lora_alpha,
+            target_modules=tuple(config.target_modules),
+            base_model=config.base_model,
+        ),
+        slice_plan=SlicePlan(plan.train_tokens_per_slice, plan.threads, plan.dtype, plan.device)
+        if plan.train_tokens_per_slice
+        else None,
+        earlier_prefixes=tuple(pb.earlier_prefixes),
+        initial_adapter=AdapterRef(initial.prefix, initial.manifest_sha256) if initial.prefix else None,
+    )
+
+
+def _plan_pb(plan: SlicePlan) -> worker_pb2.SlicePlan:
+    return worker_pb2.SlicePlan(
+        train_tokens_per_slice=plan.train_tokens_per_slice,
+        threads=plan.threads,
+        dtype=plan.dtype,
+        device=plan.device,
+    )
+
+
+def _adapter_pb(ref: AdapterRef) -> models_pb2.AdapterObject:
+    return models_pb2.AdapterObject(prefix=ref.prefix, manifest_sha256=ref.manifest_sha256)
+
+
+def _checkpoint_pb(item: CheckpointReport) -> worker_pb2.CheckpointReport:
+    return worker_pb2.CheckpointReport(
+        step=item.step,
+        object=_adapter_pb(item.ref),
+        metrics=metrics_pb(item.metrics) if item.metrics is not None else None,
+    )

@@ -1,0 +1,386 @@
+"""The model thread: one sampling step, one training turn, again and again; asleep when there is neither.
+
+Everything that touches the model runs here. Other threads hand it commands through an inbox and hear from it
+through a `TokenStream` per sequence and an `emit` callback per attempt, neither of which it ever waits for.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+from collections import deque
+from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Lock
+from typing import Protocol
+
+from lathe.common.clock import Clock
+from lathe.common.errors import Aborted, Internal, LatheError, ResourceExhausted
+from lathe.common.metrics import Metrics
+from lathe.engine.engine import SequenceState
+from lathe.engine.model import AttemptEvent, Ended, Outcome, Share, Snapshot, StepMetrics, choose, outcome_of
+from lathe.engine.ports import SampleVerbs
+from lathe.engine.recipes.sft import RecipeEvent, SliceDone
+from lathe.engine.sampling import SamplingParams
+from lathe.engine.streams import StreamFinished, StreamStarted, TokenStream
+
+logger = logging.getLogger(__name__)
+
+# A sequence whose reader takes nothing for this long is cancelled.
+SUSPENDED_LIMIT_S = 30.0
+# How often an idle loop looks at suspended sequences, and a busy one at its memory.
+TICK_S = 1.0
+
+
+class Recipe(Protocol):
+    """A training method as the loop runs it; see recipes/sft.py."""
+
+    step: int
+    trained_tokens: int
+
+    def turns(self) -> Generator[RecipeEvent, None, None]: ...
+    def snapshot(self) -> Snapshot | None: ...
+    def close(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class LoopLimits:
+    """max_sequences: sampled at once; max_waiting: accepted beyond them; stream_tokens: a reader's queue."""
+
+    max_sequences: int = 32
+    max_waiting: int = 64
+    stream_tokens: int = 256
+    prefill_tokens: int = 256
+
+
+@dataclass(frozen=True, slots=True)
+class LoopStatus:
+    """What the loop last said of itself; any thread may read it."""
+
+    active: int = 0
+    waiting: int = 0
+    adapters: int = 0
+    memory_bytes: int = 0
+
+
+@dataclass(slots=True)
+class _Open:
+    stream: TokenStream
+    key: str
+    prompt: Sequence[int]
+    params: SamplingParams
+    state: SequenceState | None = None
+    started: bool = False
+    suspended_at: float | None = None
+
+
+@dataclass(slots=True)
+class _Training:
+    attempt_id: str
+    recipe: Recipe
+    turns: Generator[RecipeEvent, None, None]
+    emit: Callable[[AttemptEvent], None]
+    order: int
+    consumed: int
+    suspended: bool = False
+
+
+class ModelLoop:
+    """Commands may come from any thread; `run` (or `run_once`, in tests) belongs to one."""
+
+    def __init__(
+        self, engine: SampleVerbs, clock: Clock, limits: LoopLimits, metrics: Metrics | None = None
+    ) -> None:
+        self._engine, self._clock, self._limits = engine, clock, limits
+        self._metrics = metrics if metrics is not None else Metrics()
+        self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._waiting: deque[_Open] = deque()
+        self._active: list[_Open] = []
+        self._attempts: list[_Training] = []
+        self._arrivals = 0
+        self._stopping = False
+        self._lock = Lock()
+        self._accepted = 0
+        self._status = LoopStatus()
+        self._status_at = float("-inf")
+
+    # Commands: any thread.
+
+    @property
+    def status(self) -> LoopStatus:
+        return self._status
+
+    @property
+    def open_sequences(self) -> int:
+        """Accepted and not ended yet."""
+        return self._accepted
+
+    def open(
+        self, key: str, prompt: Sequence[int], params: SamplingParams, on_ready: Callable[[], None]
+    ) -> TokenStream:
+        """Sample a sequence with adapter `key` ("" is the base). Raises ResourceExhausted when too many wait."""
+        with self._lock:
+            if self._accepted >= self._limits.max_sequences + self._limits.max_waiting:
+                raise ResourceExhausted(
+                    f"The engine has {self._accepted} sequences open already; try again soon.",
+                    retry_after=1.0,
+                )
+            self._accepted += 1
+        stream = TokenStream(self._limits.stream_tokens, on_ready, self.wake)
+        entry = _Open(stream, key, prompt, params)
+        self._inbox.put(lambda: self._waiting.append(entry))
+        return stream
+
+    def cancel(self, stream: TokenStream) -> None:
+        """Free a sequence whose reader has gone. Harmless when it has ended."""
+        self._inbox.put(lambda: self._cancel(stream))
+
+    def wake(self) -> None:
+        """Look again: a reader made room."""
+        self._inbox.put(_nothing)
+
+    def load_adapter(self, key: str, folder: Path) -> Future[None]:
+        """Bring an adapter's files into memory for sampling; loading one twice is harmless."""
+        return self._call(lambda: self._load(key, folder))
+
+    def drop_adapter(self, key: str) -> Future[None]:
+        """Take an adapter out of memory. Raises FailedPrecondition while a sequence uses it."""
+        return self._call(lambda: self._engine.drop_adapter(key))
+
+    def start(self, attempt_id: str, recipe: Recipe, emit: Callable[[AttemptEvent], None]) -> None:
+        """Train. `emit` is called in the model thread; an Ended is the last event, and the only one after
+        which the attempt's adapter is gone."""
+        self._inbox.put(lambda: self._start(attempt_id, recipe, emit))
+
+    def cancel_attempt(self, attempt_id: str) -> None:
+        """End it as CANCELLED at the next slice."""
+        self._inbox.put(lambda: self._end(attempt_id, Outcome.CANCELLED))
+
+    def release_attempt(self, attempt_id: str) -> None:
+        """Snapshot the last whole step and end it as RELEASED."""
+        self._inbox.put(lambda: self._end(attempt_id, Outcome.RELEASED))
+
+    def drop_attempt(self, attempt_id: str) -> None:
+        """Forget it without a word: its lease is another engine's."""
+        self._inbox.put(lambda: self._end(attempt_id, None))
+
+    def suspend_attempt(self, attempt_id: str, suspended: bool) -> None:
+        """Stop at the next slice and keep the state, or go on: its lease has run out, or was renewed."""
+        self._inbox.put(lambda: self._suspend(attempt_id, suspended))
+
+    def stop(self) -> None:
+        """Return from `run` after the current turn; open sequences end as Aborted."""
+        self._inbox.put(self._stop)
+
+    # The model thread.
+
+    def run(self) -> None:
+        """Until `stop`."""
+        while not self._stopping:
+            if not self.run_once() and not self._stopping:
+                self._wait()
+
+    def run_once(self) -> bool:
+        """Take the commands, sample one step, train one turn. False when there was nothing to compute."""
+        while not self._inbox.empty():
+            self._inbox.get()()
+        self._expire()
+        self._admit()
+        sampled = self._sample()
+        trained = self._train()
+        self._refresh(force=not (sampled or trained))
+        return sampled or trained
+
+    def _wait(self) -> None:
+        suspended = any(entry.suspended_at is not None for entry in self._active)
+        try:
+            self._inbox.get(timeout=TICK_S if suspended else None)()
+        except queue.Empty:
+            return
+
+    def _call(self, work: Callable[[], None]) -> Future[None]:
+        future: Future[None] = Future()
+
+        def command() -> None:
+            if not future.set_running_or_notify_cancel():
+                return
+            try:
+                work()
+            except Exception as error:
+                future.set_exception(error)
+            else:
+                future.set_result(None)
+
+        self._inbox.put(command)
+        return future
+
+    def _load(self, key: str, folder: Path) -> None:
+        if key not in self._engine.adapter_keys():
+            self._engine.load_adapter(key, folder)
+
+    def _stop(self) -> None:
+        self._stopping = True
+        self._refuse_all(Aborted("The engine stopped; ask again.", reason="ENGINE_STOPPED"))
+        for training in self._attempts:
+            training.turns.close()
+        self._attempts.clear()
+
+    def _refuse_all(self, error: LatheError) -> None:
+        for entry in [*self._active, *self._waiting]:
+            entry.stream.put(error)
+            self._release(entry)
+        self._active.clear()
+        self._waiting.clear()
+
+    # Sampling.
+
+    def _admit(self) -> None:
+        while self._waiting and len(self._active) < self._limits.max_sequences:
+            entry = self._waiting.popleft()
+            try:
+                entry.state = self._engine.open_sequence(entry.key, entry.prompt, entry.params)
+            except Exception as error:
+                self._fail(entry, error)
+            else:
+                self._active.append(entry)
+
+    def _expire(self) -> None:
+        now = self._clock.monotonic()
+        for entry in list(self._active):
+            if entry.stream.has_room():
+                entry.suspended_at = None
+            elif entry.suspended_at is None:
+                entry.suspended_at = now
+            elif now - entry.suspended_at >= SUSPENDED_LIMIT_S:
+                self._active.remove(entry)
+                self._fail(entry, ResourceExhausted("The reader took no token for 30 seconds."))
+
+    def _sample(self) -> bool:
+        ready = [entry for entry in self._active if entry.suspended_at is None]
+        if not ready:
+            return False
+        entries = {id(entry.state): entry for entry in ready}
+        states = [entry.state for entry in ready if entry.state is not None]
+        try:
+            outputs = self._engine.step(states, prefill_tokens=self._limits.prefill_tokens)
+        except ResourceExhausted as error:
+            # Not even one fits: the one that got nothing yet is the one to go.
+            victim = next((entry for entry in ready if not entry.started), ready[-1])
+            self._active.remove(victim)
+            self._fail(victim, error)
+            return True
+        except Exception as error:
+            logger.exception("a sampling step failed")
+            for entry in ready:
+                self._active.remove(entry)
+                self._fail(entry, error)
+            return True
+        for output in outputs:
+            entry = entries[id(output.state)]
+            if not entry.started:
+                entry.started = True
+                cached = output.state.cached_tokens
+                entry.stream.put(StreamStarted(cached))
+                self._metrics.engine_tokens.labels("prompt").inc(output.state.prompt_tokens - cached)
+            entry.stream.put(output.sampled)
+            if output.state.finished is not None:
+                entry.stream.put(StreamFinished(output.state.finished))
+                self._active.remove(entry)
+                self._release(entry)
+        self._metrics.engine_tokens.labels("sampled").inc(len(outputs))
+        return True
+
+    def _cancel(self, stream: TokenStream) -> None:
+        for entries in (self._active, self._waiting):
+            for entry in list(entries):
+                if entry.stream is stream:
+                    entries.remove(entry)
+                    self._release(entry)
+
+    def _fail(self, entry: _Open, error: Exception) -> None:
+        known = error if isinstance(error, LatheError) else Internal(f"Sampling failed: {error}"[:500])
+        entry.stream.put(known)
+        self._release(entry)
+
+    def _release(self, entry: _Open) -> None:
+        if entry.state is not None:
+            self._engine.close_sequence(entry.state)
+        with self._lock:
+            self._accepted -= 1
+
+    # Training.
+
+    def _start(self, attempt_id: str, recipe: Recipe, emit: Callable[[AttemptEvent], None]) -> None:
+        self._arrivals += 1
+        # A newcomer begins level with the others, or it would hold the model until it had caught up.
+        consumed = min((training.consumed for training in self._attempts), default=0)
+        self._attempts.append(_Training(attempt_id, recipe, recipe.turns(), emit, self._arrivals, consumed))
+
+    def _train(self) -> bool:
+        runnable = [training for training in self._attempts if not training.suspended]
+        if not runnable:
+            return False
+        training = runnable[choose([Share(item.order, item.consumed) for item in runnable])]
+        try:
+            event = next(training.turns, None)
+        except Exception as error:
+            logger.exception("attempt %s failed", training.attempt_id)
+            outcome, reason = outcome_of(error)
+            recipe = training.recipe
+            self._remove(training)
+            training.emit(Ended(outcome, recipe.step, recipe.trained_tokens, reason))
+            return True
+        if event is None:
+            self._remove(training)
+            training.emit(Ended(Outcome.SUCCEEDED, training.recipe.step, training.recipe.trained_tokens))
+        elif isinstance(event, SliceDone):
+            training.consumed += event.tokens
+            self._metrics.engine_tokens.labels("train").inc(event.tokens)
+        else:
+            if isinstance(event, StepMetrics):
+                self._metrics.engine_step_seconds.observe(event.step_seconds)
+            training.emit(event)
+        return True
+
+    def _end(self, attempt_id: str, outcome: Outcome | None) -> None:
+        """outcome None: without a word."""
+        for training in [item for item in self._attempts if item.attempt_id == attempt_id]:
+            try:
+                snapshot = training.recipe.snapshot() if outcome is Outcome.RELEASED else None
+            except Exception as error:
+                # Given back all the same: the next attempt goes on from the checkpoint before.
+                logger.warning("no checkpoint of attempt %s at its release: %s", attempt_id, error)
+                snapshot = None
+            step, tokens = training.recipe.step, training.recipe.trained_tokens
+            self._remove(training)
+            if snapshot is not None:
+                training.emit(snapshot)
+            if outcome is not None:
+                training.emit(Ended(outcome, step, tokens))
+
+    def _suspend(self, attempt_id: str, suspended: bool) -> None:
+        for training in self._attempts:
+            if training.attempt_id == attempt_id:
+                training.suspended = suspended
+
+    def _remove(self, training: _Training) -> None:
+        self._attempts.remove(training)
+        training.recipe.close()
+
+    def _refresh(self, *, force: bool) -> None:
+        now = self._clock.monotonic()
+        if not force and now - self._status_at < TICK_S and len(self._active) == self._status.active:
+            return
+        self._status_at = now
+        memory = self._engine.memory()
+        held = memory.base_bytes + memory.adapter_bytes + memory.optimizer_bytes + memory.kv_bytes
+        adapters = len(self._engine.adapter_keys())
+        self._status = LoopStatus(len(self._active), len(self._waiting), adapters, held)
+        self._metrics.engine_memory_bytes.set(held)
+        self._metrics.engine_adapters_loaded.set(adapters)
+
+
+def _nothing() -> None:
+    """A command that only wakes the loop."""

@@ -1,0 +1,298 @@
+"""An engine as a process: the wiring, in order. `python -m lathe.engine.main`, started by a launcher."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import secrets
+import signal
+import sys
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import Future
+from contextlib import asynccontextmanager
+from functools import partial
+from pathlib import Path
+from shutil import rmtree
+from threading import Thread
+
+from lathe import __version__
+from lathe.common.clock import Clock, SystemClock
+from lathe.common.errors import Unavailable
+from lathe.common.metrics import Metrics
+from lathe.common.objectstore.base import ObjectStore
+from lathe.common.objectstore.factory import open_store
+from lathe.common.rpc.auth import ServiceAuthenticator, ServiceCredentials, read_token
+from lathe.common.rpc.channel import connect
+from lathe.common.rpc.server import Registration, RpcServer, build_server
+from lathe.common.service import RunningService, run_service
+from lathe.engine.adaptercache import AdapterCache
+from lathe.engine.attempts import AttemptSettings
+from lathe.engine.basecache import ensure_base
+from lathe.engine.engine import Engine
+from lathe.engine.jobs_client import GrpcJobs
+from lathe.engine.loop import LoopLimits, ModelLoop
+from lathe.engine.model import Registration as EngineRegistration
+from lathe.engine.model import SlicePlan
+from lathe.engine.servicer import EngineServicer, Serving
+from lathe.engine.settings import EngineSettings
+from lathe.engine.worker import Worker, WorkerSettings
+from lathe.v1.engine_pb2_grpc import add_EngineServiceServicer_to_server
+
+logger = logging.getLogger(__name__)
+
+# A turn is short; a thread that is still busy after this ends with the process.
+STOP_S = 30.0
+
+Leave = Callable[[], None]
+
+
+def stop_this_process() -> None:
+    """Go the way that SIGTERM goes."""
+    signal.raise_signal(signal.SIGTERM)
+
+
+class ModelThread:
+    """Loads the model and then runs the loop, all in one thread: torch's settings are partly per thread."""
+
+    def __init__(
+        self, load: Callable[[], Engine], loop_of: Callable[[Engine], ModelLoop], broke: Leave
+    ) -> None:
+        self._load, self._loop_of, self._broke = load, loop_of, broke
+        self._loaded: Future[tuple[Engine, ModelLoop]] = Future()
+        self._loop: ModelLoop | None = None
+        self._thread = Thread(target=self._run, name="model", daemon=True)
+
+    async def start(self) -> tuple[Engine, ModelLoop]:
+        """Raises what loading raised, such as InvalidArgument for an architecture that is not supported."""
+        self._thread.start()
+        return await asyncio.wrap_future(self._loaded)
+
+    def stop(self) -> None:
+        """End the loop after its current turn. Blocks until then."""
+        if self._loop is not None:
+            self._loop.stop()
+            self._thread.join(STOP_S)
+
+    def _run(self) -> None:
+        try:
+            engine = self._load()
+            self._loop = self._loop_of(engine)
+        except BaseException as error:
+            self._loaded.set_exception(error)
+            return
+        self._loaded.set_result((engine, self._loop))
+        try:
+            self._loop.run()
+        except BaseException:
+            logger.exception("the model thread broke")
+            self._broke()
+
+
+@asynccontextmanager
+async def running(
+    settings: EngineSettings,
+    metrics: Metrics,
+    *,
+    clock: Clock | None = None,
+    leave: Leave = stop_this_process,
+) -> AsyncIterator[RunningService]:
+    """An engine, registered with jobs or trying to be. NOT_SERVING while it loads; leaving it drains.
+
+    leave: called when there is a reason to end (jobs says so or is gone, the parent died, Drain). Raises
+    LatheErrors when the base model cannot be had or loaded.
+    """
+    clock = clock or SystemClock()
+    os.nice(settings.nice)
+    store = open_store(settings.store)
+    shutdown = Shutdown(settings.drain_grace_s, leave)
+    servicer = EngineServicer(lambda: secrets.randbits(63), shutdown.request)
+    server = _server(settings, servicer, metrics)
+    await server.start()
+    await server.set_serving(False)
+    limits = LoopLimits(settings.max_sequences, settings.max_waiting)
+    try:
+        folder = await _base_folder(settings, store, clock)
+        thread = ModelThread(
+            partial(_load, settings, folder), lambda engine: ModelLoop(engine, clock, limits, metrics), leave
+        )
+        engine, loop = await thread.start()
+    except BaseException:
+        await server.stop(0)
+        raise
+    channel = connect(settings.jobs_address, _engine_token(settings))
+    worker = _worker(
+        settings, engine, loop, jobs=GrpcJobs(channel), store=store, clock=clock, port=server.port
+    )
+    servicer.attach(_serving(settings, engine, loop, store, worker))
+    await server.set_serving(True)
+    working = asyncio.create_task(_work(worker, shutdown))
+    try:
+        yield RunningService("engine", server.port, server.health_port)
+    finally:
+        await server.set_serving(False)
+        servicer.draining = True
+        working.cancel()
+        await asyncio.gather(working, return_exceptions=True)
+        await asyncio.gather(
+            worker.drain(shutdown.grace_s, report=shutdown.jobs_listens),
+            _streams_end(loop, clock, shutdown.grace_s),
+        )
+        shutdown.done()
+        await asyncio.to_thread(thread.stop)
+        await server.stop()
+        await channel.close()
+        await asyncio.to_thread(rmtree, _work_folder(settings), ignore_errors=True)
+
+
+class Shutdown:
+    """Why and how the engine ends; `request` serves the Drain call."""
+
+    def __init__(self, grace_s: float, leave: Leave) -> None:
+        self.grace_s, self.jobs_listens = grace_s, True
+        self._leave = leave
+        self._drained: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    def begin(self, reason: str, *, jobs_listens: bool) -> None:
+        """Start the end."""
+        logger.info("The engine ends: %s.", reason)
+        self.jobs_listens = jobs_listens
+        if not jobs_listens:
+            # Whoever started it may be starting another one already.
+            self.grace_s = min(self.grace_s, 10.0)
+        self._leave()
+
+    def request(self, grace_s: float | None) -> asyncio.Future[None]:
+        """Drain; the answer is done when everything was given back."""
+        if grace_s is not None:
+            self.grace_s = grace_s
+        if not self._drained.done():
+            self.begin("it was told to drain", jobs_listens=True)
+        return self._drained
+
+    def done(self) -> None:
+        if not self._drained.done():
+            self._drained.set_result(None)
+
+
+async def _work(worker: Worker, shutdown: Shutdown) -> None:
+    left = await worker.run()
+    shutdown.begin(left.reason, jobs_listens=left.jobs_listens)
+
+
+async def _streams_end(loop: ModelLoop, clock: Clock, grace_s: float) -> None:
+    """Wait for the open streams, at most `grace_s` seconds."""
+    end = clock.monotonic() + grace_s
+    while loop.open_sequences and clock.monotonic() < end:
+        await clock.sleep(0.1)
+
+
+async def _base_folder(settings: EngineSettings, store: ObjectStore, clock: Clock) -> Path:
+    """Fetch the base model, waiting for the store as long as for jobs. Raises LatheErrors."""
+    end = clock.monotonic() + settings.orphan_timeout_s
+    while True:
+        try:
+            return await ensure_base(store, settings.base_digest, settings.cache_folder, clock)
+        except Unavailable as error:
+            if clock.monotonic() > end or parent_died(settings.parent_pid):
+                raise
+            logger.warning("the base model cannot be fetched yet: %s", error)
+            await clock.sleep(1.0)
+
+
+def _load(settings: EngineSettings, folder: Path) -> Engine:
+    return Engine.load(
+        folder,
+        device=settings.device,
+        dtype=settings.dtype,
+        threads=settings.model_threads(),
+        kv_budget_bytes=settings.kv_budget_mb << 20,
+    )
+
+
+def _server(settings: EngineSettings, servicer: EngineServicer, metrics: Metrics) -> RpcServer:
+    credentials = ServiceCredentials.from_files(
+        settings.rpc.service_token_file, settings.rpc.engine_token_file
+    )
+    registration = Registration(add_EngineServiceServicer_to_server, servicer, "lathe.v1.EngineService")
+    return build_server([registration], settings.rpc, ServiceAuthenticator(credentials), metrics)
+
+
+def _engine_token(settings: EngineSettings) -> str | None:
+    path = settings.rpc.engine_token_file
+    return read_token(path) if path is not None else None
+
+
+def _worker(
+    settings: EngineSettings,
+    engine: Engine,
+    loop: ModelLoop,
+    *,
+    jobs: GrpcJobs,
+    store: ObjectStore,
+    clock: Clock,
+    port: int,
+) -> Worker:
+    dtype = str(engine.dtype).removeprefix("torch.")
+    threads = settings.model_threads()
+    registration = EngineRegistration(
+        engine_id=settings.engine_id,
+        base_model=settings.base_model,
+        base_digest=settings.base_digest,
+        address=settings.advertise_address or f"{settings.rpc.host}:{port}",
+        max_attempts=settings.max_attempts,
+        max_sequences=settings.max_sequences,
+        device=settings.device,
+        threads=threads,
+        code_version=__version__,
+    )
+    attempts = AttemptSettings(
+        work=_work_folder(settings),
+        cache=settings.cache_folder,
+        plan=SlicePlan(settings.slice_tokens(), threads, dtype, settings.device),
+        checkpoint_interval_s=settings.checkpoint_interval_s,
+    )
+    return Worker(
+        registration=registration,
+        engine=engine,
+        loop=loop,
+        jobs=jobs,
+        store=store,
+        clock=clock,
+        attempts=attempts,
+        settings=WorkerSettings(settings.orphan_timeout_s, partial(parent_died, settings.parent_pid)),
+    )
+
+
+def _serving(
+    settings: EngineSettings, engine: Engine, loop: ModelLoop, store: ObjectStore, worker: Worker
+) -> Serving:
+    return Serving(
+        engine_id=settings.engine_id,
+        base_model=settings.base_model,
+        base_digest=settings.base_digest,
+        context_length=engine.context_length,
+        dtype=str(engine.dtype).removeprefix("torch."),
+        threads=settings.model_threads(),
+        loop=loop,
+        adapters=AdapterCache(store, loop, settings.cache_folder, settings.max_adapters),
+        attempts=lambda: worker.attempts,
+    )
+
+
+def _work_folder(settings: EngineSettings) -> Path:
+    return settings.cache_folder / "work" / settings.engine_id
+
+
+def parent_died(parent_pid: int | None) -> bool:
+    """Whether the process that started this one is gone: an orphan is given another parent."""
+    return parent_pid is not None and os.getppid() != parent_pid
+
+
+def main() -> int:
+    """Run an engine until a signal, or until it has a reason to end; the exit code."""
+    return run_service(running, EngineSettings)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,243 @@
+"""What the engine's shell speaks about: attempts, leases, plans, metrics, snapshots. No torch, no gRPC."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+
+from lathe.common.errors import FailedPrecondition, InvalidArgument, LatheError
+
+
+@dataclass(frozen=True, slots=True)
+class SlicePlan:
+    """What fixes the order of floating-point operations of a job; chosen at its first step, then kept.
+
+    dtype: `bfloat16` or `float32`. device: `cpu` or `cuda`.
+    """
+
+    train_tokens_per_slice: int
+    threads: int
+    dtype: str
+    device: str
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterRef:
+    """Where an adapter's files are: a prefix of the store (no trailing slash) and its manifest's SHA-256."""
+
+    prefix: str
+    manifest_sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class TokenRef:
+    """One Arrow object of tokens and masks."""
+
+    object_key: str
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingConfig:
+    """Resolved hyperparameters. learning_rate is the peak; base_model is written into adapter_config.json."""
+
+    n_epochs: int
+    batch_size: int
+    learning_rate: float
+    seed: int
+    warmup_fraction: float = 0.0
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    lora_r: int = 16
+    lora_alpha: float = 32.0
+    target_modules: tuple[str, ...] = ()
+    base_model: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """One lease of a job. output_prefix ends with a slash: `jobs/{job}/{attempt}/`."""
+
+    attempt_id: str
+    lease_token: str
+    job: str
+    output_prefix: str
+    training: TokenRef
+    config: TrainingConfig
+    validation: TokenRef | None = None
+    slice_plan: SlicePlan | None = None
+    earlier_prefixes: tuple[str, ...] = ()
+    initial_adapter: AdapterRef | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class StepMetrics:
+    """What one optimizer step measured. step and epoch are 1-based; losses are means over trained tokens."""
+
+    step: int
+    total_steps: int
+    train_loss: float
+    train_mean_token_accuracy: float
+    learning_rate: float
+    tokens_per_second: float
+    trained_tokens: int
+    step_seconds: float
+    grad_norm: float
+    epoch: int
+    valid_loss: float | None = None
+    valid_mean_token_accuracy: float | None = None
+    full_valid_loss: float | None = None
+    full_valid_mean_token_accuracy: float | None = None
+
+
+class SnapshotKind(StrEnum):
+    """epoch: shown to the user; resume: only for going on after a loss; final: the job's result."""
+
+    EPOCH = "epoch"
+    RESUME = "resume"
+    FINAL = "final"
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """The state after `step` optimizer steps, written to a local folder by the model thread.
+
+    halvings: step index -> how often its slices were halved after running out of memory.
+    trained_tokens: of all steps so far, those of earlier attempts included.
+    """
+
+    kind: SnapshotKind
+    step: int
+    epoch: int
+    total_steps: int
+    trained_tokens: int
+    folder: Path
+    files: tuple[str, ...]
+    metrics: StepMetrics | None
+    halvings: Mapping[int, int] = field(default_factory=dict)
+
+
+class Outcome(StrEnum):
+    """How an attempt ended, as jobs counts it."""
+
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+    RELEASED = "released"
+    CANCELLED = "cancelled"
+    RETRYABLE = "retryable"
+
+
+@dataclass(frozen=True, slots=True)
+class AttemptError:
+    """What the user reads when an attempt failed. code as in OpenAI's job errors."""
+
+    code: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """An attempt runs no more on this engine."""
+
+    outcome: Outcome
+    step: int
+    trained_tokens: int = 0
+    error: AttemptError | None = None
+
+
+AttemptEvent = StepMetrics | Snapshot | Ended
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointReport:
+    """A checkpoint whose manifest is in the store."""
+
+    step: int
+    ref: AdapterRef
+    metrics: StepMetrics | None
+
+
+class Action(StrEnum):
+    """What jobs asks for in a heartbeat's answer."""
+
+    CANCEL = "cancel"
+    PAUSE = "pause"
+    PREEMPT = "preempt"
+    LEASE_LOST = "lease_lost"
+
+
+@dataclass(frozen=True, slots=True)
+class HeldLease:
+    """A lease that the engine holds."""
+
+    attempt_id: str
+    lease_token: str
+
+
+@dataclass(frozen=True, slots=True)
+class HeartbeatReply:
+    """directives: (attempt id, action)."""
+
+    directives: tuple[tuple[str, Action], ...] = ()
+    reregister: bool = False
+    shut_down: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Registration:
+    """What an engine says of itself."""
+
+    engine_id: str
+    base_model: str
+    base_digest: str
+    address: str
+    max_attempts: int
+    max_sequences: int
+    device: str
+    threads: int
+    code_version: str
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """What jobs asks of an engine, in seconds."""
+
+    heartbeat_interval: float
+    lease_term: float
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """One report. slice_plan and total_steps go with the first one."""
+
+    metrics: tuple[StepMetrics, ...] = ()
+    checkpoints: tuple[CheckpointReport, ...] = ()
+    slice_plan: SlicePlan | None = None
+    total_steps: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """One attempt in the choice of the next slice: order of arrival and tokens trained here so far."""
+
+    order: int
+    consumed: int
+
+
+def choose(shares: Sequence[Share]) -> int:
+    """The index of the attempt whose slice is next: the one with the fewest tokens so far, then the oldest.
+
+    With equal slices this is: the oldest job's next slice, then the others', each in turn.
+    """
+    return min(range(len(shares)), key=lambda index: (shares[index].consumed, shares[index].order))
+
+
+def outcome_of(error: BaseException) -> tuple[Outcome, AttemptError]:
+    """How an attempt that raised `error` ended: what the input causes fails the job, all else is tried again."""
+    if isinstance(error, (InvalidArgument, FailedPrecondition)):
+        return Outcome.FAILED, AttemptError(error.reason.lower(), error.message)
+    if isinstance(error, LatheError):
+        return Outcome.RETRYABLE, AttemptError("server_error", error.message)
+    return Outcome.RETRYABLE, AttemptError("server_error", f"{type(error).__name__}: {error}"[:500])

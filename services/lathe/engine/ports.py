@@ -1,0 +1,88 @@
+"""What the engine's shell needs: the verbs of the numerical core, and jobs. Each has a real adapter and a fake."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+from lathe.engine.adapters import LoraSpec
+from lathe.engine.engine import EngineMemory, SequenceState, SliceResult, StepOutput, TrainSlice
+from lathe.engine.model import (
+    AdapterRef,
+    Attempt,
+    AttemptError,
+    HeartbeatReply,
+    HeldLease,
+    Outcome,
+    Progress,
+    Registration,
+    Terms,
+)
+from lathe.engine.sampling import SamplingParams
+
+
+class TrainVerbs(Protocol):
+    """What a recipe is written with. See `lathe.engine.engine.Engine` for the meanings."""
+
+    def create_adapter(self, key: str, config: LoraSpec, seed: int) -> None: ...
+    def drop_adapter(self, key: str) -> None: ...
+    def adapter_keys(self) -> tuple[str, ...]: ...
+    def forward_backward(self, key: str, piece: TrainSlice) -> SliceResult: ...
+    def evaluate(self, key: str, piece: TrainSlice) -> SliceResult: ...
+    def optim_step(self, key: str, lr: float, *, clip: float = 1.0, weight_decay: float = 0.0) -> float: ...
+    def zero_grad(self, key: str) -> None: ...
+    def save(
+        self, key: str, folder: Path, *, with_optimizer: bool, base_model: str = ""
+    ) -> tuple[str, ...]: ...
+    def restore(self, key: str, folder: Path) -> int: ...
+
+
+class SampleVerbs(Protocol):
+    """What serving is written with."""
+
+    def load_adapter(self, key: str, folder: Path) -> None: ...
+    def drop_adapter(self, key: str) -> None: ...
+    def adapter_keys(self) -> tuple[str, ...]: ...
+    def open_sequence(self, key: str, prompt: Sequence[int], params: SamplingParams) -> SequenceState: ...
+    def step(self, sequences: Sequence[SequenceState], *, prefill_tokens: int = 256) -> list[StepOutput]: ...
+    def close_sequence(self, state: SequenceState) -> None: ...
+    def memory(self) -> EngineMemory: ...
+
+
+class Verbs(TrainVerbs, SampleVerbs, Protocol):
+    """The whole numerical core."""
+
+
+class Jobs(Protocol):
+    """What an engine says to jobs. Raises Unavailable or DeadlineExceeded while jobs is away, and Aborted for
+    a lease token that is not valid any more."""
+
+    async def register(self, registration: Registration) -> Terms: ...
+
+    async def heartbeat(
+        self,
+        engine_id: str,
+        leases: Sequence[HeldLease],
+        *,
+        active_sequences: int,
+        memory_bytes: int,
+        draining: bool,
+    ) -> HeartbeatReply: ...
+
+    async def lease(self, engine_id: str) -> Attempt | None: ...
+
+    async def report(self, lease: HeldLease, progress: Progress) -> None: ...
+
+    async def complete(
+        self,
+        lease: HeldLease,
+        outcome: Outcome,
+        *,
+        step: int,
+        trained_tokens: int,
+        final_adapter: AdapterRef | None = None,
+        error: AttemptError | None = None,
+    ) -> None: ...
+
+    async def deregister(self, engine_id: str) -> None: ...

@@ -1,0 +1,56 @@
+"""The settings of an engine."""
+
+import os
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+
+from lathe.common.service import ProcessSettings
+from lathe.common.settings import RpcSettings, StoreSettings
+
+# A slice of this many tokens of a 135M-parameter model takes well under a second on two CPU threads, and on a
+# data-centre GPU is large enough to keep it busy.
+DEFAULT_SLICE_TOKENS = {"cpu": 320, "cuda": 8192}
+
+
+class EngineSettings(ProcessSettings, service="engine"):
+    """`LATHE_ENGINE_…`, or `LATHE_…` for what all services share. Launchers set them."""
+
+    engine_id: str = Field(description="eng-…, given by the launcher")
+    base_model: str = Field(description="baseModels/…")
+    base_digest: str = Field(description="of the base model's files, lower-case hex")
+    jobs_address: str = Field(description="host:port of WorkerService")
+    advertise_address: str | None = Field(
+        None, description="host:port for the gateway; what rpc binds if unset"
+    )
+    rpc: RpcSettings = RpcSettings()
+    store: StoreSettings
+    cache_folder: Path = Field(description="base models and adapters by digest; may be shared by engines")
+
+    device: Literal["cpu", "cuda"] = "cpu"
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    threads: int | None = Field(
+        None, ge=1, description="of the model; all cores the process may use if unset"
+    )
+    nice: int = Field(0, ge=0, le=19, description="lets other processes on the machine go first")
+    train_tokens_per_slice: int | None = Field(None, ge=1, description="320 on a CPU, 8192 on a GPU if unset")
+    checkpoint_interval_s: float = Field(60.0, gt=0, description="how much training a kill may lose")
+
+    max_attempts: int = Field(1, ge=1, le=4)
+    max_sequences: int = Field(32, ge=1)
+    max_waiting: int = Field(64, ge=0)
+    max_adapters: int = Field(16, ge=1, description="in memory for sampling; the least recently used goes")
+    kv_budget_mb: int = Field(1024, ge=1)
+
+    parent_pid: int | None = Field(None, description="leave when this process has died")
+    orphan_timeout_s: float = Field(600.0, gt=0, description="leave when jobs was out of reach for so long")
+    drain_grace_s: float = Field(30.0, ge=0, description="for checkpoints and open streams at a stop")
+
+    def slice_tokens(self) -> int:
+        """What train_tokens_per_slice means."""
+        return self.train_tokens_per_slice or DEFAULT_SLICE_TOKENS[self.device]
+
+    def model_threads(self) -> int:
+        """What threads means."""
+        return self.threads or len(os.sched_getaffinity(0))
