@@ -160,6 +160,10 @@ class PeerDatasets:
     def __init__(self, peers: Peers) -> None:
         self._peers = peers
 
+    async def get(self, principal: Principal, name: str) -> datasets_pb2.Dataset:
+        request = datasets_pb2.GetDatasetRequest(name=name)
+        return await self._peers.call(self._peers.datasets.GetDataset, request, principal=principal)
+
     async def target(self, principal: Principal, name: str) -> UploadTarget:
         request = datasets_pb2.GetUploadRequest(name=name)
         found = await self._peers.call(self._peers.datasets_internal.GetUpload, request, principal=principal)
@@ -173,8 +177,7 @@ class PeerDatasets:
         return await self._peers.call(method, request, principal=principal, timeout=_COMMIT_TIMEOUT_S)
 
     async def blob_key(self, principal: Principal, name: str) -> str:
-        request = datasets_pb2.GetDatasetRequest(name=name)
-        dataset = await self._peers.call(self._peers.datasets.GetDataset, request, principal=principal)
+        dataset = await self.get(principal, name)
         if dataset.state != datasets_pb2.DATASET_STATE_READY:
             state = datasets_pb2.DatasetState.Name(dataset.state).removeprefix("DATASET_STATE_").lower()
             raise FailedPrecondition(

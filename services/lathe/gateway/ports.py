@@ -125,6 +125,10 @@ class EngineConnector(Protocol):
 class DatasetOwner(Protocol[Committed_co]):
     """The datasets service as uploads need it."""
 
+    async def get(self, principal: Principal, name: str) -> Committed_co:
+        """The dataset as it is. Raises NotFound."""
+        ...
+
     async def target(self, principal: Principal, name: str) -> UploadTarget:
         """Where the dataset's bytes go. Raises NotFound."""
         ...

@@ -30,4 +30,3 @@ class GatewaySettings(ProcessSettings):
     auth_cache_s: float = Field(5.0, ge=0, le=60, description="the bound on how long a revoked key works")
     model_cache_s: float = Field(5.0, ge=0, le=60)
     forward_timeout_s: float = Field(60.0, gt=0, description="deadline of calls that come without one")
-    upload_idle_timeout_s: float = Field(120.0, gt=0, description="an upload that sends nothing so long ends")

@@ -1,0 +1,195 @@
+"""The gateway as a process: the wiring, in order."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import sys
+from collections.abc import AsyncIterator, Coroutine
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import replace
+from typing import Any
+
+import grpc
+
+from lathe import __version__
+from lathe.common.clock import Clock, SystemClock
+from lathe.common.db import Database, check_schema
+from lathe.common.errors import LatheError
+from lathe.common.ids import IdFactory, RandomIds
+from lathe.common.metrics import Metrics
+from lathe.common.objectstore.factory import open_store
+from lathe.common.rpc.auth import read_token
+from lathe.common.rpc.channel import connect
+from lathe.common.rpc.server import Registration, RpcServer, build_server
+from lathe.common.service import RunningService, run_service
+from lathe.gateway.auth import Authenticator, MetadataAuthenticator
+from lathe.gateway.engine_client import EngineClients
+from lathe.gateway.engines import EngineDirectory
+from lathe.gateway.forward import Forwarder, methods_of
+from lathe.gateway.gateway import Gateway
+from lathe.gateway.http.app import create_app
+from lathe.gateway.inference import Inference
+from lathe.gateway.peers import AccountsKeys, JobsEngines, PeerChannels, PeerDatasets, PeerModels, Peers
+from lathe.gateway.ports import IdempotencyStore
+from lathe.gateway.resolve import ModelDirectory
+from lathe.gateway.service import DeploymentService
+from lathe.gateway.servicer import DatasetStreams, DeploymentsServicer, InferenceServicer, ModelStreams
+from lathe.gateway.settings import GatewaySettings
+from lathe.gateway.store import SqlDeploymentStore, SqlIdempotencyStore
+from lathe.gateway.tokenizers import TokenizerCache
+from lathe.gateway.uploads import DatasetUploads, ModelUploads
+from lathe.gateway.webserver import serving_http
+from lathe.v1 import accounts_pb2, datasets_pb2, jobs_pb2, models_pb2
+from lathe.v1.deployments_pb2_grpc import add_DeploymentsServiceServicer_to_server
+from lathe.v1.inference_pb2_grpc import add_InferenceServiceServicer_to_server
+
+log = logging.getLogger(__name__)
+
+PACKAGE = "lathe.gateway"
+_SWEEP_EVERY_S = 600.0
+_KEEP_IDEMPOTENCY_S = 3600.0
+
+
+@asynccontextmanager
+async def running(
+    settings: GatewaySettings, metrics: Metrics, *, clock: Clock | None = None, ids: IdFactory | None = None
+) -> AsyncIterator[RunningService]:
+    """The gateway, answering on both doors. Raises FailedPrecondition for a port in use or a database that is
+    not this version's."""
+    clock, ids = clock or SystemClock(), ids or RandomIds()
+    async with AsyncExitStack() as stack:
+        db = Database(settings.db.url.get_secret_value(), settings.db.pool_size)
+        stack.push_async_callback(db.close)
+        await check_schema(db, PACKAGE)
+        token_file = settings.rpc.service_token_file
+        token = read_token(token_file) if token_file is not None else None
+        channels = _channels(settings, token)
+        stack.push_async_callback(channels.close)
+        connector = EngineClients(token)
+        stack.push_async_callback(connector.close)
+
+        gateway = _gateway(settings, metrics, clock, ids, db, Peers(channels), connector)
+        await stack.enter_async_context(_background(gateway.engines.run()))
+        await stack.enter_async_context(_background(_sweep(gateway.idempotency, clock)))
+        server = _server(gateway, channels)
+        await server.start()
+        stack.push_async_callback(server.stop)
+        app = create_app(replace(gateway, grpc_port=server.port))
+        http_port = await stack.enter_async_context(
+            serving_http(app, settings.http_host, settings.http_port, settings.rpc.grace_s)
+        )
+        yield RunningService("gateway", server.port, server.health_port, http_port)
+
+
+def _channels(settings: GatewaySettings, token: str | None) -> PeerChannels:
+    return PeerChannels(
+        accounts=connect(settings.accounts_address, token),
+        datasets=connect(settings.datasets_address, token),
+        models=connect(settings.models_address, token),
+        jobs=connect(settings.jobs_address, token),
+    )
+
+
+def _gateway(
+    settings: GatewaySettings,
+    metrics: Metrics,
+    clock: Clock,
+    ids: IdFactory,
+    db: Database,
+    peers: Peers,
+    connector: EngineClients,
+) -> Gateway:
+    store = open_store(settings.store)
+    models = PeerModels(peers)
+    deployments = SqlDeploymentStore(db)
+    engines = EngineDirectory(JobsEngines(peers), connector, clock)
+    return Gateway(
+        settings=settings,
+        clock=clock,
+        ids=ids,
+        metrics=metrics,
+        authenticator=Authenticator(AccountsKeys(peers), clock, settings.auth_cache_s),
+        peers=peers,
+        datasets=DatasetUploads(PeerDatasets(peers), store, clock, metrics),
+        models=ModelUploads(models, store, ids, metrics),
+        inference=Inference(
+            ModelDirectory(models, deployments, clock, settings.model_cache_s),
+            TokenizerCache(store, settings.cache_folder),
+            engines,
+            clock=clock,
+            ids=ids,
+            metrics=metrics,
+            version=__version__,
+            engine_start_timeout_s=settings.engine_start_timeout_s,
+        ),
+        deployments=DeploymentService(deployments, models, clock),
+        idempotency=SqlIdempotencyStore(db, clock, ids),
+        engines=engines,
+        grpc_port=0,
+        version=__version__,
+    )
+
+
+def _server(gateway: Gateway, channels: PeerChannels) -> RpcServer:
+    registrations = [
+        Registration(
+            add_InferenceServiceServicer_to_server,
+            InferenceServicer(gateway.inference),
+            "lathe.v1.InferenceService",
+        ),
+        Registration(
+            add_DeploymentsServiceServicer_to_server,
+            DeploymentsServicer(gateway.deployments),
+            "lathe.v1.DeploymentsService",
+        ),
+    ]
+    methods = [
+        *methods_of(accounts_pb2.DESCRIPTOR, "AccountsService"),
+        *methods_of(datasets_pb2.DESCRIPTOR, "DatasetsService"),
+        *methods_of(models_pb2.DESCRIPTOR, "ModelsService"),
+        *methods_of(jobs_pb2.DESCRIPTOR, "JobsService"),
+    ]
+    local = DatasetStreams(gateway.datasets).handlers() | ModelStreams(gateway.models).handlers()
+    forwarder = Forwarder(
+        channels.by_service(), methods, local, default_timeout_s=gateway.settings.forward_timeout_s
+    )
+    # Registered like services, so that health and reflection name them; one handler serves them all.
+    registrations += [Registration(_add_forwarder, forwarder, service) for service in channels.by_service()]
+    keys = MetadataAuthenticator(gateway.authenticator)
+    return build_server(registrations, gateway.settings.rpc, keys, gateway.metrics)
+
+
+def _add_forwarder(forwarder: Forwarder, server: grpc.aio.Server) -> None:
+    server.add_generic_rpc_handlers((forwarder,))
+
+
+@asynccontextmanager
+async def _background(work: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
+    """Run a task while inside."""
+    task = asyncio.create_task(work)
+    try:
+        yield
+    finally:
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
+
+
+async def _sweep(idempotency: IdempotencyStore, clock: Clock) -> None:
+    while True:
+        try:
+            await idempotency.sweep(_KEEP_IDEMPOTENCY_S)
+        except LatheError as error:
+            log.warning("Old creates of the HTTP door stay until the next sweep: %s", error)
+        await clock.sleep(_SWEEP_EVERY_S)
+
+
+def main() -> int:
+    """Run the gateway until a signal; the exit code."""
+    return run_service(running, GatewaySettings)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

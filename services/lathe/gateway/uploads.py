@@ -1,0 +1,312 @@
+"""Bytes between clients and the object store: hashed as they pass, handed over to their owner when whole."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import AsyncIterable, AsyncIterator
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+from lathe.common.clock import Clock
+from lathe.common.errors import (
+    Aborted,
+    FailedPrecondition,
+    FieldViolation,
+    InvalidArgument,
+    LatheError,
+    NotFound,
+    OutOfRange,
+    Unavailable,
+)
+from lathe.common.ids import IdFactory
+from lathe.common.metrics import Metrics
+from lathe.common.objectstore.base import ObjectStore
+from lathe.common.rpc.principal import Principal, Role
+from lathe.gateway.auth import demand_role
+from lathe.gateway.model import StoredUpload
+from lathe.gateway.ports import DatasetOwner, ModelOwner
+
+# OpenAI's limits: by /files, and for what comes in parts.
+MAX_FILE_BYTES = 512 * 1024 * 1024
+MAX_RESUMABLE_BYTES = 8 * 1024 * 1024 * 1024
+PART_BYTES = 8 * 1024 * 1024
+_COMMIT_WAITS_S = (0.5, 1.0, 2.0)
+
+Committed = TypeVar("Committed")
+
+
+@dataclass(frozen=True, slots=True)
+class UploadChunk:
+    """One message of a resumable upload. finish: the file is complete; sha256 is then checked if given."""
+
+    offset: int
+    data: bytes
+    finish: bool = False
+    sha256: str = ""
+
+
+class Digest:
+    """Counts and hashes bytes as they pass. Raises InvalidArgument past `max_bytes`."""
+
+    def __init__(self, max_bytes: int | None, metrics: Metrics) -> None:
+        self._hash = hashlib.sha256()
+        self._max_bytes = max_bytes
+        self._metrics = metrics
+        self.size = 0
+
+    def add(self, data: bytes, *, counted: bool = True) -> None:
+        """counted: false for bytes that were uploaded earlier and are only hashed again."""
+        self.size += len(data)
+        if self._max_bytes is not None and self.size > self._max_bytes:
+            raise InvalidArgument(
+                f"The file is larger than {self._max_bytes} bytes; split it into several.",
+                reason="FILE_TOO_LARGE",
+                metadata={"max_bytes": str(self._max_bytes)},
+            )
+        self._hash.update(data)
+        if counted:
+            self._metrics.upload_bytes.inc(len(data))
+
+    async def passing(self, chunks: AsyncIterable[bytes]) -> AsyncIterator[bytes]:
+        """The same chunks."""
+        async for chunk in chunks:
+            self.add(chunk)
+            yield chunk
+
+    @property
+    def sha256(self) -> str:
+        return self._hash.hexdigest()
+
+    def check(self, expected: str | None) -> None:
+        """Raises InvalidArgument unless the bytes have this SHA-256 (in hex; empty or None for any)."""
+        if expected and expected.lower() != self.sha256:
+            message = f"The bytes have the SHA-256 {self.sha256}, not {expected}; upload the file again."
+            raise InvalidArgument(
+                message, reason="SHA256_MISMATCH", violations=[FieldViolation("sha256", message)]
+            )
+
+
+class DatasetUploads(Generic[Committed]):
+    """Datasets going in and out. `Committed` is what the owner answers with."""
+
+    def __init__(
+        self, owner: DatasetOwner[Committed], store: ObjectStore, clock: Clock, metrics: Metrics
+    ) -> None:
+        self._owner = owner
+        self._store = store
+        self._clock = clock
+        self._metrics = metrics
+        self._running: set[str] = set()
+
+    async def put_dataset(
+        self,
+        principal: Principal,
+        dataset_name: str,
+        chunks: AsyncIterable[bytes],
+        *,
+        max_bytes: int = MAX_FILE_BYTES,
+        sha256: str | None = None,
+    ) -> Committed:
+        """Upload a dataset that was just created, in one go.
+
+        Raises InvalidArgument (too large, another SHA-256), NotFound, FailedPrecondition (uploaded before),
+        Unavailable. Whatever is raised, nothing half is stored.
+        """
+        demand_role(principal, Role.MEMBER)
+        with _Alone(self._running, dataset_name):
+            key = await self._open_target(principal, dataset_name)
+            await self._store.delete_prefix(f"{key}/")
+            digest = Digest(max_bytes, self._metrics)
+            await self._store.put(key, digest.passing(chunks))
+            try:
+                digest.check(sha256)
+            except InvalidArgument:
+                await self._store.delete(key)
+                raise
+            return await self._commit(principal, dataset_name, key, digest)
+
+    async def offset(self, principal: Principal, dataset_name: str) -> int:
+        """Where a resumable upload goes on. Raises NotFound, FailedPrecondition once it is complete."""
+        key = await self._open_target(principal, dataset_name)
+        return sum([size for _, size in await self._parts(key)])
+
+    async def put_resumable(
+        self, principal: Principal, dataset_name: str, chunks: AsyncIterable[UploadChunk]
+    ) -> Committed:
+        """Store what comes in parts of 8 MiB; a stream that breaks leaves its whole parts.
+
+        A stream that ends without `finish` stores all it brought, and the dataset stays open. Raises
+        OutOfRange naming the right offset, InvalidArgument for another SHA-256 (the parts are then removed),
+        Aborted while another upload of this dataset runs.
+        """
+        demand_role(principal, Role.MEMBER)
+        with _Alone(self._running, dataset_name):
+            key = await self._open_target(principal, dataset_name)
+            parts = await self._parts(key)
+            digest: Digest | None = None
+            stored = sum(size for _, size in parts)
+            if not parts:
+                # A whole upload whose commit failed: one key cannot be an object and a folder.
+                await self._store.delete(key)
+            writer = _PartWriter(self._store, key, len(parts))
+            async for chunk in chunks:
+                expected = digest.size if digest is not None else stored
+                if chunk.offset != expected:
+                    raise _wrong_offset(chunk.offset, expected)
+                if digest is None:
+                    digest = await self._hashed(parts)
+                digest.add(chunk.data)
+                await writer.write(chunk.data)
+                if chunk.finish:
+                    try:
+                        digest.check(chunk.sha256)
+                    except InvalidArgument:
+                        # What is stored is not the client's file: the next try begins at 0.
+                        await self._store.delete_prefix(f"{key}/")
+                        raise
+                    await writer.flush(last=True)
+                    return await self._commit(principal, dataset_name, key, digest)
+            await writer.flush()
+            return await self._owner.get(principal, dataset_name)
+
+    async def download(
+        self, principal: Principal, dataset_name: str, *, offset: int = 0
+    ) -> AsyncIterator[bytes]:
+        """The bytes of a ready dataset from `offset`; what can be refused is raised before the first byte.
+
+        Raises NotFound, FailedPrecondition while it is not ready, OutOfRange, Unavailable.
+        """
+        key = await self._owner.blob_key(principal, dataset_name)
+        found = await self._store.head(key)
+        if found is None:
+            raise NotFound(f"The bytes of {dataset_name} were not found.")
+        if not 0 <= offset <= found.size:
+            raise OutOfRange(f"read_offset {offset} is not within the {found.size} bytes of {dataset_name}.")
+        return self._store.stream(key, offset=offset)
+
+    async def _open_target(self, principal: Principal, dataset_name: str) -> str:
+        target = await self._owner.target(principal, dataset_name)
+        if not target.open or not target.staging_key:
+            raise FailedPrecondition(
+                f"{dataset_name} has been uploaded already; create another dataset for other bytes.",
+                reason="UPLOAD_COMPLETE",
+            )
+        return target.staging_key
+
+    async def _parts(self, key: str) -> list[tuple[str, int]]:
+        """(key, size) of the stored parts without a gap, in order."""
+        found = {info.key: info.size async for info in self._store.list(f"{key}/")}
+        parts: list[tuple[str, int]] = []
+        while (name := part_key(key, len(parts))) in found:
+            parts.append((name, found[name]))
+        return parts
+
+    async def _hashed(self, parts: list[tuple[str, int]]) -> Digest:
+        digest = Digest(MAX_RESUMABLE_BYTES, self._metrics)
+        for name, _ in parts:
+            async for data in self._store.stream(name):
+                digest.add(data, counted=False)
+        return digest
+
+    async def _commit(self, principal: Principal, name: str, key: str, digest: Digest) -> Committed:
+        """Repeated while the owner is away: committing twice is committing once."""
+        upload = StoredUpload(key, digest.size, digest.sha256)
+        for wait in _COMMIT_WAITS_S:
+            try:
+                return await self._owner.commit(principal, name, upload)
+            except Unavailable:
+                await self._clock.sleep(wait)
+        return await self._owner.commit(principal, name, upload)
+
+
+class ModelUploads(Generic[Committed]):
+    """Files of base models going in."""
+
+    def __init__(
+        self, owner: ModelOwner[Committed], store: ObjectStore, ids: IdFactory, metrics: Metrics
+    ) -> None:
+        self._owner = owner
+        self._store = store
+        self._ids = ids
+        self._metrics = metrics
+
+    async def put_file(
+        self, principal: Principal, base_model: str, path: str, chunks: AsyncIterable[bytes]
+    ) -> Committed:
+        """Upload one file of an import. Raises NotFound for a file that the import did not name,
+        InvalidArgument for bytes other than announced, PermissionDenied below admin, Unavailable."""
+        demand_role(principal, Role.ADMIN)
+        await self._owner.check(principal, base_model, path)
+        key = f"staging/{self._ids.token(32)}"
+        digest = Digest(None, self._metrics)
+        await self._store.put(key, digest.passing(chunks))
+        try:
+            return await self._owner.commit(
+                principal, base_model, path, StoredUpload(key, digest.size, digest.sha256)
+            )
+        except Unavailable:
+            # It may have been taken over all the same; staging expires by itself.
+            raise
+        except LatheError:
+            await self._store.delete(key)
+            raise
+
+
+class _PartWriter:
+    """Cuts a stream into parts of PART_BYTES under a staging key."""
+
+    def __init__(self, store: ObjectStore, key: str, next_part: int) -> None:
+        self._store = store
+        self._key = key
+        self._next = next_part
+        self._held = bytearray()
+
+    async def write(self, data: bytes) -> None:
+        self._held += data
+        while len(self._held) >= PART_BYTES:
+            await self._put(bytes(self._held[:PART_BYTES]))
+            del self._held[:PART_BYTES]
+
+    async def flush(self, *, last: bool = False) -> None:
+        """Store the rest as a shorter part; an empty file is one empty part."""
+        if self._held or (last and self._next == 0):
+            await self._put(bytes(self._held))
+            self._held.clear()
+
+    async def _put(self, data: bytes) -> None:
+        await self._store.put(part_key(self._key, self._next), data)
+        self._next += 1
+
+
+class _Alone:
+    """One upload of a dataset at a time in this gateway; another gateway's is caught by the SHA-256."""
+
+    def __init__(self, running: set[str], name: str) -> None:
+        self._running = running
+        self._name = name
+
+    def __enter__(self) -> None:
+        if self._name in self._running:
+            raise Aborted(
+                f"Another upload of {self._name} is running; wait until it has ended.",
+                reason="UPLOAD_RUNNING",
+            )
+        self._running.add(self._name)
+
+    def __exit__(self, *_: object) -> None:
+        self._running.discard(self._name)
+
+
+def part_key(staging_key: str, number: int) -> str:
+    """staging/{random}/{nnnnn}"""
+    return f"{staging_key}/{number:05d}"
+
+
+def _wrong_offset(given: int, right: int) -> OutOfRange:
+    message = f"write_offset is {given}, but the upload goes on at {right}; ask GetDatasetUpload."
+    return OutOfRange(
+        message,
+        reason="WRONG_OFFSET",
+        metadata={"committed_size": str(right)},
+        violations=[FieldViolation("write_offset", message)],
+    )
