@@ -90,10 +90,10 @@ class MemoryObjectStore:
                 yield self._info(key)
 
     async def copy(self, source: str, target: str) -> None:
-        await self.put(target, await self.get(source))
+        await self.put(validate_key(target), await self.get(source))
 
     async def compose(self, sources: Sequence[str], target: str) -> None:
-        await self.put(target, b"".join([await self.get(source) for source in sources]))
+        await self.put(validate_key(target), b"".join([await self.get(source) for source in sources]))
 
     async def delete(self, key: str) -> None:
         self._usable()

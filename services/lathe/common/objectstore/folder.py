@@ -170,7 +170,7 @@ class FolderStore:
             finally:
                 temporary.unlink(missing_ok=True)
 
-        with _outages("check"):
+        with _outages(None):
             await asyncio.to_thread(work)
 
     def _path(self, key: str) -> Path:
@@ -329,11 +329,11 @@ def _missing(key: str) -> Iterator[None]:
 
 
 @contextmanager
-def _outages(key: str) -> Iterator[None]:
+def _outages(key: str | None) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in _CONFLICTS:
+        if key is not None and error.errno in _CONFLICTS:
             raise InvalidArgument(
                 f"{key!r} cannot be a key: it is the folder of other keys, or inside an object."
             ) from error

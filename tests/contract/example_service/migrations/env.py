@@ -1,0 +1,3 @@
+from lathe.common.db import run_migrations
+
+run_migrations()
