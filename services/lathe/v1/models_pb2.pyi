@@ -50,7 +50,7 @@ class ModelFile(message.Message):
     sha256: builtins.str
     """Lower-case hex."""
     object_key: builtins.str
-    """blobs/{sha256}; empty while the file has not been uploaded."""
+    """Where the bytes are in the object store; empty while the file has not been uploaded."""
     def __init__(
         self,
         *,

@@ -1,0 +1,1 @@
+"""Base models that operators register, and the adapters that jobs produce."""
