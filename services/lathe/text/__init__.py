@@ -1,6 +1,6 @@
-"""Chat templates, tokenizers, rendering and the loss mask; datasets, engine and gateway share it. No torch."""
+"""Chat templates, tokenizers, rendering, the loss mask: shared by datasets, engine and gateway. No torch."""
 
 from __future__ import annotations
 
 VERSION = "1"
-"""Version of the parsing, rendering and mask rules: raise it whenever the same row could give other tokens."""
+"""Version of the parsing, rendering and mask rules: raised whenever the same row could give other tokens."""

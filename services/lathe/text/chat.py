@@ -1,0 +1,337 @@
+"""A JSONL row of chat, or the messages of a request: checked, and brought into the shape that templates read.
+
+The shape: `content` a string (text parts are joined by a newline), `tool_calls` with `arguments` as an object
+(as Hugging Face templates expect), the deprecated `function_call` and role `function` as their successors, no
+null and no `weight` (it lives in `Row.weights`).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+from lathe.text.errors import RowError
+
+Message = dict[str, Any]
+Tool = dict[str, Any]
+
+ROLES = ("system", "developer", "user", "assistant", "tool", "function")
+_ROW_KEYS = frozenset({"messages", "tools", "parallel_tool_calls", "functions"})
+_COMMON_KEYS = frozenset({"role", "content", "name"})
+_ASSISTANT_KEYS = _COMMON_KEYS | {"weight", "tool_calls", "function_call"}
+# What an SDK's own message object carries along, empty for text: accepted as null or empty, then dropped.
+_EMPTY_ASSISTANT_KEYS = frozenset({"refusal", "audio", "annotations"})
+_TOOL_KEYS = _COMMON_KEYS | {"tool_call_id"}
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A training example.
+
+    weights: one per message; 1 where an assistant's turn is trained (the default), 0 elsewhere.
+    tools: None when the row has none.
+    """
+
+    messages: tuple[Message, ...]
+    tools: tuple[Tool, ...] | None
+    parallel_tool_calls: bool | None
+    weights: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """The messages of a request, in the shape that templates read."""
+
+    messages: tuple[Message, ...]
+    tools: tuple[Tool, ...] | None
+
+
+def parse_row(line: bytes) -> Row:
+    """Parses one line of a supervised chat file. Raises RowError, which names the field and the code."""
+    data = decode_json(line)
+    if not isinstance(data, dict):
+        raise RowError("", "data_type", f"a line must be one JSON object, not {_type_name(data)}")
+    if "messages" not in data:
+        raise RowError("messages", "missing_messages_list", "the row has no list of messages")
+    for key in data:
+        if key not in _ROW_KEYS:
+            known = ", ".join(sorted(_ROW_KEYS))
+            raise RowError(key, "message_unrecognized_key", f"unknown key; a row may have {known}")
+    messages, weights = _parse_messages(data["messages"], "messages")
+    if not any(message["role"] == "assistant" for message in messages):
+        raise RowError("messages", "example_missing_assistant_message", "no message has the role assistant")
+    parallel = data.get("parallel_tool_calls")
+    if parallel is not None and not isinstance(parallel, bool):
+        raise RowError("parallel_tool_calls", "invalid_tools", "must be true or false")
+    tools = parse_tools(data.get("tools"), data.get("functions"))
+    return Row(tuple(messages), tools, parallel, tuple(weights))
+
+
+def parse_messages(
+    messages: object,
+    tools: object = None,
+    field_prefix: str = "",
+    *,
+    functions: object = None,
+) -> Conversation:
+    """The same checks for a request at inference; no assistant turn is needed. Raises RowError.
+
+    `field_prefix` is put before each field's path.
+    """
+    parsed, _ = _parse_messages(messages, f"{field_prefix}messages")
+    return Conversation(tuple(parsed), parse_tools(tools, functions, field_prefix))
+
+
+def parse_tools(tools: object, functions: object = None, field_prefix: str = "") -> tuple[Tool, ...] | None:
+    """Checks `tools`, or the deprecated `functions`, which become tools. None and an empty list: no tools."""
+    if tools is not None and functions is not None:
+        raise RowError(f"{field_prefix}functions", "invalid_tools", "give tools or functions, not both")
+    name = "tools" if functions is None else "functions"
+    entries = tools if functions is None else functions
+    path = f"{field_prefix}{name}"
+    if entries is None:
+        return None
+    if not isinstance(entries, list):
+        raise RowError(path, "invalid_tools", f"must be a list, not {_type_name(entries)}")
+    found: list[Tool] = []
+    for index, entry in enumerate(entries):
+        tool = {"type": "function", "function": entry} if name == "functions" else entry
+        _check_tool(tool, f"{path}[{index}]", "" if name == "functions" else ".function")
+        found.append(tool)
+    _check_unicode(found, path)
+    return tuple(found) or None
+
+
+def decode_json(line: bytes) -> Any:
+    """Strict JSON of one line. Raises RowError with code invalid_utf8 or invalid_json."""
+    try:
+        text = line.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise RowError("", "invalid_utf8", f"byte {error.start + 1} of the line is not UTF-8") from None
+    try:
+        return json.loads(text, parse_constant=_refuse_constant)
+    except json.JSONDecodeError as error:
+        place = f"at character {error.pos + 1} of {len(text)}"
+        raise RowError("", "invalid_json", f"the line is not JSON: {error.msg} {place}") from None
+    except (ValueError, RecursionError) as error:
+        cause = "nested too deeply" if isinstance(error, RecursionError) else str(error)
+        raise RowError("", "invalid_json", f"the line is not JSON: {cause}") from None
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not a JSON number")
+
+
+def _parse_messages(messages: object, path: str) -> tuple[list[Message], list[int]]:
+    if not isinstance(messages, list):
+        raise RowError(
+            path, "missing_messages_list", f"must be a list of messages, not {_type_name(messages)}"
+        )
+    if not messages:
+        raise RowError(path, "missing_messages_list", "the list of messages is empty")
+    parsed: list[Message] = []
+    weights: list[int] = []
+    for index, message in enumerate(messages):
+        result, weight = _parse_message(message, f"{path}[{index}]")
+        parsed.append(result)
+        weights.append(weight)
+    return parsed, weights
+
+
+def _parse_message(message: object, path: str) -> tuple[Message, int]:
+    if not isinstance(message, dict):
+        raise RowError(path, "data_type", f"a message must be an object, not {_type_name(message)}")
+    if message.get("role") is None:
+        raise RowError(f"{path}.role", "message_missing_key", "the message has no role")
+    role = message["role"]
+    if not isinstance(role, str) or role not in ROLES:
+        raise RowError(
+            f"{path}.role", "unrecognized_role", f"unknown role {role!r}; known: {', '.join(ROLES)}"
+        )
+    _check_keys(message, role, path)
+    result: Message = {"role": "tool" if role == "function" else role}
+    calls = _tool_calls(message, path) if role == "assistant" else []
+    content = _content(message, path, role, optional=bool(calls))
+    if content is not None:
+        result["content"] = content
+    if calls:
+        result["tool_calls"] = calls
+    for key in ("name", "tool_call_id"):
+        if message.get(key) is not None:
+            if not isinstance(message[key], str):
+                raise RowError(
+                    f"{path}.{key}", "data_type", f"must be a string, not {_type_name(message[key])}"
+                )
+            result[key] = message[key]
+    _check_unicode(result, path)
+    return result, _weight(message, path) if role == "assistant" else 0
+
+
+def _check_keys(message: Mapping[str, Any], role: str, path: str) -> None:
+    allowed = {"assistant": _ASSISTANT_KEYS, "tool": _TOOL_KEYS, "function": _TOOL_KEYS}.get(
+        role, _COMMON_KEYS
+    )
+    for key, value in message.items():
+        if key in allowed or (role == "assistant" and key in _EMPTY_ASSISTANT_KEYS and not value):
+            continue
+        if key == "weight":
+            raise RowError(f"{path}.weight", "invalid_weight", "only a message of the assistant has a weight")
+        known = ", ".join(sorted(allowed))
+        raise RowError(
+            f"{path}.{key}",
+            "message_unrecognized_key",
+            f"unknown key; a message of role {role} may have {known}",
+        )
+
+
+def _weight(message: Mapping[str, Any], path: str) -> int:
+    weight = message.get("weight")
+    if weight is None:
+        return 1
+    if isinstance(weight, bool) or weight not in (0, 1):
+        raise RowError(f"{path}.weight", "invalid_weight", f"must be 0 or 1, not {json.dumps(weight)}")
+    return int(weight)
+
+
+def _content(message: Mapping[str, Any], path: str, role: str, *, optional: bool) -> str | None:
+    """The text of a message. Empty text is an error for user and assistant; None only beside tool calls."""
+    field = f"{path}.content"
+    if message.get("content") is None:
+        if optional:
+            return None
+        code = "missing_content" if "content" in message else "message_missing_key"
+        raise RowError(field, code, f"the message of role {role} has no content")
+    content = message["content"]
+    text = _join_parts(content, field) if isinstance(content, list) else content
+    if not isinstance(text, str):
+        raise RowError(
+            field, "missing_content", f"must be a string or a list of text parts, not {_type_name(text)}"
+        )
+    if not text and role in ("user", "assistant") and not optional:
+        raise RowError(field, "missing_content", f"the content of a message of role {role} is empty")
+    return text
+
+
+def _join_parts(parts: Sequence[Any], field: str) -> str:
+    texts = []
+    for index, part in enumerate(parts):
+        where = f"{field}[{index}]"
+        if not isinstance(part, dict):
+            raise RowError(where, "missing_content", f"a part must be an object, not {_type_name(part)}")
+        if part.get("type") != "text":
+            kind = json.dumps(part.get("type"), ensure_ascii=False)
+            raise RowError(where, "missing_content", f"only parts of type text are supported, not {kind}")
+        if not isinstance(part.get("text"), str):
+            raise RowError(f"{where}.text", "missing_content", "a text part needs a string under text")
+        for key in part:
+            if key not in ("type", "text"):
+                raise RowError(
+                    f"{where}.{key}", "message_unrecognized_key", "a text part has only type and text"
+                )
+        texts.append(part["text"])
+    return "\n".join(texts)
+
+
+def _tool_calls(message: Mapping[str, Any], path: str) -> list[dict[str, Any]]:
+    calls, single = message.get("tool_calls"), message.get("function_call")
+    if calls is not None and single is not None:
+        raise RowError(f"{path}.function_call", "invalid_tools", "give tool_calls or function_call, not both")
+    if single is not None:
+        return [{"type": "function", "function": _function(single, f"{path}.function_call")}]
+    if calls is None:
+        return []
+    if not isinstance(calls, list):
+        raise RowError(f"{path}.tool_calls", "invalid_tools", f"must be a list, not {_type_name(calls)}")
+    return [_tool_call(call, f"{path}.tool_calls[{index}]") for index, call in enumerate(calls)]
+
+
+def _tool_call(call: object, path: str) -> dict[str, Any]:
+    if not isinstance(call, dict):
+        raise RowError(path, "invalid_tools", f"a tool call must be an object, not {_type_name(call)}")
+    if call.get("type", "function") != "function":
+        raise RowError(f"{path}.type", "invalid_tools", "only tool calls of type function are supported")
+    for key in call:
+        if key not in ("id", "type", "function", "index"):
+            raise RowError(
+                f"{path}.{key}", "message_unrecognized_key", "a tool call has id, type and function"
+            )
+    result: dict[str, Any] = {}
+    if call.get("id") is not None:
+        if not isinstance(call["id"], str):
+            raise RowError(f"{path}.id", "invalid_tools", "must be a string")
+        result["id"] = call["id"]
+    result["type"] = "function"
+    result["function"] = _function(call.get("function"), f"{path}.function")
+    return result
+
+
+def _function(function: object, path: str) -> dict[str, Any]:
+    """Name and arguments of a call; the arguments, on the wire JSON in a string, become an object."""
+    if not isinstance(function, dict):
+        raise RowError(
+            path, "invalid_tools", f"must be an object with name and arguments, not {_type_name(function)}"
+        )
+    for key in function:
+        if key not in ("name", "arguments"):
+            raise RowError(
+                f"{path}.{key}", "message_unrecognized_key", "a function call has name and arguments"
+            )
+    if not isinstance(function.get("name"), str) or not function["name"]:
+        raise RowError(f"{path}.name", "invalid_tools", "the function call needs a name")
+    arguments = function.get("arguments")
+    if isinstance(arguments, str):
+        try:
+            arguments = json.loads(arguments, parse_constant=_refuse_constant) if arguments.strip() else {}
+        except (ValueError, RecursionError):
+            raise RowError(f"{path}.arguments", "invalid_tools", "the arguments are not valid JSON") from None
+    if arguments is None:
+        arguments = {}
+    if not isinstance(arguments, dict):
+        raise RowError(
+            f"{path}.arguments", "invalid_tools", "the arguments must be a JSON object (in a string)"
+        )
+    return {"name": function["name"], "arguments": arguments}
+
+
+def _check_tool(tool: object, path: str, inner: str) -> None:
+    if not isinstance(tool, dict):
+        raise RowError(path, "invalid_tools", f"a tool must be an object, not {_type_name(tool)}")
+    if tool.get("type") != "function":
+        raise RowError(f"{path}.type", "invalid_tools", "only tools of type function are supported")
+    function = tool.get("function")
+    if not isinstance(function, dict):
+        raise RowError(
+            f"{path}{inner}", "invalid_tools", "must be an object with name, description and parameters"
+        )
+    if not isinstance(function.get("name"), str) or not function["name"]:
+        raise RowError(f"{path}{inner}.name", "invalid_tools", "the function needs a name")
+    for key, kind in (("description", str), ("parameters", dict)):
+        if function.get(key) is not None and not isinstance(function[key], kind):
+            wanted = "a string" if kind is str else "a JSON schema object"
+            raise RowError(f"{path}{inner}.{key}", "invalid_tools", f"must be {wanted}")
+
+
+def _check_unicode(value: object, path: str) -> None:
+    """Refuses lone surrogates: JSON can write them (`\\ud800`), but they are no text and have no UTF-8."""
+    if isinstance(value, str):
+        try:
+            value.encode("utf-8")
+        except UnicodeEncodeError:
+            raise RowError(path, "invalid_utf8", "has half a surrogate pair, which is not text") from None
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            _check_unicode(key, path)
+            _check_unicode(item, f"{path}.{key}")
+    elif isinstance(value, list):
+        for index, item in enumerate(value):
+            _check_unicode(item, f"{path}[{index}]")
+
+
+def _type_name(value: object) -> str:
+    if value is None:
+        return "null"
+    names: dict[type, str] = {bool: "a boolean", int: "a number", float: "a number", str: "a string"}
+    names |= {list: "a list", dict: "an object"}
+    return names.get(type(value), type(value).__name__)

@@ -1,0 +1,204 @@
+"""JSONL as it streams in: lines, and the findings of a training file by line."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import overload
+
+from lathe.text.chat import Row, parse_row
+from lathe.text.errors import RowError
+
+MAX_LINE_BYTES = 16 << 20
+MIN_EXAMPLES = 10
+MAX_FINDINGS = 20
+_BOM = b"\xef\xbb\xbf"
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """number: 1-based, blank lines counted. too_long: data is empty, the line was over the limit.
+    ended: a newline was there (the last line of a file may lack it)."""
+
+    number: int
+    data: bytes
+    too_long: bool = False
+    ended: bool = True
+
+
+class LineSplitter:
+    """Lines of a byte stream in chunks of any size; a BOM at its beginning and CR before LF are dropped,
+    blank lines are counted but not given. Holds at most one line, and of a line that is too long nothing."""
+
+    def __init__(self, max_line_bytes: int = MAX_LINE_BYTES) -> None:
+        self._max = max_line_bytes
+        self._parts: list[bytes] = []
+        self._size = 0
+        self._number = 0
+        self._too_long = False
+
+    def feed(self, chunk: bytes) -> Iterator[Line]:
+        """The lines that this chunk ends. Consume them all before the next call."""
+        *ends, rest = chunk.split(b"\n")
+        for part in ends:
+            self._add(part)
+            line = self._take(ended=True)
+            if line is not None:
+                yield line
+        self._add(rest)
+
+    def finish(self) -> Iterator[Line]:
+        """The last line, where no newline ends it."""
+        if self._size or self._too_long:
+            line = self._take(ended=False)
+            if line is not None:
+                yield line
+
+    def _add(self, part: bytes) -> None:
+        if not part or self._too_long:
+            return
+        self._size += len(part)
+        if self._size > self._max + len(_BOM) + 1:
+            self._too_long = True
+            self._parts.clear()
+            return
+        self._parts.append(part)
+
+    def _take(self, *, ended: bool) -> Line | None:
+        self._number += 1
+        data, too_long = b"".join(self._parts), self._too_long
+        self._parts, self._size, self._too_long = [], 0, False
+        if self._number == 1:
+            data = data.removeprefix(_BOM)
+        data = data.removesuffix(b"\r")
+        if too_long or len(data) > self._max:
+            return Line(self._number, b"", too_long=True, ended=ended)
+        return Line(self._number, data, ended=ended) if data.strip() else None
+
+
+@overload
+def iter_lines(chunks: Iterable[bytes], max_line_bytes: int = ...) -> Iterator[tuple[int, bytes]]: ...
+@overload
+def iter_lines(
+    chunks: AsyncIterable[bytes], max_line_bytes: int = ...
+) -> AsyncIterator[tuple[int, bytes]]: ...
+def iter_lines(
+    chunks: Iterable[bytes] | AsyncIterable[bytes], max_line_bytes: int = MAX_LINE_BYTES
+) -> Iterator[tuple[int, bytes]] | AsyncIterator[tuple[int, bytes]]:
+    """(line number, line) of a stream, as LineSplitter gives them; asynchronous for an asynchronous stream.
+    Raises RowError with code line_too_long."""
+    splitter = LineSplitter(max_line_bytes)
+    if isinstance(chunks, AsyncIterable):
+        return _iter_async(chunks, splitter, max_line_bytes)
+    return _iter_sync(chunks, splitter, max_line_bytes)
+
+
+def _iter_sync(chunks: Iterable[bytes], splitter: LineSplitter, limit: int) -> Iterator[tuple[int, bytes]]:
+    for chunk in chunks:
+        for line in splitter.feed(chunk):
+            yield _checked(line, limit)
+    for line in splitter.finish():
+        yield _checked(line, limit)
+
+
+async def _iter_async(
+    chunks: AsyncIterable[bytes], splitter: LineSplitter, limit: int
+) -> AsyncIterator[tuple[int, bytes]]:
+    async for chunk in chunks:
+        for line in splitter.feed(chunk):
+            yield _checked(line, limit)
+    for line in splitter.finish():
+        yield _checked(line, limit)
+
+
+def _checked(line: Line, limit: int) -> tuple[int, bytes]:
+    if line.too_long:
+        raise RowError(f"line {line.number}", "line_too_long", f"the line is longer than {limit} bytes")
+    return line.number, line.data
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """line: 1-based; 0 for the file as a whole. field: path within the row. code, message: see RowError."""
+
+    line: int
+    field: str
+    code: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """examples: rows without a finding. rows: lines that are not blank. findings: the first 20 of
+    finding_count."""
+
+    examples: int
+    rows: int
+    findings: tuple[Finding, ...]
+    finding_count: int
+
+    @property
+    def valid(self) -> bool:
+        return self.finding_count == 0
+
+
+@dataclass(slots=True)
+class Validator:
+    """Fed a training file in chunks, checks every row by itself; `finish` gives the report.
+
+    One finding a row, the first. `file_kind` names the file in the sentence about too few examples.
+    """
+
+    max_line_bytes: int = MAX_LINE_BYTES
+    min_examples: int = MIN_EXAMPLES
+    file_kind: str = "Training file"
+    _splitter: LineSplitter = field(init=False)
+    _examples: int = field(default=0, init=False)
+    _rows: int = field(default=0, init=False)
+    _count: int = field(default=0, init=False)
+    _findings: list[Finding] = field(default_factory=list, init=False)
+
+    def __post_init__(self) -> None:
+        self._splitter = LineSplitter(self.max_line_bytes)
+
+    def feed(self, chunk: bytes) -> list[tuple[int, Row]]:
+        """Checks the rows that this chunk ends; gives those that are good, with their line numbers."""
+        return self._check(self._splitter.feed(chunk))
+
+    def finish(self) -> Report:
+        """Call once, after the last chunk (and use the last row's effect on the report, not the row)."""
+        self._check(self._splitter.finish())
+        if self._rows < self.min_examples:
+            message = (
+                f"{self.file_kind} has {self._rows} example(s), "
+                f"but must have at least {self.min_examples} examples"
+            )
+            self._add(Finding(0, "", "invalid_n_examples", message))
+        return Report(self._examples, self._rows, tuple(self._findings), self._count)
+
+    def _check(self, lines: Iterator[Line]) -> list[tuple[int, Row]]:
+        good: list[tuple[int, Row]] = []
+        for line in lines:
+            self._rows += 1
+            try:
+                good.append((line.number, self._row(line)))
+            except RowError as error:
+                self._add(Finding(line.number, error.field, error.code, error.detail))
+            else:
+                self._examples += 1
+        return good
+
+    def _row(self, line: Line) -> Row:
+        if line.too_long:
+            raise RowError("", "line_too_long", f"the line is longer than {self.max_line_bytes} bytes")
+        try:
+            return parse_row(line.data)
+        except RowError as error:
+            if line.ended or error.code not in ("invalid_json", "invalid_utf8"):
+                raise
+            raise RowError("", error.code, f"{error.detail}; the file seems to stop half-way") from None
+
+    def _add(self, finding: Finding) -> None:
+        self._count += 1
+        if len(self._findings) < MAX_FINDINGS:
+            self._findings.append(finding)

@@ -1,0 +1,171 @@
+"""Which characters of a rendered conversation the assistant writes, and which tokens those are. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from tokenizers import Encoding
+
+from lathe.text.errors import RowError, TemplateError
+from lathe.text.template import ChatTemplate
+
+Messages = Sequence[Mapping[str, Any]]
+Tools = Sequence[Mapping[str, Any]] | None
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Half-open character span of one trained turn. `follows_prompt`: text[:start] is the prompt at
+    inference."""
+
+    start: int
+    end: int
+    message: int
+    follows_prompt: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Rendered:
+    text: str
+    spans: tuple[Span, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """One tokenised stretch of a text.
+
+    start: the character of the text at which it begins; base: the one that is the encoding's character 0
+    (before `start` where the stretch was tokenised behind an anchor); skip: tokens of that anchor.
+    """
+
+    encoding: Encoding
+    start: int
+    base: int
+    skip: int
+
+    def ids(self) -> list[int]:
+        return list(self.encoding.ids[self.skip :])
+
+    def first_token(self, character: int, end: int) -> int:
+        """Index (within ids()) of the first token that starts at `character` or after it, before `end`."""
+        for place in range(character, end):
+            token = self.encoding.char_to_token(place - self.base)
+            if token is None:
+                continue
+            late = token_start(self.encoding, token) < character - self.base
+            return int(token) + late - self.skip
+        return len(self.encoding) - self.skip
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """What is rendered: a row's messages, in the shape that templates read, at one moment."""
+
+    template: ChatTemplate
+    messages: Messages
+    tools: Tools
+    weights: Sequence[int]
+    now: datetime
+
+    def text(self, count: int, add_generation_prompt: bool = False) -> str:
+        """The first `count` messages. Raises TemplateError."""
+        part = self.messages[:count]
+        return self.template.render(part, self.tools, add_generation_prompt, now=self.now)
+
+
+def render_spans(source: Source) -> Rendered:
+    """Renders once in full, and per trained turn its prompt (the messages before it, with the generation
+    prompt) and the text through it: what lies between is what the assistant writes, its end of turn included.
+
+    That needs both to be prefixes of the full text. Some templates change earlier turns once later ones exist
+    (they strip reasoning, or move the tools); for those the `{% generation %}` markers decide, where the
+    template has them. Raises RowError: template_error, or turn_not_maskable naming the message.
+    """
+    try:
+        text = source.text(len(source.messages))
+    except TemplateError as error:
+        raise RowError("messages", "template_error", f"the chat template refuses the row: {error}") from error
+    spans: list[Span] = []
+    for index, weight in enumerate(source.weights):
+        if not weight:
+            continue
+        span = _prefix_span(source, index, text)
+        if span is None:
+            return _marked_spans(source, text, index)
+        spans.append(span)
+    return Rendered(text, tuple(spans))
+
+
+def _prefix_span(source: Source, index: int, text: str) -> Span | None:
+    """None when the text up to this turn is not how the full text begins."""
+    try:
+        prompt = source.text(index, add_generation_prompt=True)
+        if not text.startswith(prompt):
+            return None
+        last = index == len(source.messages) - 1
+        through = text if last else source.text(index + 1)
+    except TemplateError:
+        return None  # a template may refuse the part of a conversation that it takes as a whole
+    if not (text.startswith(through) and len(through) > len(prompt)):
+        return None
+    return Span(len(prompt), len(through), index, follows_prompt=True)
+
+
+def _marked_spans(source: Source, text: str, failed: int) -> Rendered:
+    turns = [index for index, message in enumerate(source.messages) if message["role"] == "assistant"]
+    if source.template.has_generation_markers:
+        try:
+            marked, found = source.template.render_marked(source.messages, source.tools, now=source.now)
+        except TemplateError as error:
+            raise RowError(
+                "messages", "template_error", f"the chat template refuses the row: {error}"
+            ) from error
+        if marked == text and len(found) == len(turns):
+            pairs = [pair for pair in zip(turns, found, strict=True) if source.weights[pair[0]]]
+            spans = (Span(start, end, turn, follows_prompt=False) for turn, (start, end) in pairs)
+            return Rendered(text, tuple(spans))
+    raise RowError(
+        f"messages[{failed}]",
+        "turn_not_maskable",
+        "with this base model's chat template, what precedes this turn is not the prompt that the model would see "
+        "for it, so it cannot be told which tokens to train; give the message weight 0, or split the row so that "
+        "the turn is its last",
+    )
+
+
+def token_start(encoding: Encoding, token: int) -> int:
+    """The character at which a token begins."""
+    characters = encoding.token_to_chars(token)
+    return 0 if characters is None else int(characters[0])
+
+
+def trained_range(
+    pieces: Sequence[Piece], ids: Sequence[int], span: Span, size: int, stops: frozenset[int]
+) -> tuple[int, int]:
+    """Half-open token range of a span within `ids`, the pieces' ids joined; `size` is the text's length.
+
+    The tokens that start in the span, up to and including the first that ends a turn. A stop token right
+    behind the span (of a marker that leaves it out) is taken in.
+    """
+    start = _token_at(pieces, span.start, size)
+    end = _token_at(pieces, span.end, size)
+    for index in range(start, end):
+        if ids[index] in stops:
+            return start, index + 1
+    if not span.follows_prompt and end < len(ids) and ids[end] in stops:
+        end += 1
+    return start, end
+
+
+def _token_at(pieces: Sequence[Piece], character: int, size: int) -> int:
+    """The first token of all that starts at `character` or after it."""
+    before = 0
+    for index, piece in enumerate(pieces):
+        end = pieces[index + 1].start if index + 1 < len(pieces) else size
+        if character < end:
+            return before + piece.first_token(character, end)
+        before += len(piece.encoding) - piece.skip
+    return before

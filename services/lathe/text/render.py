@@ -1,0 +1,196 @@
+"""A row as the tokens and the loss mask that a model is trained on; a request as the tokens that it is
+prompted with.
+
+Trained are exactly the tokens that the assistant's turns of weight 1 produce: content or tool calls, and the
+token that ends the turn; never a header, another role, or the newline after the end of the turn.
+
+Characters are mapped to tokens by the offsets of one tokenisation of the whole text. That tokenisation can
+differ from inference where a prompt ends and an answer begins: at inference the prompt is tokenised alone, so
+no token reaches over the edge, and a pattern that looks ahead does not see the answer (a header's last
+newline and an answer that begins with one would be a single token in the whole text). Where it differs,
+`Example.boundary_stable` is false and the text is cut at the last such edge: the tokens are ids(prompt) +
+ids(answer and what follows it), so that what is trained is what is sampled. Only the last one is cut: what
+precedes it is then, token for token, the prompt at inference. At an earlier such edge the tokens that start
+before it are not trained; turns after the cut see it in their history.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from itertools import pairwise
+from typing import Any, Literal
+
+from tokenizers import Encoding
+
+from lathe.text.chat import Row
+from lathe.text.errors import RowError
+from lathe.text.mask import Piece, Rendered, Source, render_spans, token_start, trained_range
+from lathe.text.template import ChatTemplate
+from lathe.text.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class RenderOptions:
+    """context_limit: most tokens of an example. truncation: `end` cuts what is over, `error` refuses the row.
+    weights: `message` trains the turns whose weight is 1, `last_turn` only the last of them."""
+
+    context_limit: int
+    method: Literal["supervised"] = "supervised"
+    truncation: Literal["end", "error"] = "end"
+    weights: Literal["message", "last_turn"] = "message"
+
+    def canonical(self) -> str:
+        """Equal for equal options, for ever: part of a token object's key."""
+        return json.dumps(asdict(self), sort_keys=True, separators=(",", ":"))
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """tokens: ids. mask: one byte per token, 1 where it is a target of the loss. truncated: tokens cut off
+    the end.
+    trained_tokens: ones in the mask. boundary_stable: see the module's docstring."""
+
+    tokens: list[int]
+    mask: bytes
+    truncated: int
+    trained_tokens: int
+    boundary_stable: bool
+
+
+def render_example(
+    tokenizer: Tokenizer, row: Row, options: RenderOptions, *, now: datetime | None = None
+) -> Example:
+    """Raises RowError: template_error, turn_not_maskable, nothing_trained, context_exceeded."""
+    result = render_batch(tokenizer, [row], options, now=now)[0]
+    if isinstance(result, RowError):
+        raise result
+    return result
+
+
+def render_batch(
+    tokenizer: Tokenizer, rows: Sequence[Row], options: RenderOptions, *, now: datetime | None = None
+) -> list[Example | RowError]:
+    """render_example for many rows, tokenised together; a row that cannot be used gives its error in its
+    place. `now` is what a template that writes the date reads; one moment for all rows."""
+    moment = now if now is not None else tokenizer.template.now()
+    rendered = [_render(tokenizer.template, row, options, moment) for row in rows]
+    good = [item for item in rendered if isinstance(item, Rendered)]
+    encodings = iter(tokenizer.encode_spans([item.text for item in good]))
+    results: list[Example | RowError] = []
+    for item in rendered:
+        if isinstance(item, RowError):
+            results.append(item)
+            continue
+        try:
+            results.append(_example(tokenizer, item, next(encodings), options))
+        except RowError as error:
+            results.append(error)
+    return results
+
+
+def render_prompt(
+    tokenizer: Tokenizer,
+    messages: Sequence[Mapping[str, Any]],
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    *,
+    now: datetime | None = None,
+) -> list[int]:
+    """The ids that a model is prompted with, its turn opened. `messages` and `tools` as parse_messages gives
+    them. Raises TemplateError."""
+    prepared = prepare(messages, tokenizer.template)
+    return tokenizer.encode(tokenizer.template.render(prepared, tools, add_generation_prompt=True, now=now))
+
+
+def prepare(messages: Sequence[Mapping[str, Any]], template: ChatTemplate) -> list[Mapping[str, Any]]:
+    """`developer` is the newer name of `system`: templates that do not know it get the older one."""
+    if template.knows_developer:
+        return list(messages)
+    return [{**m, "role": "system"} if m["role"] == "developer" else m for m in messages]
+
+
+def _render(template: ChatTemplate, row: Row, options: RenderOptions, now: datetime) -> Rendered | RowError:
+    weights = list(row.weights)
+    turns = [index for index, weight in enumerate(weights) if weight]
+    if options.weights == "last_turn":
+        weights = [int(bool(turns) and index == turns[-1]) for index in range(len(weights))]
+    if not turns:
+        return RowError("messages", "nothing_trained", "every message of the assistant has weight 0")
+    try:
+        return render_spans(Source(template, prepare(row.messages, template), row.tools, weights, now))
+    except RowError as error:
+        return error
+
+
+def _example(tokenizer: Tokenizer, item: Rendered, encoding: Encoding, options: RenderOptions) -> Example:
+    pieces, stable = _pieces(tokenizer, item, encoding)
+    tokens = [token for piece in pieces for token in piece.ids()]
+    mask = bytearray(len(tokens))
+    stops = frozenset(tokenizer.eos_ids)
+    for span in item.spans:
+        start, end = trained_range(pieces, tokens, span, len(item.text), stops)
+        mask[start:end] = b"\1" * (end - start)
+    over = max(len(tokens) - options.context_limit, 0)
+    if over and options.truncation == "error":
+        raise RowError(
+            "messages",
+            "context_exceeded",
+            f"the row has {len(tokens)} tokens, the limit is {options.context_limit}; shorten it by {over}",
+        )
+    kept = bytes(mask[: options.context_limit])
+    if not any(kept):
+        cause = (
+            f"all that would be trained lies after token {options.context_limit}"
+            if over
+            else "no token is left"
+        )
+        raise RowError("messages", "nothing_trained", f"the row has nothing to train: {cause}")
+    return Example(tokens[: options.context_limit], kept, over, sum(kept), stable)
+
+
+def _pieces(tokenizer: Tokenizer, item: Rendered, encoding: Encoding) -> tuple[tuple[Piece, ...], bool]:
+    """The tokenisation of the text, cut at the last edge where the whole text's differs from inference's."""
+    whole = Piece(encoding, 0, 0, 0)
+    ids = encoding.ids
+    for span in reversed(item.spans):
+        if span.follows_prompt and not _stable(tokenizer, item.text, encoding, ids, span.start):
+            break
+    else:
+        return (whole,), True
+    anchor = tokenizer.anchor
+    head, tail = tokenizer.encode_spans([item.text[: span.start], anchor + item.text[span.start :]])
+    return (
+        Piece(head, 0, 0, 0),
+        Piece(tail, span.start, span.start - len(anchor), 1 if anchor else 0),
+    ), False
+
+
+def _stable(tokenizer: Tokenizer, text: str, encoding: Encoding, ids: Sequence[int], edge: int) -> bool:
+    """Whether the tokens of text[:edge], tokenised alone, are how the whole text's tokens begin.
+
+    Only the stretch from the last added token before the edge is compared: text is split there before all
+    else.
+    """
+    if edge == 0:
+        return True
+    last = next((t for c in range(edge - 1, -1, -1) if (t := encoding.char_to_token(c)) is not None), None)
+    if last is None:
+        return False
+    anchors = tokenizer.anchor_ids
+    first = next((index for index in range(last, -1, -1) if ids[index] in anchors), None)
+    begin = 0 if first is None else token_start(encoding, first)
+    first = first or 0
+    alone = tokenizer.encode_short(text[begin:edge])
+    return tuple(ids[first : first + len(alone)]) == alone
+
+
+def trained_text(tokenizer: Tokenizer, example: Example) -> list[str]:
+    """The trained stretches as text, special tokens shown: what an audit shows of a row."""
+    edges = [0, *(i + 1 for i, (a, b) in enumerate(pairwise(example.mask)) if a != b), len(example.tokens)]
+    return [
+        tokenizer.decode(example.tokens[start:end], skip_special_tokens=False)
+        for start, end in pairwise(edges)
+        if start < end and example.mask[start]
+    ]

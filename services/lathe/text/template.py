@@ -1,0 +1,256 @@
+"""Chat templates, rendered as transformers' apply_chat_template renders them, in a sandbox."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from datetime import datetime
+from functools import cached_property
+from typing import Any
+
+import jinja2
+from jinja2 import nodes
+from jinja2.ext import Extension
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.utils import Namespace
+
+from lathe.text.errors import TemplateError
+
+MAX_TEMPLATE_CHARS = 1 << 20
+MAX_RENDERED_CHARS = 64 << 20
+_MAX_REPEAT = 1 << 20
+# Unicode noncharacters mark what `{% generation %}` encloses: no text may hold them in interchange.
+_START, _END = "\ufdd0", "\ufdd1"
+
+NowFn = Callable[[], datetime]
+
+
+class _Generation(Extension):
+    """`{% generation %}…{% endgeneration %}`: transformers' marker of what the assistant writes."""
+
+    tags = {"generation"}  # noqa: RUF012 (jinja2's own declaration)
+    marked = False
+
+    def parse(self, parser: Parser) -> nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return nodes.CallBlock(self.call_method("_enclose"), [], [], body).set_lineno(line)
+
+    def _enclose(self, caller: Callable[[], str]) -> str:
+        return f"{_START}{caller()}{_END}" if self.marked else caller()
+
+
+class _MarkedGeneration(_Generation):
+    marked = True
+
+
+class _Environment(ImmutableSandboxedEnvironment):
+    """The sandbox, with `*` and `**` bounded so that one expression cannot fill the memory."""
+
+    intercepted_binops = frozenset({"*", "**"})
+
+    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        if operator == "**" and (abs(left) > 1_000_000 or abs(right) > 64):
+            raise TemplateError("the chat template raises a number to too high a power")
+        if operator == "*":
+            for value, times in ((left, right), (right, left)):
+                if isinstance(value, str | list | tuple) and len(value) * max(times, 0) > _MAX_REPEAT:
+                    raise TemplateError("the chat template repeats a text too often")
+        return super().call_binop(context, operator, left, right)
+
+
+class _TemplateDict:
+    """`dict(…)` without the class itself, whose attributes could lead out of the sandbox."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
+        return dict(*args, **kwargs)
+
+    def fromkeys(self, keys: Iterable[Any], value: Any = None) -> dict[Any, Any]:
+        return dict.fromkeys(keys, value)
+
+
+class _TemplateNamespace(Namespace):
+    """`namespace(…)` that holds no underscore names, which could reach Python's internals."""
+
+    def __init__(*args: Any, **kwargs: Any) -> None:
+        # No named self: `namespace(self=…)` is a template's right.
+        attributes = dict(*args[1:], **kwargs)
+        for name in attributes:
+            _check_namespace_name(name)
+        Namespace.__init__(args[0], attributes)
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        _check_namespace_name(name)
+        super().__setitem__(name, value)
+
+
+def _check_namespace_name(name: object) -> None:
+    if isinstance(name, str) and name.startswith("_"):
+        raise TemplateError(f"a chat template cannot store the underscore name {name!r} in a namespace")
+
+
+def _raise_exception(message: str) -> None:
+    raise jinja2.TemplateError(message)
+
+
+def _tojson(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | str | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    # jinja2's own filter escapes HTML, which no model was trained on.
+    return json.dumps(
+        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )
+
+
+def _environment(generation: type[_Generation]) -> _Environment:
+    environment = _Environment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[generation, "jinja2.ext.loopcontrols"]
+    )
+    environment.filters["tojson"] = _tojson
+    environment.globals["raise_exception"] = _raise_exception
+    environment.globals["dict"] = _TemplateDict()
+    environment.globals["namespace"] = _TemplateNamespace
+    return environment
+
+
+class ChatTemplate:
+    """One compiled chat template.
+
+    source: the Jinja source; tool_source: the one for conversations with tools, where a model has two.
+    special_tokens: what the template sees beside the messages (`bos_token`, `eos_token`, …).
+    now: what `strftime_now` reads (transformers reads the local clock).
+    Raises TemplateError when the source does not compile or is longer than MAX_TEMPLATE_CHARS.
+    """
+
+    def __init__(
+        self,
+        source: str,
+        bos_token: str | None = None,
+        eos_token: str | None = None,
+        *,
+        special_tokens: Mapping[str, str] | None = None,
+        tool_source: str | None = None,
+        now: NowFn = datetime.now,
+    ) -> None:
+        self.source = source
+        self.tool_source = tool_source
+        self.now: NowFn = now
+        self._variables: dict[str, str] = dict(special_tokens or {})
+        if bos_token is not None:
+            self._variables["bos_token"] = bos_token
+        if eos_token is not None:
+            self._variables["eos_token"] = eos_token
+        self._plain = _compile(source, _Generation)
+        self._plain_tools = None if tool_source is None else _compile(tool_source, _Generation)
+
+    @property
+    def special_tokens(self) -> Mapping[str, str]:
+        return dict(self._variables)
+
+    @property
+    def has_generation_markers(self) -> bool:
+        return any("endgeneration" in source for source in (self.source, self.tool_source or ""))
+
+    @property
+    def knows_developer(self) -> bool:
+        """Whether the template treats the role `developer` in its own way."""
+        return "developer" in self.source
+
+    @cached_property
+    def _marked(self) -> tuple[jinja2.Template, jinja2.Template | None]:
+        tools = None if self.tool_source is None else _compile(self.tool_source, _MarkedGeneration)
+        return _compile(self.source, _MarkedGeneration), tools
+
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = False,
+        *,
+        now: datetime | None = None,
+    ) -> str:
+        """The conversation as text. `now` fixes the time for several renderings of one conversation.
+        Raises TemplateError with the template's own words when it refuses the conversation."""
+        template = self._plain if tools is None or self._plain_tools is None else self._plain_tools
+        return self._render(template, messages, tools, add_generation_prompt, now)
+
+    def render_marked(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        *,
+        now: datetime | None = None,
+    ) -> tuple[str, list[tuple[int, int]]]:
+        """The text, and the half-open character spans that `{% generation %}` encloses, in order."""
+        plain, with_tools = self._marked
+        template = plain if tools is None or with_tools is None else with_tools
+        marked = self._render(template, messages, tools, False, now)
+        if marked.count(_START) != marked.count(_END):
+            raise TemplateError(
+                "the conversation holds the Unicode noncharacters U+FDD0 or U+FDD1; remove them"
+            )
+        pieces: list[str] = []
+        spans: list[tuple[int, int]] = []
+        position = 0
+        for index, piece in enumerate(marked.split(_START)):
+            inside, end, outside = piece.partition(_END)
+            if (index == 0) == bool(end):
+                raise TemplateError("the generation blocks of the chat template are nested")
+            if index:
+                spans.append((position, position + len(inside)))
+            pieces += [inside, outside]
+            position += len(inside) + len(outside)
+        return "".join(pieces), spans
+
+    def _render(
+        self,
+        template: jinja2.Template,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None,
+        add_generation_prompt: bool,
+        now: datetime | None,
+    ) -> str:
+        moment = now if now is not None else self.now()
+        variables: dict[str, Any] = {
+            **self._variables,
+            # As apply_chat_template does: a key that is null is a key that is not there.
+            "messages": [{k: v for k, v in message.items() if v is not None} for message in messages],
+            "tools": None if tools is None else list(tools),
+            "documents": None,
+            "add_generation_prompt": add_generation_prompt,
+            "strftime_now": moment.strftime,
+        }
+        pieces: list[str] = []
+        size = 0
+        try:
+            for piece in template.generate(variables):
+                size += len(piece)
+                if size > MAX_RENDERED_CHARS:
+                    raise TemplateError(f"the chat template wrote more than {MAX_RENDERED_CHARS} characters")
+                pieces.append(piece)
+        except TemplateError:
+            raise
+        except jinja2.TemplateError as error:
+            raise TemplateError(error.message or str(error) or type(error).__name__) from error
+        except Exception as error:
+            # A template is a program: what it trips over (a missing key, a wrong type) is in the row.
+            raise TemplateError(f"the chat template failed on this conversation: {error}") from error
+        return "".join(pieces)
+
+
+def _compile(source: str, generation: type[_Generation]) -> jinja2.Template:
+    if len(source) > MAX_TEMPLATE_CHARS:
+        raise TemplateError(f"the chat template is longer than {MAX_TEMPLATE_CHARS} characters")
+    try:
+        return _environment(generation).from_string(source)
+    except jinja2.TemplateSyntaxError as error:
+        raise TemplateError(
+            f"the chat template does not compile: line {error.lineno}: {error.message}"
+        ) from error
+    except RecursionError as error:
+        raise TemplateError("the chat template does not compile: nested too deeply") from error
