@@ -9,11 +9,12 @@ torch, transformers and gguf are imported inside the functions that convert: che
 
 from __future__ import annotations
 
+import io
 import re
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -293,7 +294,11 @@ def _dequantise(file: Path, folder: Path) -> None:
 
 @contextmanager
 def _quiet_transformers() -> Iterator[None]:
-    """No progress bars or advice on stderr while converting; the settings are put back afterwards."""
+    """No advice and no progress bars while converting; the settings are put back afterwards.
+
+    The GGUF reader draws its bar whatever transformers' settings say, so standard error is kept from it too;
+    what goes wrong comes as an exception.
+    """
     from transformers.utils import logging as untyped
 
     logging: Any = untyped
@@ -301,7 +306,8 @@ def _quiet_transformers() -> Iterator[None]:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        yield
+        with redirect_stderr(io.StringIO()):
+            yield
     finally:
         logging.set_verbosity(level)
         if bars:
