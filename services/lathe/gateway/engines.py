@@ -70,6 +70,9 @@ class EngineDirectory:
                     await self._replace(engines)
             except LatheError as error:
                 log.warning("The list of engines is as it was; jobs is away: %s", error)
+            except Exception:
+                # Without this task no new engine would ever be found: a fault of ours must not end it.
+                log.exception("Watching the engines failed; trying again")
             await self._clock.sleep(backoff)
             backoff = min(backoff * 2, _LAST_BACKOFF_S)
 

@@ -70,7 +70,9 @@ async def running(
         connector = EngineClients(token)
         stack.push_async_callback(connector.close)
 
-        gateway = _gateway(settings, metrics, clock, ids, db, Peers(channels), connector)
+        gateway = _gateway(
+            settings, metrics, clock=clock, ids=ids, db=db, peers=Peers(channels), connector=connector
+        )
         await stack.enter_async_context(_background(gateway.engines.run()))
         await stack.enter_async_context(_background(_sweep(gateway.idempotency, clock)))
         server = _server(gateway, channels)
@@ -95,6 +97,7 @@ def _channels(settings: GatewaySettings, token: str | None) -> PeerChannels:
 def _gateway(
     settings: GatewaySettings,
     metrics: Metrics,
+    *,
     clock: Clock,
     ids: IdFactory,
     db: Database,
