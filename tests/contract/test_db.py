@@ -162,8 +162,10 @@ async def test_a_postgres_that_comes_back_is_used_again(postgres: PostgresEndpoi
 
 
 async def test_a_sqlite_that_cannot_be_used_is_unavailable(tmp_path: Path) -> None:
+    db = Database(f"sqlite+aiosqlite:///{tmp_path}/missing/test.db")
     with pytest.raises(Unavailable, match="cannot be opened"):
-        await Database(f"sqlite+aiosqlite:///{tmp_path}/missing/test.db").check()
+        await db.check()
+    await db.close()
 
 
 async def test_a_full_disk_is_unavailable_and_keeps_what_was_there(tmp_path: Path) -> None:
