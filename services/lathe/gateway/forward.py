@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeAlias
 
 import grpc
 from google.protobuf.descriptor import FileDescriptor
@@ -21,8 +21,9 @@ from lathe.common.rpc.principal import current_caller
 from lathe.common.rpc.status import DETAILS_KEY
 from lathe.gateway.auth import API_KEY
 
-Handler = grpc.RpcMethodHandler[Any, Any]
-Context = grpc.aio.ServicerContext[Any, Any]
+# Strings, because grpc's own classes are generic in their stubs only.
+Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
+Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 Pair = tuple[str, str | bytes]
 
 # The owners refuse unary calls without a deadline; a client that sets none gets this one.

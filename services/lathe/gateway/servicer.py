@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import aclosing
-from typing import Any
+from typing import Any, TypeAlias
 
 import grpc
 from google.protobuf import empty_pb2
@@ -19,7 +19,7 @@ from lathe.gateway.uploads import DatasetUploads, ModelUploads, UploadChunk
 from lathe.v1 import datasets_pb2, deployments_pb2, inference_pb2, inference_pb2_grpc, models_pb2
 from lathe.v1.deployments_pb2_grpc import DeploymentsServiceServicer
 
-Context = grpc.aio.ServicerContext[Any, Any]
+Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 
 
 def caller() -> Principal:
