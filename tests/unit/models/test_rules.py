@@ -24,17 +24,9 @@ def header_of(content: bytes) -> dict[str, tensors.Tensor]:
 @pytest.mark.parametrize(
     "path",
     [
-        "pytorch_model.bin",
-        "x.pt",
-        "x.pth",
-        "x.pkl",
-        "x.ckpt",
-        "modeling_x.py",
-        "a.so",
-        "../config.json",
-        "/config.json",
-    ]
-    + ["a/../b.json", ".hidden.json", "a//b.json", "model.gguf", "weights.BIN", ""],
+        *("pytorch_model.bin", "x.pt", "x.pth", "x.pkl", "x.ckpt", "weights.BIN", "modeling_x.py", "a.so"),
+        *("../config.json", "/config.json", "a/../b.json", ".hidden.json", "a//b.json", "model.gguf", ""),
+    ],
 )
 def test_what_could_run_code_or_leave_the_folder_is_refused_by_name(path):
     with pytest.raises(InvalidArgument) as error:

@@ -1,0 +1,138 @@
+"""The token object: what an audit writes and an engine trains from, as one Arrow IPC file.
+
+Columns: `tokens` (list of int32 ids), `mask` (list of uint8, 1 where a token is a target of the loss), `line` (int64,
+the row's 1-based line in its dataset). The same rows and metadata give the same bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+import pyarrow as pa  # type: ignore[import-untyped]
+
+from lathe.common.errors import DataLoss
+
+if TYPE_CHECKING:
+    import numpy as np
+
+FORMAT = "1"
+# Rows per record batch: fixed, because the batches are part of the bytes.
+BATCH_ROWS = 512
+
+_FIELDS = [
+    pa.field("tokens", pa.list_(pa.field("item", pa.int32(), nullable=False)), nullable=False),
+    pa.field("mask", pa.list_(pa.field("item", pa.uint8(), nullable=False)), nullable=False),
+    pa.field("line", pa.int64(), nullable=False),
+]
+
+
+@dataclass(frozen=True, slots=True)
+class TokenRow:
+    """tokens: ids. mask: one byte per token, 1 where it is trained. line: 1-based, in the dataset."""
+
+    tokens: Sequence[int]
+    mask: bytes
+    line: int
+
+
+@dataclass(frozen=True, slots=True)
+class TokenTable:
+    """tokens[i]: int32 ids of row i. mask[i]: bool, as long. lines[i]: its line. metadata: as it was written.
+
+    The arrays are views into one buffer: they must not be written to.
+    """
+
+    tokens: list[np.ndarray[Any, np.dtype[np.int32]]]
+    mask: list[np.ndarray[Any, np.dtype[np.bool_]]]
+    lines: list[int]
+    metadata: Mapping[str, str]
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+
+class TokenWriter:
+    """Writes rows as they come; holds at most BATCH_ROWS of them. The file is whole once the block is left."""
+
+    def __init__(self, path: Path, metadata: Mapping[str, str]) -> None:
+        described = {"format": FORMAT, **dict(sorted(metadata.items()))}
+        self._schema = pa.schema(_FIELDS, metadata=described)
+        self._path = path
+        self._pending: list[TokenRow] = []
+
+    def __enter__(self) -> Self:
+        # Uncompressed: ids compress badly, and an engine maps the file into memory as it is.
+        self._writer = pa.ipc.new_file(str(self._path), self._schema)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if kind is None and self._pending:
+                self._flush()
+        finally:
+            self._writer.close()
+
+    def write(self, row: TokenRow) -> None:
+        """Add one row. Raises ValueError if its mask is not as long as its tokens."""
+        if len(row.mask) != len(row.tokens):
+            raise ValueError(f"line {row.line} has {len(row.tokens)} tokens and {len(row.mask)} marks")
+        self._pending.append(row)
+        if len(self._pending) == BATCH_ROWS:
+            self._flush()
+
+    def _flush(self) -> None:
+        rows = self._pending
+        tokens = pa.array([list(row.tokens) for row in rows], type=_FIELDS[0].type)
+        mask = pa.array([list(row.mask) for row in rows], type=_FIELDS[1].type)
+        lines = pa.array([row.line for row in rows], type=pa.int64())
+        self._writer.write_batch(pa.RecordBatch.from_arrays([tokens, mask, lines], schema=self._schema))
+        self._pending = []
+
+
+def write_tokens(path: Path, rows: Iterable[TokenRow], metadata: Mapping[str, str]) -> None:
+    """Write all rows to a new file at `path`."""
+    with TokenWriter(path, metadata) as writer:
+        for row in rows:
+            writer.write(row)
+
+
+def read_tokens(path: Path) -> TokenTable:
+    """The rows of a token object. Raises DataLoss for a file that is none."""
+    # The control plane writes without numpy; only an engine reads.
+    import numpy as np
+
+    try:
+        with pa.memory_map(str(path)) as source:
+            table = pa.ipc.open_file(source).read_all()
+    except (pa.ArrowInvalid, OSError) as error:
+        raise DataLoss(f"{path.name} is no token object: {error}.") from error
+    names = [field.name for field in _FIELDS]
+    if table.schema.names != names or [field.type for field in table.schema] != [f.type for f in _FIELDS]:
+        raise DataLoss(f"{path.name} is no token object: its columns are {table.schema.names}.")
+    tokens: list[np.ndarray[Any, np.dtype[np.int32]]] = []
+    mask: list[np.ndarray[Any, np.dtype[np.bool_]]] = []
+    for batch in table.to_batches():
+        tokens += _rows(batch.column(0), np.int32)
+        mask += [row.view(np.bool_) for row in _rows(batch.column(1), np.uint8)]
+    metadata = {key.decode(): value.decode() for key, value in (table.schema.metadata or {}).items()}
+    return TokenTable(tokens, mask, table.column("line").to_pylist(), metadata)
+
+
+def _rows(column: Any, dtype: Any) -> list[Any]:
+    """The list column's rows as views of its buffer."""
+    import numpy as np
+
+    offsets = column.offsets.to_pylist()
+    if not offsets:
+        return []
+    buffer = column.values.buffers()[1]
+    start = column.values.offset
+    values = np.frombuffer(buffer, dtype=dtype) if buffer is not None else np.empty(0, dtype=dtype)
+    return [values[start + a : start + b] for a, b in pairwise(offsets)]
