@@ -28,8 +28,9 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 _PREFIX = "base_model.model.model.layers"
 # What a config may hold beside the fields of LoraSpec: refused unless empty, because it changes the arithmetic.
 _REFUSED = (
-    "alora_invocation_tokens", "alpha_pattern", "arrow_config", "exclude_modules", "fan_in_fan_out", "layer_replication",
-    "layers_pattern", "layers_to_transform", "lora_bias", "lora_dropout", "modules_to_save", "rank_pattern",
+    "alora_invocation_tokens", "alpha_pattern", "arrow_config", "exclude_modules", "fan_in_fan_out",
+    "layer_replication", "layers_pattern", "layers_to_transform", "lora_bias", "lora_dropout", "modules_to_save",
+    "rank_pattern",
     "target_parameters", "trainable_token_indices", "use_dora", "use_qalora",
 )  # fmt: skip
 
@@ -155,6 +156,7 @@ class Adapter:
         layers: int,
         dtype: torch.dtype,
         device: torch.device,
+        *,
         trainable: bool,
     ) -> None:
         self.spec = spec
@@ -355,7 +357,7 @@ class AdapterBank:
         return LoraPass(runs)
 
     def _add(self, slot: int, spec: LoraSpec, *, trainable: bool) -> Adapter:
-        adapter = Adapter(spec, self._shapes, self._layers, self._dtype, self._device, trainable)
+        adapter = Adapter(spec, self._shapes, self._layers, self._dtype, self._device, trainable=trainable)
         self._made += 1
         adapter.serial = self._made
         self._slots[slot] = adapter

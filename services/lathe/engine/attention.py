@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lathe.engine.kernels import applied
 from lathe.engine.kv import KVCache
 from lathe.engine.spec import DecoderSpec
 
@@ -75,9 +76,7 @@ class RowAttention:
         if not self._fused:
             return self._sdpa(qkv)
         if qkv.requires_grad:
-            out = _RowAttention.apply(qkv, self)
-            assert isinstance(out, Tensor)
-            return out
+            return applied(_RowAttention, qkv, self)
         return self.forward(qkv)[0]
 
     def _split(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -140,7 +139,7 @@ class RowAttention:
         torch.mul(
             dq.view(n, kv, -1, length, d).permute(0, 3, 1, 2, 4),
             scale,
-            out=dqk[:, :, :heads].unflatten(2, (kv, -1)),
+            out=dqk[:, :, :heads].view(n, length, kv, -1, d),
         )
         dqk[:, :, heads:] = dk.mul_(scale).view(n, kv, length, d).transpose(1, 2)
         dv_flat = self._flat(dv.view(n, kv, length, d).transpose(1, 2).reshape(n * length, kv, d)).to(
@@ -178,7 +177,7 @@ class _RowAttention(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx: Any, do: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, do: Tensor) -> tuple[Tensor | None, ...]:
         return ctx.attention.backward(do.contiguous(), *ctx.saved_tensors), None
 
 
@@ -245,7 +244,7 @@ class CachedAttention:
         pool = self._cache.data[layer]
         pool.view(-1, 2 * kv * d).index_copy_(0, self._places, qkv[:, heads * d :])
         entries = pool.view(pool.shape[0], pool.shape[1], 2, kv, d)
-        q = x[:, :heads].unflatten(1, (kv, -1))
+        q = x[:, :heads].view(-1, kv, heads // kv, d)
         out = torch.empty((qkv.shape[0], kv, heads // kv, d), dtype=qkv.dtype, device=qkv.device)
         if self._batched:
             queries = q.new_zeros((self._high - self._low, *q.shape[1:]))

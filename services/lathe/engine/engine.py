@@ -29,7 +29,7 @@ from lathe.engine.weights import choose_dtype, load_weights, read_spec
 
 OPTIMIZER_FILE = "optimizer.safetensors"
 # A prompt waits for another one that is being computed when they share at least this many further tokens.
-_WORTH_WAITING = 32
+_WORTH_WAITING = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -261,7 +261,8 @@ class Engine:
         room = self.context_length - len(prompt)
         if room < 1:
             raise InvalidArgument(
-                f"the prompt has {len(prompt)} tokens; this model's context of {self.context_length} leaves no room for an answer.",
+                f"the prompt has {len(prompt)} tokens; this model's context of {self.context_length} leaves no room "
+                "for an answer.",
                 reason="CONTEXT_LENGTH_EXCEEDED",
             )
         low, high = min(prompt), max(prompt)
@@ -301,10 +302,14 @@ class Engine:
                 return []
             rows = hidden[torch.tensor([row for _, row in ends], device=self.device)]
             sampled = sample_batch(self.decoder.logits(rows), [state.sampler for state, _ in ends])
-        return [_emit(state, one) for (state, _), one in zip(ends, sampled, strict=True)]
+        outputs = [_emit(state, one) for (state, _), one in zip(ends, sampled, strict=True)]
+        for out in outputs:
+            if out.state.finished is not None:
+                self._release(out.state)
+        return outputs
 
     def close_sequence(self, state: SequenceState) -> None:
-        """Ends a sequence; what it computed stays for prompts that begin alike. Closing twice does nothing."""
+        """Ends a sequence (finished or not); what it computed stays for prompts that begin alike. Idempotent."""
         if state.closed:
             return
         state.closed = True
@@ -408,7 +413,7 @@ class Engine:
             if state.kv_slot is None:
                 if self._worth_waiting(state, begun):
                     continue
-                if not self._allocate(state, others=bool(wanted)):
+                if not self._allocate(state, others=any(other.kv_slot is not None for other in work)):
                     continue
                 pending = state.pending()
             begun.append(state)

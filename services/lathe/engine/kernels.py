@@ -66,8 +66,16 @@ def _tensor(value: Any) -> Tensor:
     return value
 
 
+def applied(function: type[torch.autograd.Function], *arguments: object) -> Tensor:
+    """function.apply, which torch leaves untyped."""
+    return _tensor(function.apply(*arguments))  # type: ignore[no-untyped-call]
+
+
 def _can_pack() -> bool:
-    return bool(torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return bool(
+        torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+        and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    )
 
 
 def _pack(weight: Tensor) -> Tensor:
@@ -83,7 +91,7 @@ def linear(
     needs no gradient of its own.
     """
     if lora.anchor is not None:
-        return _tensor(_Linear.apply(x, residual, lora.anchor, base, lora, group))
+        return applied(_Linear, x, residual, lora.anchor, base, lora, group)
     return _linear_forward(x, residual, base, lora, group)[0]
 
 
@@ -94,7 +102,9 @@ def _linear_forward(
     if lora.mixed is not None:
         part = lora.mixed.groups.get(group)
         if part is not None:
-            u = F.linear(x, part.a).mul_(part.mask)
+            u = F.linear(x, part.a)
+            if part.mask is not None:
+                u.mul_(part.mask)
             _add_modules(y, u, part)
         return y, []
     inner: list[Tensor] = []
@@ -116,7 +126,7 @@ def _add_modules(y: Tensor, u: Tensor, part: LoraGroup) -> None:
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(
+    def forward(  # noqa: PLR0917 - autograd passes arguments by position
         ctx: Any,
         x: Tensor,
         residual: Tensor | None,
@@ -131,7 +141,7 @@ class _Linear(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, *inner = ctx.saved_tensors
         dy = dy.contiguous()
         dx = ctx.base.backward(dy) if ctx.needs_input_grad[0] else None
@@ -165,7 +175,7 @@ def _lora_backward(part: LoraGroup, x: Tensor, u: Tensor, dy: Tensor, dx: Tensor
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / rms(x) * weight, the mean of squares in fp32 (Zhang & Sennrich 2019)."""
     if torch.is_grad_enabled() and x.requires_grad:
-        return _tensor(_RmsNorm.apply(x, weight, eps))
+        return applied(_RmsNorm, x, weight, eps)
     return F.rms_norm(x, (x.shape[-1],), weight, eps)
 
 
@@ -177,7 +187,7 @@ class _RmsNorm(torch.autograd.Function):
         return F.rms_norm(x, (x.shape[-1],), weight, eps)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         n = x.shape[-1]
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
@@ -192,7 +202,7 @@ class _RmsNorm(torch.autograd.Function):
 def swiglu(gate_up: Tensor) -> Tensor:
     """[T, 2 I] (gate beside up) -> silu(gate) * up [T, I]."""
     if gate_up.requires_grad:
-        return _tensor(_SwiGlu.apply(gate_up))
+        return applied(_SwiGlu, gate_up)
     gate, up = gate_up.chunk(2, dim=-1)
     return F.silu(gate).mul_(up)
 
@@ -205,7 +215,7 @@ class _SwiGlu(torch.autograd.Function):
         return F.silu(gate).mul_(up)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         (gate_up,) = ctx.saved_tensors
         gate, up = gate_up.chunk(2, dim=-1)
         out = torch.empty_like(gate_up)

@@ -1,9 +1,9 @@
 """The key/value cache: slots in one pool, with reuse of common prefixes.
 
-The pool is [layers, slots, length, 2 * kv_heads * head_dim] (keys, then values, of a token side by side). It starts small and
-grows by doubling either side; slots * length never exceeds the budget. A freed slot keeps its tokens, so a later
-prompt with the same beginning under the same adapter starts from them, until the slot is needed (least recently used
-first). On a CPU pages that were never written take no memory.
+The pool is [layers, slots, length, 2 * kv_heads * head_dim]: the keys, then the values, of a token side by side. It
+starts small and grows by doubling either side; slots * length never exceeds the budget. A freed slot keeps its
+tokens, so a later prompt with the same beginning under the same adapter starts from them, until the slot is needed
+(least recently used first).
 """
 
 from __future__ import annotations
@@ -181,7 +181,8 @@ class KVCache:
 
     def _reshape(self, slots: int, length: int) -> None:
         old, layers, width = self.data, self.data.shape[0], self.data.shape[3]
-        self.data = torch.empty((layers, slots, length, width), dtype=old.dtype, device=old.device)
+        # Zeros, not empty: a batched decode multiplies masked places by 0, and 0 times a stray NaN is NaN.
+        self.data = torch.zeros((layers, slots, length, width), dtype=old.dtype, device=old.device)
         for slot, entry in enumerate(self._entries[:slots]):
             del entry.tokens[length:]
             kept = len(entry.tokens)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lathe.engine.kernels import FrozenLinear
+from lathe.engine.kernels import FrozenLinear, applied
 
 # Rows of logits at once: 64 x 49,152 in fp32 are 12 MB, which stays in the cache of one core complex.
 BLOCK_ROWS = 64
@@ -51,8 +51,7 @@ def cross_entropy(
     """
     if torch.is_grad_enabled() and hidden.requires_grad:
         box: list[TokenLoss] = []
-        loss = _CrossEntropy.apply(hidden, targets, head, scale, box)
-        assert isinstance(loss, Tensor)
+        loss = applied(_CrossEntropy, hidden, targets, head, scale, box)
         return loss, box[0]
     figures, _ = _sweep(hidden, targets, head, None)
     return hidden.new_tensor(figures.loss_sum * scale, dtype=torch.float32), figures
@@ -94,7 +93,7 @@ def _sweep(
 
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(
+    def forward(  # noqa: PLR0917 - autograd passes arguments by position
         ctx: Any, hidden: Tensor, targets: Tensor, head: FrozenLinear, scale: float, box: list[TokenLoss]
     ) -> Tensor:
         figures, gradient = _sweep(hidden, targets, head, scale)
@@ -104,7 +103,7 @@ class _CrossEntropy(torch.autograd.Function):
         return hidden.new_tensor(figures.loss_sum * scale, dtype=torch.float32)
 
     @staticmethod
-    def backward(ctx: Any, d_loss: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, d_loss: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
         factor = float(d_loss)
         return gradient if factor == 1.0 else gradient * factor, None, None, None, None

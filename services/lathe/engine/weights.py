@@ -37,12 +37,14 @@ def load_weights(folder: Path, spec: DecoderSpec, *, device: torch.device, dtype
         return _Reader(folder, stack, device, dtype).weights(spec)
 
 
-def random_weights(spec: DecoderSpec, *, device: torch.device, dtype: torch.dtype, seed: int = 0) -> Weights:
-    """Weights drawn at random (standard deviation 0.02), for benchmarks."""
+def random_weights(
+    spec: DecoderSpec, *, device: torch.device, dtype: torch.dtype, seed: int = 0, std: float = 0.02
+) -> Weights:
+    """Weights drawn at random with this standard deviation, head tied, no biases: for benchmarks and tests."""
     generator = torch.Generator().manual_seed(seed)
 
     def draw(*size: int) -> Tensor:
-        return torch.empty(size).normal_(std=0.02, generator=generator).to(device, dtype)
+        return torch.empty(size).normal_(std=std, generator=generator).to(device, dtype)
 
     def frozen(out: int, width: int) -> FrozenLinear:
         return FrozenLinear(draw(out, width), None)

@@ -91,19 +91,27 @@ def _unsupported(config: Mapping[str, object], architecture: str) -> str:
     if architecture not in SUPPORTED_ARCHITECTURES:
         named = architecture or "no architecture"
         return f"config.json names {named}; supported are: {', '.join(SUPPORTED_ARCHITECTURES)}."
-    if config.get("quantization_config"):
-        return "the weights are quantised (quantization_config in config.json); import the unquantised model."
+    return _unusable_shape(config) or _unsupported_option(config)
+
+
+def _unusable_shape(config: Mapping[str, object]) -> str:
     needed = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
     for key in (*needed, "max_position_embeddings"):
         if _integer(config, key) <= 0:
             return f"config.json has no usable {key}; a positive integer is needed."
+    heads, kv_heads = _integer(config, "num_attention_heads"), _integer(config, "num_key_value_heads")
+    if kv_heads and heads % kv_heads:
+        return f"num_attention_heads {heads} is no multiple of num_key_value_heads {kv_heads}."
+    return ""
+
+
+def _unsupported_option(config: Mapping[str, object]) -> str:
+    if config.get("quantization_config"):
+        return "the weights are quantised (quantization_config in config.json); import the unquantised model."
     rope = rope_settings(config)["rope_type"]
     if rope not in SUPPORTED_ROPE:
         return f"rope type {rope!r} is not supported; supported are: {', '.join(SUPPORTED_ROPE)}."
     activation = config.get("hidden_act", "silu")
     if activation != "silu":
         return f"hidden_act {activation!r} is not supported; supported is: silu."
-    heads, kv_heads = _integer(config, "num_attention_heads"), _integer(config, "num_key_value_heads")
-    if kv_heads and heads % kv_heads:
-        return f"num_attention_heads {heads} is no multiple of num_key_value_heads {kv_heads}."
     return ""

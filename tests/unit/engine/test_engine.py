@@ -1,0 +1,198 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from lathe.common.errors import (
+    AlreadyExists,
+    FailedPrecondition,
+    InvalidArgument,
+    NotFound,
+    ResourceExhausted,
+)
+from lathe.engine.adapters import LoraSpec
+from lathe.engine.engine import Engine, SequenceState, TrainRow, TrainSlice, trained_tokens
+from lathe.engine.sampling import SamplingParams
+
+MakeEngine = Callable[..., Engine]
+ROWS = tuple(
+    TrainRow([(7 * i + 3 * j * j) % 96 for j in range(6 + 5 * i)], [j >= 3 for j in range(6 + 5 * i)])
+    for i in range(4)
+)
+GREEDY = SamplingParams(max_tokens=10, temperature=0)
+
+
+def whole(rows: tuple[TrainRow, ...]) -> TrainSlice:
+    return TrainSlice(rows, sum(trained_tokens(row) for row in rows))
+
+
+def train(engine: Engine, steps: int, lr: float = 0.02) -> None:
+    batch = sum(trained_tokens(row) for row in ROWS)
+    for _ in range(steps):
+        engine.forward_backward("a", TrainSlice(ROWS[:2], batch))
+        engine.forward_backward("a", TrainSlice(ROWS[2:], batch))
+        engine.optim_step("a", lr)
+
+
+def run(engine: Engine, states: list[SequenceState], **options: int) -> None:
+    for _ in range(1000):
+        if all(state.finished for state in states):
+            break
+        engine.step(states, **options)
+    for state in states:
+        engine.close_sequence(state)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_resumed_training_is_the_uninterrupted_one_bit_for_bit(
+    make_engine: MakeEngine, tmp_path: Path, dtype: torch.dtype
+) -> None:
+    straight = make_engine(dtype=dtype)
+    straight.create_adapter("a", LoraSpec(r=4), seed=3)
+    train(straight, 4)
+    names = straight.save("a", tmp_path / "straight", with_optimizer=True, base_model="m")
+
+    first = make_engine(dtype=dtype)
+    first.create_adapter("a", LoraSpec(r=4), seed=3)
+    train(first, 2)
+    first.save("a", tmp_path / "half", with_optimizer=True)
+    second = make_engine(dtype=dtype)
+    assert second.restore("a", tmp_path / "half") == 2
+    train(second, 2)
+    second.save("a", tmp_path / "resumed", with_optimizer=True, base_model="m")
+    for name in names:
+        assert (tmp_path / "straight" / name).read_bytes() == (tmp_path / "resumed" / name).read_bytes(), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_training_lowers_the_loss_and_is_sampled_from_at_once(
+    make_engine: MakeEngine, dtype: torch.dtype
+) -> None:
+    engine = make_engine(dtype=dtype)
+    engine.create_adapter("a", LoraSpec(r=8), seed=0)
+    before = engine.evaluate("a", whole(ROWS))
+    assert before.loss_sum == pytest.approx(engine.evaluate("", whole(ROWS)).loss_sum)
+    train(engine, 40)
+    after = engine.evaluate("a", whole(ROWS))
+    assert after.loss_sum < before.loss_sum / 10
+    assert after.correct > 0.9 * after.tokens
+    row = ROWS[3]
+    state = engine.open_sequence("a", row.tokens[:8], GREEDY)
+    run(engine, [state])
+    assert state.tokens == row.tokens[8:18]
+
+
+def test_slices_of_a_batch_add_up_to_the_batch(make_engine: MakeEngine) -> None:
+    engine = make_engine()
+    for key in ("one", "two"):
+        engine.create_adapter(key, LoraSpec(r=2), seed=0)
+    batch = sum(trained_tokens(row) for row in ROWS)
+    engine.forward_backward("one", TrainSlice(ROWS, batch))
+    for row in ROWS:
+        engine.forward_backward("two", TrainSlice((row,), batch))
+    assert engine.optim_step("one", 0.1) == pytest.approx(engine.optim_step("two", 0.1), rel=1e-4)
+
+
+def test_torchs_attention_gives_the_same_step(make_engine: MakeEngine) -> None:
+    norms = []
+    for fused in (True, False):
+        engine = make_engine(fused=fused)
+        engine.create_adapter("a", LoraSpec(r=2), seed=0)
+        result = engine.forward_backward("a", whole(ROWS))
+        norms.append((result.loss_sum, engine.optim_step("a", 0.1)))
+    assert norms[0] == pytest.approx(norms[1], rel=1e-4)
+
+
+def test_a_slice_without_targets_changes_nothing(make_engine: MakeEngine) -> None:
+    engine = make_engine()
+    engine.create_adapter("a", LoraSpec(r=2), seed=0)
+    result = engine.forward_backward("a", TrainSlice((TrainRow([1, 2], [True, False]),), 5))
+    assert (result.tokens, result.input_tokens, engine.optim_step("a", 0.1)) == (0, 2, 0.0)
+
+
+def test_a_prefix_shared_by_prompts_of_one_batch_is_computed_once(make_engine: MakeEngine) -> None:
+    engine = make_engine()
+    shared = [(5 * i) % 96 for i in range(60)]
+    prompts = [[*shared, i, i + 1] for i in range(4)]
+    states = [engine.open_sequence("", prompt, GREEDY) for prompt in prompts]
+    run(engine, states, prefill_tokens=24)
+    assert [state.cached_tokens for state in states] == [0, 60, 60, 60]
+    fresh = make_engine()
+    for prompt, state in zip(prompts, states, strict=True):
+        alone = fresh.open_sequence("", prompt, GREEDY)
+        run(fresh, [alone])
+        assert alone.tokens == state.tokens
+
+
+def test_what_a_step_of_training_made_stale_is_not_reused(make_engine: MakeEngine) -> None:
+    engine = make_engine()
+    engine.create_adapter("a", LoraSpec(r=4), seed=0)
+    prompt = list(range(20))
+    for expected in (0, 19):
+        state = engine.open_sequence("a", prompt, GREEDY)
+        run(engine, [state])
+        assert state.cached_tokens == expected
+    train(engine, 1)
+    state = engine.open_sequence("a", prompt, GREEDY)
+    run(engine, [state])
+    assert state.cached_tokens == 0
+
+
+def test_sequences_beyond_the_cache_wait_and_give_the_same_tokens(make_engine: MakeEngine) -> None:
+    prompts = [[(i * j) % 96 for j in range(1, 31)] for i in range(1, 6)]
+    params = SamplingParams(max_tokens=40, temperature=0.8, seed=5)
+    small, large = make_engine(kv_tokens=150), make_engine()
+    some = [small.open_sequence("", prompt, params) for prompt in prompts]
+    run(small, some)
+    all_at_once = [large.open_sequence("", prompt, params) for prompt in prompts]
+    run(large, all_at_once)
+    assert [state.tokens for state in some] == [state.tokens for state in all_at_once]
+    assert small.memory().kv_bytes <= small.memory().kv_budget_bytes
+
+
+def test_a_prompt_the_cache_can_never_hold_is_refused(make_engine: MakeEngine) -> None:
+    engine = make_engine(kv_tokens=20)
+    with pytest.raises(ResourceExhausted):
+        engine.step([engine.open_sequence("", list(range(30)), GREEDY)])
+
+
+def test_a_stop_id_ends_a_sequence_and_the_context_bounds_it(make_engine: MakeEngine) -> None:
+    engine = make_engine()
+    free = engine.open_sequence("", [1, 2, 3], GREEDY)
+    run(engine, [free])
+    stop = free.tokens[4]
+    state = engine.open_sequence("", [1, 2, 3], SamplingParams(temperature=0, stop_ids=frozenset({stop})))
+    run(engine, [state])
+    assert (state.finished, state.tokens) == ("stop", free.tokens[: free.tokens.index(stop) + 1])
+    long = engine.open_sequence("", [5] * 120, SamplingParams(temperature=0))
+    run(engine, [long])
+    assert (long.finished, len(long.tokens)) == ("length", 8)
+    with pytest.raises(InvalidArgument, match="context of 128"):
+        engine.open_sequence("", [5] * 128, GREEDY)
+
+
+def test_wrong_calls(make_engine: MakeEngine, tmp_path: Path) -> None:
+    engine = make_engine()
+    engine.create_adapter("a", LoraSpec(r=2), seed=0)
+    engine.save("a", tmp_path, with_optimizer=False)
+    engine.load_adapter("frozen", tmp_path)
+    with pytest.raises(AlreadyExists):
+        engine.create_adapter("a", LoraSpec(), seed=0)
+    with pytest.raises(NotFound):
+        engine.forward_backward("b", whole(ROWS))
+    with pytest.raises(FailedPrecondition, match="sampling only"):
+        engine.forward_backward("frozen", whole(ROWS))
+    with pytest.raises(InvalidArgument, match="vocabulary"):
+        engine.open_sequence("", [96], GREEDY)
+    state = engine.open_sequence("a", [1], GREEDY)
+    with pytest.raises(FailedPrecondition, match="in use"):
+        engine.drop_adapter("a")
+    engine.close_sequence(state)
+    engine.close_sequence(state)
+    engine.drop_adapter("a")
+    assert engine.adapter_keys() == ("frozen",)
+    with pytest.raises(InvalidArgument, match=r"optimizer\.safetensors"):
+        engine.restore("a", tmp_path)
