@@ -1,0 +1,181 @@
+from __future__ import annotations
+
+import hashlib
+from collections.abc import AsyncIterator
+
+import pytest
+
+from lathe.common.errors import (
+    Aborted,
+    FailedPrecondition,
+    InvalidArgument,
+    NotFound,
+    OutOfRange,
+    PermissionDenied,
+    Unavailable,
+)
+from lathe.common.metrics import Metrics
+from lathe.common.rpc.principal import Principal
+from lathe.gateway import uploads
+from lathe.gateway.uploads import DatasetUploads, UploadChunk
+from tests.fakes.clock import FakeClock
+from tests.fakes.gateway import FakeDataset, FakeDatasets
+from tests.fakes.objectstore import MemoryObjectStore
+
+ALICE = Principal("acme", "member", "key_1")
+NAME = "projects/acme/datasets/file-1"
+PART = 8
+
+
+@pytest.fixture(autouse=True)
+def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(uploads, "PART_BYTES", PART)
+
+
+@pytest.fixture
+def store() -> MemoryObjectStore:
+    return MemoryObjectStore()
+
+
+@pytest.fixture
+def owner(store: MemoryObjectStore) -> FakeDatasets:
+    owner = FakeDatasets(store)
+    owner.create(NAME)
+    return owner
+
+
+@pytest.fixture
+def up(owner: FakeDatasets, store: MemoryObjectStore) -> DatasetUploads[FakeDataset]:
+    return DatasetUploads(owner, store, FakeClock(), Metrics())
+
+
+async def chunks(*data: bytes, error: Exception | None = None) -> AsyncIterator[bytes]:
+    for one in data:
+        yield one
+    if error is not None:
+        raise error
+
+
+async def messages(
+    data: bytes,
+    *,
+    start: int = 0,
+    step: int = 5,
+    finish: bool = True,
+    sha256: str = "",
+    error: Exception | None = None,
+) -> AsyncIterator[UploadChunk]:
+    for offset in range(start, len(data), step):
+        yield UploadChunk(offset, data[offset : offset + step])
+    if error is not None:
+        raise error
+    if finish:
+        yield UploadChunk(len(data), b"", finish=True, sha256=sha256)
+
+
+async def test_one_go(up: DatasetUploads[FakeDataset], store: MemoryObjectStore) -> None:
+    made = await up.put_dataset(ALICE, NAME, chunks(b"ab", b"", b"cd"))
+    assert (made.state, made.size, made.sha256) == ("ready", 4, hashlib.sha256(b"abcd").hexdigest())
+    assert b"".join([c async for c in await up.download(ALICE, NAME, offset=1)]) == b"bcd"
+
+
+async def test_what_breaks_half_way_leaves_nothing(
+    up: DatasetUploads[FakeDataset], owner: FakeDatasets, store: MemoryObjectStore
+) -> None:
+    with pytest.raises(ConnectionError):
+        await up.put_dataset(ALICE, NAME, chunks(b"ab", error=ConnectionError()))
+    with pytest.raises(InvalidArgument, match="larger than 3 bytes"):
+        await up.put_dataset(ALICE, NAME, chunks(b"ab", b"cd"), max_bytes=3)
+    with pytest.raises(InvalidArgument) as caught:
+        await up.put_dataset(ALICE, NAME, chunks(b"ab"), sha256="0" * 64)
+    assert caught.value.reason == "SHA256_MISMATCH"
+    assert store.keys() == [] and owner.rows[NAME].state == "uploading"
+
+
+async def test_commit_is_repeated_while_the_owner_is_away(
+    owner: FakeDatasets, store: MemoryObjectStore
+) -> None:
+    owner.outages = [Unavailable("away")]
+
+    class Quick(FakeClock):
+        async def sleep(self, seconds: float) -> None:
+            self.tick(seconds)
+
+    up = DatasetUploads(owner, store, Quick(), Metrics())
+    assert (await up.put_dataset(ALICE, NAME, chunks(b"ab"))).state == "ready"
+
+
+@pytest.mark.parametrize("size", [0, 1, PART, PART + 1, 3 * PART])
+async def test_resumable_in_one_stream(up: DatasetUploads[FakeDataset], size: int) -> None:
+    data = bytes(range(size))
+    made = await up.put_resumable(ALICE, NAME, messages(data, sha256=hashlib.sha256(data).hexdigest()))
+    assert (made.state, made.size) == ("ready", size)
+
+
+@pytest.mark.parametrize("cut", [0, 3, PART, 2 * PART + 1])
+async def test_a_broken_stream_goes_on_from_its_whole_parts(
+    up: DatasetUploads[FakeDataset], cut: int
+) -> None:
+    data = bytes(range(30))
+    with pytest.raises(ConnectionError):
+        await up.put_resumable(ALICE, NAME, messages(data[:cut], step=1, error=ConnectionError()))
+    offset = await up.offset(ALICE, NAME)
+    assert offset == cut - cut % PART
+    made = await up.put_resumable(
+        ALICE, NAME, messages(data, start=offset, sha256=hashlib.sha256(data).hexdigest())
+    )
+    assert made.size == 30
+
+
+async def test_a_stream_that_ends_early_stores_all_it_brought(up: DatasetUploads[FakeDataset]) -> None:
+    data = bytes(range(30))
+    left = await up.put_resumable(ALICE, NAME, messages(data[:11], finish=False))
+    assert left.state == "uploading" and await up.offset(ALICE, NAME) == 11
+    assert (await up.put_resumable(ALICE, NAME, messages(data, start=11))).sha256 == (
+        hashlib.sha256(data).hexdigest()
+    )
+
+
+async def test_wrong_offset_names_the_right_one(up: DatasetUploads[FakeDataset]) -> None:
+    data = bytes(range(30))
+    await up.put_resumable(ALICE, NAME, messages(data[:11], finish=False))
+    for start in (0, 10, 12):
+        with pytest.raises(OutOfRange) as caught:
+            await up.put_resumable(ALICE, NAME, messages(data, start=start))
+        assert caught.value.metadata["committed_size"] == "11"
+        assert caught.value.violations[0].field == "write_offset"
+
+
+async def test_another_sha256_commits_nothing(
+    up: DatasetUploads[FakeDataset], owner: FakeDatasets, store: MemoryObjectStore
+) -> None:
+    with pytest.raises(InvalidArgument) as caught:
+        await up.put_resumable(ALICE, NAME, messages(bytes(20), sha256="0" * 64))
+    assert caught.value.reason == "SHA256_MISMATCH"
+    assert store.keys() == [] and owner.rows[NAME].state == "uploading"
+    assert await up.offset(ALICE, NAME) == 0
+
+
+async def test_one_upload_at_a_time(up: DatasetUploads[FakeDataset]) -> None:
+    async def nested() -> AsyncIterator[bytes]:
+        with pytest.raises(Aborted):
+            await up.put_resumable(ALICE, NAME, messages(b"x"))
+        yield b"ab"
+
+    assert (await up.put_dataset(ALICE, NAME, nested())).size == 2
+
+
+async def test_refusals(up: DatasetUploads[FakeDataset]) -> None:
+    with pytest.raises(PermissionDenied):
+        await up.put_dataset(Principal("acme", "viewer", "k"), NAME, chunks(b"a"))
+    with pytest.raises(NotFound):
+        await up.put_dataset(Principal("other", "member", "k"), NAME, chunks(b"a"))
+    with pytest.raises(FailedPrecondition):
+        await up.download(ALICE, NAME)
+    await up.put_dataset(ALICE, NAME, chunks(b"a"))
+    with pytest.raises(FailedPrecondition):
+        await up.put_dataset(ALICE, NAME, chunks(b"a"))
+    with pytest.raises(FailedPrecondition):
+        await up.offset(ALICE, NAME)
+    with pytest.raises(OutOfRange):
+        await up.download(ALICE, NAME, offset=2)
