@@ -60,6 +60,7 @@ class Metrics:
         )
 
         self.jobs = Gauge("lathe_jobs", "Jobs by state.", ("state",), registry=reg)
+        self.engines = Gauge("lathe_engines", "Engines by state.", ("state",), registry=reg)
         self.job_queue_wait_seconds = Histogram(
             "lathe_job_queue_wait_seconds",
             "Time from queued to the first lease.",

@@ -9,6 +9,8 @@ from collections.abc import Iterable, Sequence
 from lathe.jobs.model import EventLevel, EventType, JobError, NewEvent, StepMetrics
 from lathe.jobs.ports import FileFinding
 
+VALIDATING = "The files are being validated for this model."
+
 
 def created(job_id: str) -> NewEvent:
     return NewEvent(f"Created fine-tuning job: {job_id}")

@@ -12,6 +12,8 @@ MAX_LOST_LEASES = 100
 MAX_RETRIES = 3
 MAX_START_FAILURES = 5
 MAX_BACKOFF_S = 60.0
+# The quota of a project that nobody could look up yet: nothing of it starts.
+UNKNOWN_QUOTA = -1
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,24 +219,25 @@ def _stops(picture: Snapshot) -> list[Decision]:
 
 
 def _stop(engine: EngineRecord, picture: Snapshot) -> StopEngine | None:
-    now, limits = picture.now, picture.limits
-    if engine.state is EngineState.LAUNCHING:
-        if now - engine.create_time > timedelta(seconds=limits.engine_start_timeout_s):
+    limits = picture.limits
+
+    def older(since: datetime, seconds: float) -> bool:
+        return picture.now - since > timedelta(seconds=seconds)
+
+    match engine.state:
+        case EngineState.LAUNCHING if older(engine.create_time, limits.engine_start_timeout_s):
             return StopEngine(engine.id, "it did not register in time", force=True)
-        return None
-    if engine.state is EngineState.STOPPING:
-        since = engine.stop_time or engine.create_time
-        if now - since > timedelta(seconds=limits.engine_stop_timeout_s):
+        case EngineState.STOPPING if older(
+            engine.stop_time or engine.create_time, limits.engine_stop_timeout_s
+        ):
             return StopEngine(engine.id, "it did not end in time", force=True)
-        return None
-    heard = engine.heartbeat_time or engine.create_time
-    if now - heard > timedelta(seconds=limits.engine_hang_timeout_s):
-        return StopEngine(engine.id, "it was silent for too long", force=True)
-    idle = now - max(engine.busy_time or engine.create_time, _demand(engine, picture))
-    if picture.attempts.get(engine.id, 0) or engine.active_sequences or not engine.launched:
-        return None
-    if idle > timedelta(seconds=limits.engine_idle_timeout_s):
-        return StopEngine(engine.id, "it had nothing to do")
+        case EngineState.READY:
+            if older(engine.heartbeat_time or engine.create_time, limits.engine_hang_timeout_s):
+                return StopEngine(engine.id, "it was silent for too long", force=True)
+            busy = picture.attempts.get(engine.id, 0) or engine.active_sequences or not engine.launched
+            last = max(engine.busy_time or engine.create_time, _demand(engine, picture))
+            if not busy and older(last, limits.engine_idle_timeout_s):
+                return StopEngine(engine.id, "it had nothing to do")
     return None
 
 
@@ -266,7 +269,7 @@ def _words(picture: Snapshot) -> list[Decision]:
                 )
             )
             continue
-        reason = _why(job, picture, serving, pool, counts, before)
+        reason = _why(job, picture, serving, pool=pool, counts=counts, ahead=before)
         if _has_room(job.project, counts, picture.quotas):
             ahead[digest] = before + 1
         if reason != job.state_reason:
@@ -282,38 +285,38 @@ def _why(
     job: Job,
     picture: Snapshot,
     serving: Sequence[EngineRecord],
+    *,
     pool: Pool | None,
     counts: Mapping[str, int],
     ahead: int,
 ) -> str:
     """One sentence: why the job waits, and when it will likely start."""
+    limit = picture.quotas.get(job.project, 0)
+    if limit == UNKNOWN_QUOTA:
+        return "Waits until the project's quota can be read."
     if not _has_room(job.project, counts, picture.quotas):
-        limit = picture.quotas[job.project]
-        noun = "job runs" if limit == 1 else "jobs run"
-        return (
-            f"Waits for the project's quota: {limit} {noun} already, and no more may.{_when(job, picture, 0)}"
-        )
+        noun = "job" if limit == 1 else "jobs"
+        return f"The project's quota of {limit} running {noun} is used up.{_when(job, picture, 0)}"
     if job.hold_until is not None and job.hold_until > picture.now:
         return "Waits a moment before it is tried again, because the last attempt met an error."
-    if serving:
-        if ahead == 0 and any(picture.attempts.get(e.id, 0) < e.max_attempts for e in serving):
-            return "An engine with room will take it within seconds."
-        place = "it is next in line" if ahead == 0 else f"{ahead} before it in line"
-        return f"Waits for an engine for {job.base.id} with room; {place}.{_when(job, picture, ahead)}"
-    if _of(picture.engines, job.base.digest):
-        return f"An engine for {job.base.id} is starting or restarting; the job starts when it is ready."
+    if not serving:
+        return _why_no_engine(job.base, picture, pool)
+    if ahead == 0 and any(picture.attempts.get(engine.id, 0) < engine.max_attempts for engine in serving):
+        return "An engine with room will take it within seconds."
+    place = "it is next in line" if ahead == 0 else f"{ahead} before it in line"
+    return f"Waits for an engine for {job.base.id} with room; {place}.{_when(job, picture, ahead)}"
+
+
+def _why_no_engine(base: BaseRef, picture: Snapshot, pool: Pool | None) -> str:
+    if _of(picture.engines, base.digest):
+        return f"An engine for {base.id} is starting or restarting; the job starts when it is ready."
     if not picture.limits.can_launch:
-        return (
-            f"Waits for an engine for {job.base.id} to register; this platform does not start engines itself."
-        )
+        return f"Waits for an engine for {base.id} to register; this platform does not start engines itself."
     if pool is not None and pool.last_error:
-        return f"The engine for {job.base.id} could not start and is tried again; it last said: {pool.last_error}"
-    others = len({engine.base.digest for engine in picture.engines})
-    if len(picture.engines) >= picture.limits.max_engines and others:
-        return (
-            f"Waits for an engine of another base model to end, because {len(picture.engines)} are running."
-        )
-    return f"An engine for {job.base.id} is being started."
+        return f"The engine for {base.id} could not start and is tried again; it last said: {pool.last_error}"
+    if sum(engine.launched for engine in picture.engines) >= picture.limits.max_engines:
+        return f"Waits for an engine of another base model to end; {picture.limits.max_engines} may run."
+    return f"An engine for {base.id} is being started."
 
 
 def _when(job: Job, picture: Snapshot, ahead: int) -> str:

@@ -1,0 +1,48 @@
+"""Whether this process has been in touch with its database for long enough to call a lease expired."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from lathe.common.clock import Clock
+from lathe.common.errors import Unavailable
+
+
+class Contact:
+    """An engine cannot renew a lease while jobs or its database is away, so silence proves nothing then.
+
+    Trusted once a whole lease term has passed without a failure, a start or a pause of this process.
+    """
+
+    def __init__(self, clock: Clock, lease_term_s: float) -> None:
+        self._clock = clock
+        self._term_s = lease_term_s
+        self._since: float | None = None
+        self._last = 0.0
+
+    def seen(self) -> None:
+        """The database answered."""
+        now = self._clock.monotonic()
+        # A gap means that this process stood still, and heartbeats may be waiting in its sockets.
+        if self._since is None or now - self._last > self._term_s / 2:
+            self._since = now
+        self._last = now
+
+    def lost(self) -> None:
+        """The database did not answer."""
+        self._since = None
+
+    def trusted(self) -> bool:
+        """Whether a lease that was not renewed in time may be taken away."""
+        now = self._clock.monotonic()
+        return self._since is not None and now - self._since >= self._term_s
+
+    @asynccontextmanager
+    async def watched(self) -> AsyncIterator[None]:
+        """Note an outage that happens inside."""
+        try:
+            yield
+        except Unavailable:
+            self.lost()
+            raise

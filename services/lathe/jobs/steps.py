@@ -1,0 +1,233 @@
+"""What a job needs from other services: the audit of its files, and the registration of what it made.
+
+Every outside call is safe to repeat and every write is guarded, so a process that dies between two of them costs
+nothing. An outage elsewhere makes a job wait; only an answer that cannot change makes it fail.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+
+from lathe.common.clock import Clock
+from lathe.common.errors import (
+    Aborted,
+    DataLoss,
+    FailedPrecondition,
+    InvalidArgument,
+    LatheError,
+    NotFound,
+)
+from lathe.jobs import hyperparameters, lifecycle, messages, model, transitions
+from lathe.jobs.changes import Changes
+from lathe.jobs.model import AdapterObject, Attempt, Checkpoint, Job, JobError, JobState, NewEvent
+from lathe.jobs.ports import AdapterRegistration, Audit, AuditState, Datasets, JobStore, Models
+from lathe.jobs.transitions import Trigger
+
+log = logging.getLogger(__name__)
+
+# Answers that would be the same the next time.
+_FINAL = (NotFound, InvalidArgument, FailedPrecondition, DataLoss)
+_AT_ONCE = 8
+# A call carries at most 4 MiB; a row has about 50 bytes.
+_MAX_RESULT_ROWS = 40_000
+
+
+@dataclass(frozen=True, slots=True)
+class JobSteps:
+    """Moves jobs on that wait for another service."""
+
+    store: JobStore
+    datasets: Datasets
+    models: Models
+    changes: Changes
+    clock: Clock
+    interval_s: float = 0.5
+
+    async def run(self) -> None:
+        """Work until cancelled. Nothing makes it end."""
+        while True:
+            try:
+                await self.run_once()
+            except LatheError as error:
+                log.warning("Jobs wait: %s", error)
+            except Exception:
+                log.exception("A job could not be moved on and is tried again.")
+            await self.changes.wait(self.interval_s)
+
+    async def run_once(self) -> None:
+        """Try every job that waits for another service once. Raises Unavailable while the database is away."""
+        async with self.store.read() as session:
+            waiting = [
+                job
+                for job in await session.jobs_in([JobState.VALIDATING_FILES, JobState.RUNNING])
+                if job.state is JobState.VALIDATING_FILES or job.final_attempt_id
+            ]
+        room = asyncio.Semaphore(_AT_ONCE)
+        await asyncio.gather(*(self._try(job, room) for job in waiting))
+
+    async def _try(self, job: Job, room: asyncio.Semaphore) -> None:
+        async with room:
+            try:
+                if job.state is JobState.VALIDATING_FILES:
+                    await self._validate(job)
+                else:
+                    await self._register(job)
+            except LatheError as error:
+                log.warning("%s waits: %s", job.name, error)
+                await self._apply(
+                    job, replace(job, state_reason=f"Waits and is tried again: {error.message}"), []
+                )
+
+    async def _apply(self, before: Job, after: Job, events: Sequence[NewEvent]) -> None:
+        """Write unless the job was changed meanwhile; then the next pass starts from what it is now."""
+        if after == before:
+            return
+        try:
+            async with self.store.write() as session:
+                await session.save(before, after, events)
+        except Aborted:
+            return
+        self.changes.ring()
+
+    # --- files ---
+
+    async def _validate(self, job: Job) -> None:
+        files = [("training_file", job.training)]
+        if job.validation is not None:
+            files.append(("validation_file", job.validation))
+        audits: list[Audit] = []
+        for param, dataset in files:
+            try:
+                audit = await self.datasets.ensure_audit(job.project, dataset.id, job.base.name, "supervised")
+            except _FINAL as error:
+                await self._invalid(job, JobError(f"invalid_{param}", error.message, param))
+                return
+            if audit.state is AuditState.ERROR:
+                found = messages.file_error(param, dataset.id, audit.findings, audit.finding_count)
+                await self._invalid(job, found)
+                return
+            audits.append(audit)
+        if all(audit.state is AuditState.READY for audit in audits):
+            await self._queue(job, audits)
+        else:
+            await self._apply(job, replace(job, state_reason=messages.VALIDATING), [])
+
+    async def _invalid(self, job: Job, error: JobError) -> None:
+        changed, events = lifecycle.failed(job, Trigger.FILES_INVALID, error, self.clock.now())
+        await self._apply(job, changed, events)
+
+    async def _queue(self, job: Job, audits: Sequence[Audit]) -> None:
+        training = audits[0]
+        chosen = hyperparameters.resolve(job.spec, job.base, training.rows)
+        events = [
+            messages.rows_truncated(audit.truncated_rows, noun)
+            for audit, noun in zip(audits, ("the training file", "the validation file"), strict=False)
+            if audit.truncated_rows
+        ]
+        changed = replace(
+            job,
+            state=transitions.apply(job.state, Trigger.FILES_VALID),
+            state_reason="The files are valid; the job waits for an engine.",
+            queue_time=self.clock.now(),
+            hyperparameters=chosen,
+            total_steps=hyperparameters.total_steps(chosen, training.rows),
+            training_tokens=training.tokens,
+            validation_tokens=audits[1].tokens if len(audits) > 1 else None,
+            audit_key=training.key,
+        )
+        await self._apply(job, changed, [*events, messages.validated()])
+
+    # --- results ---
+
+    async def _register(self, job: Job) -> None:
+        async with self.store.read() as session:
+            attempt = await session.attempt(job.final_attempt_id)
+            checkpoints = await session.checkpoints(job.id)
+            metrics = await session.metrics(job.id)
+        if attempt is None or attempt.final_adapter is None:
+            await self._refused(job, "the attempt that succeeded left no adapter")
+            return
+        model_id = model.tuned_model_id(job)
+        try:
+            await self.models.register_adapter(_registration(job, attempt, attempt.final_adapter, job.step))
+        except _FINAL as error:
+            await self._refused(job, error.message)
+            return
+        gone = [point for point in checkpoints if not await self._register_checkpoint(job, attempt, point)]
+        stride = -(-len(metrics) // _MAX_RESULT_ROWS) or 1
+        content = messages.results_csv(metrics[::stride])
+        result = await self.datasets.create_result_file(
+            job.project, "results.csv", content, f"{job.id}-results"
+        )
+        done = replace(
+            lifecycle.ended(
+                job,
+                transitions.apply(job.state, Trigger.REGISTERED),
+                "The model is ready to be called.",
+                self.clock.now(),
+            ),
+            fine_tuned_model=model_id,
+            result_files=(result,),
+        )
+        events = [
+            lifecycle.warning(f"The checkpoint of step {point.step} cannot be read and is left out")
+            for point in gone
+        ]
+        try:
+            async with self.store.write() as session:
+                for point in gone:
+                    await session.delete_checkpoint(job.id, point.step)
+                await session.save(
+                    job, done, [*events, messages.model_created(model_id), messages.succeeded()]
+                )
+        except Aborted:
+            return
+        self.changes.ring()
+
+    async def _register_checkpoint(self, job: Job, final: Attempt, point: Checkpoint) -> bool:
+        """False if its files are not what was reported; the job is not worse for it."""
+        try:
+            await self.models.register_adapter(
+                _registration(job, final, point.object, point.step, is_final=False)
+            )
+        except _FINAL as error:
+            log.warning("The checkpoint of step %s of %s is left out: %s", point.step, job.name, error)
+            return False
+        return True
+
+    async def _refused(self, job: Job, why: str) -> None:
+        error = JobError("server_error", f"The trained model cannot be registered: {why}")
+        changed, events = lifecycle.failed(job, Trigger.REGISTRATION_REFUSED, error, self.clock.now())
+        await self._apply(job, changed, events)
+
+
+def _registration(
+    job: Job, attempt: Attempt, made: AdapterObject, step: int, *, is_final: bool = True
+) -> AdapterRegistration:
+    chosen = asdict(job.hyperparameters) if job.hyperparameters is not None else {}
+    plan = {"slice_plan": asdict(job.slice_plan)} if job.slice_plan is not None else {}
+    return AdapterRegistration(
+        project=job.project,
+        model_id=model.tuned_model_id(job) if is_final else model.checkpoint_model_id(job, step),
+        base=job.base,
+        object=made,
+        is_final=is_final,
+        job=job.name,
+        # A checkpoint may be of an earlier attempt: its prefix says which.
+        attempt=attempt.id if is_final else _attempt_of(made.prefix, attempt.id),
+        step=step,
+        dataset=job.training,
+        audit_key=job.audit_key,
+        hyperparameters_json=json.dumps({**chosen, **plan}, sort_keys=True),
+        seed=job.seed,
+        code_version=attempt.code_version,
+    )
+
+
+def _attempt_of(prefix: str, otherwise: str) -> str:
+    parts = prefix.split("/")
+    return parts[2] if len(parts) > 2 and parts[0] == "jobs" else otherwise

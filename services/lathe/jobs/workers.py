@@ -1,0 +1,474 @@
+"""The use cases of engines: register, beat, lease, report, complete. All under fencing tokens."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from datetime import datetime, timedelta
+
+from lathe.common.clock import Clock
+from lathe.common.errors import Aborted, FailedPrecondition, FieldViolation, InvalidArgument
+from lathe.common.ids import IdFactory
+from lathe.common.metrics import Metrics
+from lathe.jobs import lifecycle, messages, model, policy, transitions
+from lathe.jobs.changes import Changes
+from lathe.jobs.contact import Contact
+from lathe.jobs.model import (
+    LEASED_STATES,
+    Action,
+    AdapterObject,
+    Attempt,
+    BaseRef,
+    Checkpoint,
+    EngineRecord,
+    EngineState,
+    Job,
+    JobError,
+    JobState,
+    NewEvent,
+    Outcome,
+    SlicePlan,
+    StepMetrics,
+)
+from lathe.jobs.ports import JobSession, JobStore
+from lathe.jobs.quotas import Quotas
+from lathe.jobs.transitions import Trigger
+
+log = logging.getLogger(__name__)
+
+LEASE_LOST = "LEASE_LOST"
+ENGINE_UNKNOWN = "ENGINE_UNKNOWN"
+
+_DIRECTIVES = {
+    JobState.CANCELLING: Action.CANCEL,
+    JobState.PAUSING: Action.PAUSE,
+    JobState.PREEMPTING: Action.PREEMPT,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Registration:
+    """What an engine says of itself."""
+
+    engine_id: str
+    base: BaseRef
+    address: str
+    max_attempts: int
+    max_sequences: int
+    device: str
+    threads: int
+    code_version: str
+
+
+@dataclass(frozen=True, slots=True)
+class Beat:
+    """leases: (attempt id, token) of every attempt that the engine holds."""
+
+    engine_id: str
+    leases: Sequence[tuple[str, str]] = ()
+    active_sequences: int = 0
+    memory_bytes: int = 0
+    draining: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class BeatAnswer:
+    directives: Sequence[tuple[str, Action]]
+    reregister: bool
+    shut_down: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Lease:
+    """A new attempt, its job, and the prefixes of the job's earlier attempts, newest first."""
+
+    attempt: Attempt
+    job: Job
+    earlier_prefixes: Sequence[str]
+
+
+@dataclass(frozen=True, slots=True)
+class ReportedCheckpoint:
+    step: int
+    object: AdapterObject
+    metrics: StepMetrics | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    attempt_id: str
+    lease_token: str
+    metrics: Sequence[StepMetrics] = ()
+    checkpoints: Sequence[ReportedCheckpoint] = ()
+    slice_plan: SlicePlan | None = None
+    total_steps: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    attempt_id: str
+    lease_token: str
+    outcome: Outcome
+    final_adapter: AdapterObject | None = None
+    trained_tokens: int = 0
+    error: JobError | None = None
+    step: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class LeaseTerms:
+    """Seconds."""
+
+    lease_term_s: float = 15.0
+    heartbeat_s: float = 3.0
+
+
+@dataclass(frozen=True, slots=True)
+class WorkersService:
+    """What engines can do."""
+
+    store: JobStore
+    quotas: Quotas
+    changes: Changes
+    contact: Contact
+    clock: Clock
+    ids: IdFactory
+    metrics: Metrics
+    terms: LeaseTerms = LeaseTerms()
+
+    async def register(self, engine: Registration) -> LeaseTerms:
+        """Take the engine up, or take its new address. Safe to repeat."""
+        _check_registration(engine)
+        now = self.clock.now()
+        async with self.store.write() as session:
+            known = await session.engine(engine.engine_id, lock=True)
+            # One that was told to end stays told.
+            stopping = known is not None and known.state is EngineState.STOPPING
+            await session.put_engine(
+                EngineRecord(
+                    id=engine.engine_id,
+                    base=engine.base,
+                    state=EngineState.STOPPING if stopping else EngineState.READY,
+                    create_time=known.create_time if known is not None else now,
+                    launched=known is not None and known.launched,
+                    address=engine.address,
+                    max_attempts=engine.max_attempts,
+                    max_sequences=engine.max_sequences,
+                    device=engine.device,
+                    threads=engine.threads,
+                    code_version=engine.code_version,
+                    heartbeat_time=now,
+                    busy_time=now,
+                    stop_time=known.stop_time if known is not None else None,
+                )
+            )
+            await _forget_failures(session, engine.base)
+        log.info("Engine %s registered for %s at %s.", engine.engine_id, engine.base.id, engine.address)
+        self.changes.ring()
+        return self.terms
+
+    async def heartbeat(self, beat: Beat) -> BeatAnswer:
+        """Renew the registration and the leases; what the engine must do."""
+        now = self.clock.now()
+        expire = now + timedelta(seconds=self.terms.lease_term_s)
+        directives: list[tuple[str, Action]] = []
+        async with self.contact.watched(), self.store.write() as session:
+            for attempt_id, token in beat.leases:
+                action = await _renew(session, beat.engine_id, attempt_id, token, expire)
+                if action is not None:
+                    directives.append((attempt_id, action))
+            engine = await session.engine(beat.engine_id, lock=True)
+            if engine is not None:
+                busy = bool(beat.leases) or beat.active_sequences > 0
+                await session.put_engine(
+                    replace(
+                        engine,
+                        heartbeat_time=now,
+                        active_sequences=beat.active_sequences,
+                        memory_bytes=beat.memory_bytes,
+                        draining=beat.draining,
+                        busy_time=now if busy else engine.busy_time,
+                    )
+                )
+        if engine is not None and (engine.draining, engine.active_sequences) != (
+            beat.draining,
+            beat.active_sequences,
+        ):
+            self.changes.ring()
+        stop = engine is not None and engine.state is EngineState.STOPPING
+        return BeatAnswer(directives, reregister=engine is None, shut_down=stop)
+
+    async def lease(self, engine_id: str) -> Lease | None:
+        """The next attempt for this engine; None when there is nothing to do.
+
+        Raises FailedPrecondition for an engine that is not registered.
+        """
+        async with self.store.read() as session:
+            engine = await _registered(session, engine_id)
+            waiting = [
+                job
+                for job in await session.jobs_in([JobState.QUEUED])
+                if job.base.digest == engine.base.digest
+            ]
+        if not waiting or engine.draining or engine.state is not EngineState.READY:
+            return None
+        quotas = await self.quotas.running(job.project for job in waiting)
+        async with self.store.write() as session:
+            lease = await self._take(session, engine_id, quotas)
+        if lease is None:
+            return None
+        if lease.attempt.number == 1 and lease.job.queue_time is not None:
+            wait = self.clock.now() - lease.job.queue_time
+            self.metrics.job_queue_wait_seconds.observe(max(0.0, wait.total_seconds()))
+        self.changes.ring()
+        return lease
+
+    async def _take(self, session: JobSession, engine_id: str, quotas: dict[str, int]) -> Lease | None:
+        now = self.clock.now()
+        engine = await session.engine(engine_id, lock=True)
+        if engine is None or engine.draining or engine.state is not EngineState.READY:
+            return None
+        if len(await session.open_attempts(engine_id)) >= engine.max_attempts:
+            return None
+        # A project whose quota was not looked up in time waits for the next call.
+        queued = [job for job in await session.jobs_in([JobState.QUEUED]) if job.project in quotas]
+        running = await _running(session)
+        chosen = policy.next_job(engine.base.digest, queued, running, quotas, now)
+        if chosen is None:
+            return None
+        # Another engine may have taken a job of this project since: look again with the project locked.
+        await session.lock_project(chosen.project)
+        job = await session.job(chosen.id, lock=True)
+        if job is None or job.state is not JobState.QUEUED:
+            return None
+        if policy.next_job(engine.base.digest, [job], await _running(session), quotas, now) is None:
+            return None
+        return await self._start(session, job, engine)
+
+    async def _start(self, session: JobSession, job: Job, engine: EngineRecord) -> Lease:
+        now = self.clock.now()
+        earlier = await session.attempts(job.id)
+        attempt = Attempt(
+            id=self.ids.new("att"),
+            job_id=job.id,
+            number=job.attempt_count + 1,
+            engine_id=engine.id,
+            # 22 base62 characters hold 131 bits.
+            lease_token=self.ids.token(22),
+            lease_expire_time=now + timedelta(seconds=self.terms.lease_term_s),
+            create_time=now,
+            code_version=engine.code_version,
+        )
+        leased = replace(
+            job,
+            state=transitions.apply(job.state, Trigger.LEASED),
+            state_reason=f"Engine {engine.id} has taken it and is preparing attempt {attempt.number}.",
+            attempt_id=attempt.id,
+            lease_token=attempt.lease_token,
+            attempt_count=attempt.number,
+            hold_until=None,
+        )
+        saved = await session.save(job, leased)
+        await session.add_attempt(attempt)
+        return Lease(attempt, saved, [one.prefix for one in earlier])
+
+    async def report(self, progress: Progress) -> None:
+        """Keep metrics, checkpoints and the plan. Safe to repeat. Raises Aborted for a stale token."""
+        now = self.clock.now()
+        async with self.store.write() as session:
+            attempt, job = await _current(session, progress.attempt_id, progress.lease_token)
+            changed, events = _progressed(job, attempt, progress)
+            measured = [*progress.metrics, *(c.metrics for c in progress.checkpoints if c.metrics)]
+            fresh = await session.put_metrics(job.id, measured)
+            by_step = {row.step: row for row in measured}
+            events += [messages.step(by_step[step]) for step in sorted(fresh)]
+            for checkpoint in sorted(progress.checkpoints, key=lambda one: one.step):
+                if await self._keep(session, job, checkpoint):
+                    events.append(messages.checkpoint_created(checkpoint.step))
+            events.sort(key=lambda event: event.step)
+            trained = sum(by_step[step].trained_tokens for step in fresh)
+            changed = replace(
+                changed,
+                trained_tokens=changed.trained_tokens + trained,
+                estimated_finish_time=_estimate(changed, progress.metrics, now),
+            )
+            await session.save(job, changed, events)
+        self.changes.ring()
+
+    async def _keep(self, session: JobSession, job: Job, reported: ReportedCheckpoint) -> bool:
+        """Keep the newest checkpoints only, each once."""
+        kept = [checkpoint.step for checkpoint in await session.checkpoints(job.id)]
+        if len(kept) >= model.KEPT_CHECKPOINTS and reported.step < min(kept):
+            return False
+        checkpoint = Checkpoint(
+            self.ids.new("ftckpt"), job.id, reported.step, self.clock.now(), reported.object
+        )
+        if not await session.put_checkpoint(checkpoint):
+            return False
+        for step in sorted([*kept, reported.step])[: -model.KEPT_CHECKPOINTS]:
+            await session.delete_checkpoint(job.id, step)
+        return True
+
+    async def complete(self, completion: Completion) -> None:
+        """Record how the attempt ended. Safe to repeat.
+
+        Raises Aborted for a stale token, InvalidArgument for a success without an adapter.
+        """
+        if completion.outcome is Outcome.SUCCEEDED and completion.final_adapter is None:
+            path = "final_adapter"
+            text = "final_adapter is required with the outcome SUCCEEDED."
+            raise InvalidArgument(text, violations=[FieldViolation(path, text)])
+        now = self.clock.now()
+        async with self.store.write() as session:
+            earlier = await session.attempt(completion.attempt_id)
+            if (
+                earlier is not None
+                and earlier.outcome is completion.outcome
+                and earlier.lease_token == completion.lease_token
+            ):
+                return
+            attempt, job = await _current(session, completion.attempt_id, completion.lease_token)
+            done = replace(
+                attempt,
+                outcome=completion.outcome,
+                end_time=now,
+                final_adapter=completion.final_adapter,
+                trained_tokens=completion.trained_tokens,
+                error=completion.error,
+                step=completion.step,
+            )
+            if not await session.end_attempt(done):
+                raise _stale(completion.attempt_id)
+            changed, events = lifecycle.after_attempt(job, done, "", now)
+            await session.save(job, changed, events)
+        log.info("Attempt %s of %s ended: %s.", attempt.number, job.name, completion.outcome)
+        self.changes.ring()
+
+    async def deregister(self, engine_id: str) -> None:
+        """The engine ends. What it still held is lost. Safe to repeat."""
+        async with self.store.write() as session:
+            engine = await session.engine(engine_id, lock=True)
+            for attempt in await session.open_attempts(engine_id):
+                await lose(session, attempt, "its engine ended", self.clock)
+            if engine is not None:
+                await session.delete_engine(engine_id)
+        self.changes.ring()
+
+
+async def lose(
+    session: JobSession, attempt: Attempt, why: str, clock: Clock, *, expired_at: bool = False
+) -> bool:
+    """End an attempt whose lease ran out or whose engine died, and give its job back.
+
+    expired_at: only if the lease has not been renewed since `attempt` was read. False if nothing was done.
+    """
+    job = await session.job(attempt.job_id, lock=True)
+    now = clock.now()
+    done = replace(attempt, outcome=Outcome.LOST, end_time=now, error=JobError("lease_lost", why))
+    guard = attempt.lease_expire_time if expired_at else None
+    if job is None or not await session.end_attempt(done, expired_at=guard):
+        return False
+    if job.attempt_id != attempt.id:
+        return False
+    changed, events = lifecycle.after_attempt(job, done, why, now)
+    await session.save(job, changed, events)
+    log.warning("Attempt %s of %s is lost: %s.", attempt.number, job.name, why)
+    return True
+
+
+def _check_registration(engine: Registration) -> None:
+    for field, value in (
+        ("engine_id", engine.engine_id),
+        ("base_digest", engine.base.digest),
+        ("address", engine.address),
+    ):
+        if not value:
+            text = f"{field} is required."
+            raise InvalidArgument(text, violations=[FieldViolation(field, text)])
+
+
+async def _registered(session: JobSession, engine_id: str) -> EngineRecord:
+    engine = await session.engine(engine_id)
+    if engine is None:
+        raise FailedPrecondition(
+            f"Engine {engine_id} is not registered; register first.", reason=ENGINE_UNKNOWN
+        )
+    return engine
+
+
+async def _running(session: JobSession) -> list[Job]:
+    """Jobs that hold a place: a job that waits for its registration alone does not."""
+    return [job for job in await session.jobs_in(sorted(LEASED_STATES)) if not job.final_attempt_id]
+
+
+async def _forget_failures(session: JobSession, base: BaseRef) -> None:
+    for pool in await session.pools():
+        if pool.base.digest == base.digest and (pool.start_failures or pool.last_error):
+            healed = replace(pool, start_failures=0, last_error="", next_launch_time=None)
+            await session.save_pool(pool, healed)
+
+
+def _stale(attempt_id: str) -> Aborted:
+    return Aborted(
+        f"{attempt_id} does not hold its lease any more; stop it and report nothing more.", reason=LEASE_LOST
+    )
+
+
+async def _current(session: JobSession, attempt_id: str, token: str) -> tuple[Attempt, Job]:
+    """The attempt and its job, locked, if `token` is the valid one. Raises Aborted otherwise."""
+    attempt = await session.attempt(attempt_id)
+    if attempt is None or not token or attempt.lease_token != token or attempt.outcome is not None:
+        raise _stale(attempt_id)
+    job = await session.job(attempt.job_id, lock=True)
+    if job is None or job.attempt_id != attempt_id or job.lease_token != token:
+        raise _stale(attempt_id)
+    return attempt, job
+
+
+async def _renew(
+    session: JobSession, engine_id: str, attempt_id: str, token: str, expire: datetime
+) -> Action | None:
+    attempt = await session.attempt(attempt_id)
+    if attempt is None or attempt.engine_id != engine_id:
+        return Action.LEASE_LOST
+    if not await session.renew(attempt_id, token, expire):
+        return Action.LEASE_LOST
+    job = await session.job(attempt.job_id)
+    return _DIRECTIVES.get(job.state) if job is not None else Action.LEASE_LOST
+
+
+def _progressed(job: Job, attempt: Attempt, progress: Progress) -> tuple[Job, list[NewEvent]]:
+    """State, plan and counters after a report."""
+    events: list[NewEvent] = []
+    state = job.state
+    if state is JobState.STARTING:
+        state = transitions.apply(state, Trigger.REPORTED)
+    start_time = job.start_time
+    if start_time is None:
+        start_time = attempt.create_time
+        events.append(messages.started())
+    step = max([job.step, *(row.step for row in progress.metrics)])
+    total = progress.total_steps or job.total_steps
+    reason = f"Training: step {step} of {total}." if state is JobState.RUNNING else job.state_reason
+    return (
+        replace(
+            job,
+            state=state,
+            state_reason=reason,
+            start_time=start_time,
+            step=step,
+            total_steps=total,
+            slice_plan=job.slice_plan or progress.slice_plan,
+        ),
+        events,
+    )
+
+
+def _estimate(job: Job, metrics: Sequence[StepMetrics], now: datetime) -> datetime | None:
+    """When the job will be done if its steps go on as the last ones did."""
+    seconds = [row.step_seconds for row in metrics if row.step_seconds > 0]
+    if not seconds:
+        return job.estimated_finish_time
+    left = max(0, job.total_steps - job.step)
+    return now + timedelta(seconds=left * sum(seconds) / len(seconds))
