@@ -1,0 +1,167 @@
+"""jobs as a process: the wiring, in order."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import AsyncIterator, Coroutine
+from contextlib import AsyncExitStack, asynccontextmanager
+
+from lathe.common.clock import Clock, SystemClock
+from lathe.common.db import Database, check_schema
+from lathe.common.ids import IdFactory, RandomIds
+from lathe.common.metrics import Metrics
+from lathe.common.rpc.auth import ServiceAuthenticator, ServiceCredentials, read_token
+from lathe.common.rpc.channel import connect
+from lathe.common.rpc.server import Registration, build_server
+from lathe.common.service import RunningService, run_service, serving
+from lathe.jobs.changes import Changes
+from lathe.jobs.contact import Contact
+from lathe.jobs.directory import EngineDirectory
+from lathe.jobs.launchers.processes import ENGINE_MODULE
+from lathe.jobs.launchers.ray import RayLauncher
+from lathe.jobs.launchers.subprocess import SubprocessLauncher
+from lathe.jobs.peers import RpcAccounts, RpcDatasets, RpcModels
+from lathe.jobs.policy import Limits
+from lathe.jobs.ports import Launcher
+from lathe.jobs.quotas import Quotas
+from lathe.jobs.reconciler import Reconciler
+from lathe.jobs.service import JobsService
+from lathe.jobs.servicer import JobsInternalServicer, JobsServicer, WorkerServicer
+from lathe.jobs.settings import JobsSettings
+from lathe.jobs.steps import JobSteps
+from lathe.jobs.store import SqlJobStore
+from lathe.jobs.workers import LeaseTerms, WorkersService
+from lathe.v1.accounts_pb2_grpc import AccountsInternalServiceStub
+from lathe.v1.datasets_pb2_grpc import DatasetsInternalServiceStub, DatasetsServiceStub
+from lathe.v1.jobs_pb2_grpc import (
+    add_JobsInternalServiceServicer_to_server,
+    add_JobsServiceServicer_to_server,
+)
+from lathe.v1.models_pb2_grpc import ModelsInternalServiceStub
+from lathe.v1.worker_pb2_grpc import add_WorkerServiceServicer_to_server
+
+PACKAGE = "lathe.jobs"
+
+
+@asynccontextmanager
+async def running(
+    settings: JobsSettings, metrics: Metrics, *, clock: Clock | None = None, ids: IdFactory | None = None
+) -> AsyncIterator[RunningService]:
+    """jobs, answering and reconciling. Leaving ends the engines that it started as child processes.
+
+    Raises FailedPrecondition for a database that is not this version's, a port in use, a missing token file.
+    """
+    clock, ids = clock or SystemClock(), ids or RandomIds()
+    async with AsyncExitStack() as stack:
+        db = Database(settings.db.url.get_secret_value(), settings.db.pool_size)
+        stack.push_async_callback(db.close)
+        await check_schema(db, PACKAGE)
+        store = SqlJobStore(db, clock, ids)
+        token_file = settings.rpc.service_token_file
+        token = read_token(token_file) if token_file is not None else None
+
+        accounts_channel = await stack.enter_async_context(connect(settings.accounts_address, token))
+        models_channel = await stack.enter_async_context(connect(settings.models_address, token))
+        datasets_channel = await stack.enter_async_context(connect(settings.datasets_address, token))
+        accounts = RpcAccounts(AccountsInternalServiceStub(accounts_channel))
+        models = RpcModels(ModelsInternalServiceStub(models_channel))
+        datasets = RpcDatasets(
+            DatasetsServiceStub(datasets_channel), DatasetsInternalServiceStub(datasets_channel)
+        )
+
+        changes = Changes(clock)
+        contact = Contact(clock, settings.lease_term_s)
+        quotas = Quotas(accounts, clock)
+        limits = _limits(settings)
+        terms = LeaseTerms(settings.lease_term_s, settings.heartbeat_s)
+        service = JobsService(store, accounts, models, datasets, changes, clock, ids)
+        workers = WorkersService(store, quotas, changes, contact, clock, ids, metrics, terms)
+        directory = EngineDirectory(store, models, changes, contact, clock, limits)
+
+        registrations = [
+            Registration(add_JobsServiceServicer_to_server, JobsServicer(service), "lathe.v1.JobsService"),
+            Registration(
+                add_JobsInternalServiceServicer_to_server,
+                JobsInternalServicer(directory),
+                "lathe.v1.JobsInternalService",
+            ),
+            Registration(
+                add_WorkerServiceServicer_to_server, WorkerServicer(workers), "lathe.v1.WorkerService"
+            ),
+        ]
+        credentials = ServiceCredentials.from_files(token_file, settings.rpc.engine_token_file)
+        server = build_server(registrations, settings.rpc, ServiceAuthenticator(credentials), metrics)
+        answering = await stack.enter_async_context(serving(server, "jobs"))
+
+        address = settings.jobs_address or f"{settings.rpc.host}:{answering.port}"
+        launcher = _launcher(settings, address)
+        if launcher is not None:
+            # Engines end before the server does, so that they can still say how far they came.
+            stack.push_async_callback(launcher.close)
+        reconciler = Reconciler(
+            store,
+            launcher,
+            quotas,
+            changes,
+            contact,
+            clock,
+            ids,
+            metrics,
+            limits,
+            settings.reconcile_interval_s,
+        )
+        steps = JobSteps(store, datasets, models, changes, clock, settings.reconcile_interval_s)
+        await stack.enter_async_context(_background(reconciler.run()))
+        await stack.enter_async_context(_background(steps.run()))
+        yield answering
+
+
+def _limits(settings: JobsSettings) -> Limits:
+    return Limits(
+        engine_idle_timeout_s=settings.engine_idle_timeout_s,
+        engine_start_timeout_s=settings.engine_start_timeout_s,
+        engine_stop_timeout_s=settings.engine_stop_timeout_s,
+        engine_silence_s=2 * settings.lease_term_s,
+        engine_hang_timeout_s=settings.engine_hang_timeout_s,
+        min_engines=settings.min_engines,
+        max_engines_per_base=settings.max_engines_per_base,
+        max_engines=settings.max_engines,
+        can_launch=settings.launcher.kind != "none",
+    )
+
+
+def _launcher(settings: JobsSettings, jobs_address: str) -> Launcher | None:
+    chosen = settings.launcher
+    if chosen.kind == "subprocess" and chosen.folder is not None:
+        command = (sys.executable, "-m", ENGINE_MODULE)
+        return SubprocessLauncher(chosen.folder, command, jobs_address, chosen.engine_env)
+    if chosen.kind == "ray" and chosen.ray_address is not None:
+        return RayLauncher(
+            chosen.ray_address,
+            chosen.ray_entrypoint,
+            jobs_address,
+            chosen.engine_env,
+            chosen.ray_num_cpus,
+            chosen.ray_num_gpus,
+        )
+    return None
+
+
+@asynccontextmanager
+async def _background(work: Coroutine[object, object, None]) -> AsyncIterator[None]:
+    task = asyncio.create_task(work)
+    try:
+        yield
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+
+def main() -> int:
+    """Run jobs until a signal; the exit code."""
+    return run_service(running, JobsSettings)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
