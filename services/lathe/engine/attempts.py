@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from shutil import rmtree
@@ -45,7 +45,6 @@ from lathe.engine.model import (
 )
 from lathe.engine.ports import Jobs, TrainVerbs
 from lathe.engine.recipes.sft import SftData, SftRun, Start
-from lathe.text.arrow import read_tokens
 
 logger = logging.getLogger(__name__)
 
@@ -56,20 +55,18 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class AttemptSettings:
-    """work: a local folder of this engine's own. cache: verified adapters. plan: for jobs without one yet."""
+    """work: a local folder of this engine's own. cache: verified adapters. plan: for jobs without one yet.
+
+    read_rows: the rows of an Arrow object in a file; may block.
+    """
 
     work: Path
     cache: Path
     plan: SlicePlan
+    read_rows: Callable[[Path], Sequence[TrainRow]]
     report_interval_s: float = 0.5
     checkpoint_interval_s: float = 60.0
     retry_max_s: float = 15.0
-
-
-def read_rows(path: Path) -> list[TrainRow]:
-    """The rows of an Arrow object of the datasets service."""
-    table = read_tokens(path)
-    return [TrainRow(tokens, mask) for tokens, mask in zip(table.tokens, table.mask, strict=True)]
 
 
 class AttemptRunner:
@@ -190,7 +187,7 @@ class AttemptRunner:
         attempt = self._attempt
         await asyncio.to_thread(self._folder.mkdir, parents=True, exist_ok=True)
         training = await self._patiently(lambda: self._rows(attempt.training))
-        validation: list[TrainRow] = []
+        validation: Sequence[TrainRow] = ()
         if attempt.validation is not None:
             wanted = attempt.validation
             validation = await self._patiently(lambda: self._rows(wanted))
@@ -237,7 +234,7 @@ class AttemptRunner:
                 ours,
             )
 
-    async def _rows(self, ref: TokenRef) -> list[TrainRow]:
+    async def _rows(self, ref: TokenRef) -> Sequence[TrainRow]:
         path = self._folder / f"{ref.sha256}.arrow"
         try:
             await self._store.fetch(ref.object_key, path)
@@ -245,7 +242,7 @@ class AttemptRunner:
             raise DataLoss(f"The tokens at {ref.object_key} are gone from the object store.") from error
         if await asyncio.to_thread(digest_file, path) != ref.sha256:
             raise DataLoss(f"{ref.object_key} does not have the SHA-256 that jobs stated.")
-        return await asyncio.to_thread(read_rows, path)
+        return await asyncio.to_thread(self._settings.read_rows, path)
 
     def _snapshot_folder(self, kind: SnapshotKind, step: int) -> Path:
         folder = self._folder / f"{kind}-{step:08d}"

@@ -1,7 +1,7 @@
 """Base models and adapters on local disk, by digest.
 
 A base model's manifest is the object `basemodels/<digest>.json`, written by the models service when it commits the
-model: `{"digest": …, "files": [{"path", "size", "sha256"}, …]}`; the bytes are at `blobs/<sha256>`.
+model: `{"digest": …, "files": [{"path", "size", "sha256"}, …]}`; the bytes are at `basemodels/files/<sha256>`.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path, PurePosixPath
 from shutil import rmtree
 
@@ -86,11 +86,13 @@ async def ensure_base(store: ObjectStore, digest: str, cache: Path, clock: Clock
 
 async def _fetch_blob(store: ObjectStore, entry: FileEntry, path: Path) -> None:
     try:
-        await store.fetch(f"blobs/{entry.sha256}", path)
+        await store.fetch(f"basemodels/files/{entry.sha256}", path)
     except NotFound as error:
-        raise DataLoss(f"blobs/{entry.sha256} ({entry.path}) is gone from the object store.") from error
+        raise DataLoss(
+            f"basemodels/files/{entry.sha256} ({entry.path}) is gone from the object store."
+        ) from error
     if await asyncio.to_thread(digest_file, path) != entry.sha256:
-        raise DataLoss(f"blobs/{entry.sha256} ({entry.path}) does not have that SHA-256.")
+        raise DataLoss(f"basemodels/files/{entry.sha256} ({entry.path}) does not have that SHA-256.")
 
 
 async def ensure_adapter(store: ObjectStore, ref: AdapterRef, cache: Path) -> Path:
@@ -119,6 +121,30 @@ async def ensure_adapter(store: ObjectStore, ref: AdapterRef, cache: Path) -> Pa
     else:
         partial.rename(target)
     return target
+
+
+@contextmanager
+def work_folder(cache: Path, engine_id: str) -> Iterator[Path]:
+    """A folder for one engine's temporary files, gone afterwards; those of killed engines are removed first."""
+    root = cache / "work"
+    root.mkdir(parents=True, exist_ok=True)
+    with (root / f"{engine_id}.lock").open("w") as mine:
+        fcntl.flock(mine, fcntl.LOCK_EX)
+        for lock in root.glob("*.lock"):
+            with lock.open("w") as file:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    continue  # it lives
+                rmtree(lock.with_suffix(""), ignore_errors=True)
+                lock.unlink(missing_ok=True)
+        folder = root / engine_id
+        folder.mkdir(exist_ok=True)
+        try:
+            yield folder
+        finally:
+            rmtree(folder, ignore_errors=True)
+            (root / f"{engine_id}.lock").unlink(missing_ok=True)
 
 
 @asynccontextmanager

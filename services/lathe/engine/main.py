@@ -13,7 +13,6 @@ from concurrent.futures import Future
 from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
-from shutil import rmtree
 from threading import Thread
 
 from lathe import __version__
@@ -28,12 +27,13 @@ from lathe.common.rpc.server import Registration, RpcServer, build_server
 from lathe.common.service import RunningService, run_service
 from lathe.engine.adaptercache import AdapterCache
 from lathe.engine.attempts import AttemptSettings
-from lathe.engine.basecache import ensure_base
+from lathe.engine.basecache import ensure_base, work_folder
 from lathe.engine.engine import Engine
 from lathe.engine.jobs_client import GrpcJobs
 from lathe.engine.loop import LoopLimits, ModelLoop
 from lathe.engine.model import Registration as EngineRegistration
 from lathe.engine.model import SlicePlan
+from lathe.engine.rows import read_rows
 from lathe.engine.servicer import EngineServicer, Serving
 from lathe.engine.settings import EngineSettings
 from lathe.engine.worker import Worker, WorkerSettings
@@ -102,8 +102,16 @@ async def running(
     leave: called when there is a reason to end (jobs says so or is gone, the parent died, Drain). Raises
     LatheErrors when the base model cannot be had or loaded.
     """
-    clock = clock or SystemClock()
     os.nice(settings.nice)
+    with work_folder(settings.cache_folder, settings.engine_id) as work:
+        async with _running(settings, metrics, work, clock or SystemClock(), leave) as service:
+            yield service
+
+
+@asynccontextmanager
+async def _running(
+    settings: EngineSettings, metrics: Metrics, work: Path, clock: Clock, leave: Leave
+) -> AsyncIterator[RunningService]:
     store = open_store(settings.store)
     shutdown = Shutdown(settings.drain_grace_s, leave)
     servicer = EngineServicer(lambda: secrets.randbits(63), shutdown.request)
@@ -122,7 +130,14 @@ async def running(
         raise
     channel = connect(settings.jobs_address, _engine_token(settings))
     worker = _worker(
-        settings, engine, loop, jobs=GrpcJobs(channel), store=store, clock=clock, port=server.port
+        settings,
+        engine,
+        loop,
+        jobs=GrpcJobs(channel),
+        store=store,
+        clock=clock,
+        port=server.port,
+        work=work,
     )
     servicer.attach(_serving(settings, engine, loop, store, worker))
     await server.set_serving(True)
@@ -142,7 +157,6 @@ async def running(
         await asyncio.to_thread(thread.stop)
         await server.stop()
         await channel.close()
-        await asyncio.to_thread(rmtree, _work_folder(settings), ignore_errors=True)
 
 
 class Shutdown:
@@ -232,6 +246,7 @@ def _worker(
     store: ObjectStore,
     clock: Clock,
     port: int,
+    work: Path,
 ) -> Worker:
     dtype = str(engine.dtype).removeprefix("torch.")
     threads = settings.model_threads()
@@ -247,8 +262,9 @@ def _worker(
         code_version=__version__,
     )
     attempts = AttemptSettings(
-        work=_work_folder(settings),
+        work=work,
         cache=settings.cache_folder,
+        read_rows=read_rows,
         plan=SlicePlan(settings.slice_tokens(), threads, dtype, settings.device),
         checkpoint_interval_s=settings.checkpoint_interval_s,
     )
@@ -278,10 +294,6 @@ def _serving(
         adapters=AdapterCache(store, loop, settings.cache_folder, settings.max_adapters),
         attempts=lambda: worker.attempts,
     )
-
-
-def _work_folder(settings: EngineSettings) -> Path:
-    return settings.cache_folder / "work" / settings.engine_id
 
 
 def parent_died(parent_pid: int | None) -> bool:

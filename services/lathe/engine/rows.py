@@ -1,0 +1,20 @@
+"""Training rows from the Arrow objects of the datasets service."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import cast
+
+from lathe.engine.engine import TrainRow
+from lathe.text.arrow import read_tokens
+
+
+def read_rows(path: Path) -> list[TrainRow]:
+    """Each row's tokens and loss mask. Raises DataLoss for a file that is no token object."""
+    table = read_tokens(path)
+    # Arrays are sequences in all that the engine does with them; numpy's types do not say so.
+    return [
+        TrainRow(cast(Sequence[int], tokens), cast(Sequence[bool], mask))
+        for tokens, mask in zip(table.tokens, table.mask, strict=True)
+    ]

@@ -1,0 +1,134 @@
+"""What the shell relies on: the same tests on the fake engine and on the real one with a tiny Llama."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from lathe.common.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound
+from lathe.engine.adapters import LoraSpec
+from lathe.engine.engine import Engine, TrainRow, TrainSlice
+from lathe.engine.sampling import SamplingParams
+from tests.fakes.engine import FakeEngine
+from tests.fixtures.tiny_llama import build_tiny_llama
+
+GREEDY = SamplingParams(max_tokens=4, temperature=0.0)
+
+
+@pytest.fixture(scope="module")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tiny")
+    build_tiny_llama(folder)
+    return folder
+
+
+@pytest.fixture(params=["fake", "real"])
+def engine(request: pytest.FixtureRequest, tiny_folder: Path) -> FakeEngine | Engine:
+    if request.param == "fake":
+        return FakeEngine()
+    return Engine.load(tiny_folder, dtype="float32", threads=1, kv_budget_bytes=1 << 24)
+
+
+def _slice(seed: int, batch_tokens: int = 20) -> TrainSlice:
+    tokens = [(seed * 31 + 7 * place) % 500 for place in range(12)]
+    return TrainSlice((TrainRow(tokens, [place >= 2 for place in range(12)]),), batch_tokens)
+
+
+def _train(engine: FakeEngine | Engine, key: str, steps: range) -> None:
+    for step in steps:
+        for part in range(2):
+            engine.forward_backward(key, _slice(2 * step + part))
+        engine.optim_step(key, 1e-2)
+
+
+def test_save_and_restore_go_on_as_if_nothing_had_happened(
+    engine: FakeEngine | Engine, tmp_path: Path
+) -> None:
+    for key in ("whole", "parts"):
+        engine.create_adapter(key, LoraSpec(r=4), seed=1)
+    _train(engine, "whole", range(4))
+    _train(engine, "parts", range(2))
+    engine.forward_backward("parts", _slice(99))  # half a step is not saved
+    engine.save("parts", tmp_path / "half", with_optimizer=True, base_model="baseModels/tiny")
+    engine.drop_adapter("parts")
+    assert engine.restore("again", tmp_path / "half") == 2
+    _train(engine, "again", range(2, 4))
+    for key in ("whole", "again"):
+        names = engine.save(key, tmp_path / key, with_optimizer=False, base_model="baseModels/tiny")
+        assert set(names) == {"adapter_config.json", "adapter_model.safetensors"}
+        for name in names:
+            assert (tmp_path / key / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_a_forgotten_gradient_leaves_no_trace(engine: FakeEngine | Engine, tmp_path: Path) -> None:
+    for key in ("a", "b"):
+        engine.create_adapter(key, LoraSpec(r=4), seed=1)
+    engine.forward_backward("b", _slice(5))
+    engine.zero_grad("b")
+    for key in ("a", "b"):
+        _train(engine, key, range(1))
+        engine.save(key, tmp_path / key, with_optimizer=False)
+    weights = [(tmp_path / key / "adapter_model.safetensors").read_bytes() for key in ("a", "b")]
+    assert weights[0] == weights[1]
+
+
+def test_a_slice_is_counted(engine: FakeEngine | Engine) -> None:
+    engine.create_adapter("a", LoraSpec(r=4), seed=1)
+    for result in (engine.forward_backward("a", _slice(1)), engine.evaluate("a", _slice(1))):
+        assert (result.tokens, result.input_tokens) == (10, 12)
+        assert result.loss_sum > 0
+        assert 0 <= result.correct <= 10
+
+
+def test_keys(engine: FakeEngine | Engine, tmp_path: Path) -> None:
+    engine.create_adapter("a", LoraSpec(r=4), seed=1)
+    with pytest.raises(AlreadyExists):
+        engine.create_adapter("a", LoraSpec(r=4), seed=1)
+    engine.save("a", tmp_path, with_optimizer=False)
+    engine.load_adapter("served", tmp_path)
+    with pytest.raises(FailedPrecondition):
+        engine.forward_backward("served", _slice(1))
+    with pytest.raises(InvalidArgument):
+        engine.restore("b", tmp_path)  # there is no optimizer
+    assert set(engine.adapter_keys()) == {"a", "served"}
+    engine.drop_adapter("a")
+    with pytest.raises(NotFound):
+        engine.drop_adapter("a")
+
+
+def test_a_sequence(engine: FakeEngine | Engine) -> None:
+    state = engine.open_sequence("", [1, 2, 3, 4, 5], GREEDY)
+    assert engine.step([state], prefill_tokens=3) == []
+    outputs = []
+    while state.finished is None:
+        outputs += engine.step([state], prefill_tokens=3)
+    assert [output.sampled.token for output in outputs] == state.tokens
+    assert (len(state.tokens), state.finished, state.prompt_tokens) == (4, "length", 5)
+    engine.close_sequence(state)
+    engine.close_sequence(state)
+
+
+def test_a_stop_token_ends_a_sequence(engine: FakeEngine | Engine) -> None:
+    first = engine.open_sequence("", [1, 2, 3], GREEDY)
+    while first.finished is None:
+        engine.step([first])
+    stop = SamplingParams(max_tokens=4, temperature=0.0, stop_ids=frozenset({first.tokens[0]}))
+    state = engine.open_sequence("", [1, 2, 3], stop)
+    while state.finished is None:
+        engine.step([state])
+    assert (state.tokens, state.finished) == (first.tokens[:1], "stop")
+
+
+def test_what_cannot_be_sampled(engine: FakeEngine | Engine, tmp_path: Path) -> None:
+    with pytest.raises(NotFound):
+        engine.open_sequence("nobody", [1], GREEDY)
+    with pytest.raises(InvalidArgument):
+        engine.open_sequence("", [], GREEDY)
+    engine.create_adapter("a", LoraSpec(r=4), seed=1)
+    state = engine.open_sequence("a", [1, 2], GREEDY)
+    with pytest.raises(FailedPrecondition):
+        engine.drop_adapter("a")
+    engine.close_sequence(state)
+    engine.drop_adapter("a")
+    assert engine.memory().base_bytes > 0

@@ -1,0 +1,197 @@
+"""An engine without numbers: the verbs' states, orders and refusals, its weights a hash of what it was given.
+
+Equal histories give equal files, and any difference (a slice more, another learning rate) gives other ones.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from lathe.common.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound
+from lathe.engine.adapters import LoraSpec
+from lathe.engine.engine import EngineMemory, SliceResult, StepOutput, TrainSlice, trained_tokens
+from lathe.engine.sampling import Sampled, SamplingParams
+
+CONTEXT = 64
+VOCABULARY = 512
+
+
+@dataclass(eq=False)
+class FakeSequence:
+    key: str
+    prompt: tuple[int, ...]
+    limit: int
+    stop_ids: frozenset[int]
+    done: int = 0
+    tokens: list[int] = field(default_factory=list)
+    finished: str | None = None
+    cached_tokens: int = 0
+    closed: bool = False
+
+    @property
+    def prompt_tokens(self) -> int:
+        return len(self.prompt)
+
+
+@dataclass
+class _Adapter:
+    config: dict[str, object]
+    state: str
+    trainable: bool
+    steps: int = 0
+    gradient: list[str] = field(default_factory=list)
+    users: int = 0
+
+
+class FakeEngine:
+    """calls: what was done, in order: `train <key>`, `optim <key>`, `eval <key>`, `sample <n>`.
+
+    before_slice: called with each training slice; may raise, as torch does out of memory.
+    """
+
+    def __init__(self, before_slice: Callable[[TrainSlice], None] | None = None) -> None:
+        self.calls: list[str] = []
+        self._before = before_slice
+        self._adapters: dict[str, _Adapter] = {}
+        self.open: list[FakeSequence] = []
+        self.context_length = CONTEXT
+
+    def create_adapter(self, key: str, config: LoraSpec, seed: int) -> None:
+        self._new(key)
+        self._adapters[key] = _Adapter(config.to_config(), _hash("new", seed, config.r), trainable=True)
+
+    def load_adapter(self, key: str, folder: Path) -> None:
+        self._new(key)
+        self._adapters[key] = self._read(folder, trainable=False)
+
+    def drop_adapter(self, key: str) -> None:
+        if self._adapter(key).users:
+            raise FailedPrecondition(f"adapter {key!r} is in use.")
+        del self._adapters[key]
+
+    def adapter_keys(self) -> tuple[str, ...]:
+        return tuple(self._adapters)
+
+    def forward_backward(self, key: str, piece: TrainSlice) -> SliceResult:
+        adapter = self._trainable(key)
+        if self._before is not None:
+            self._before(piece)
+        self.calls.append(f"train {key}")
+        adapter.gradient.append(_hash(piece.batch_tokens, [list(map(int, row.tokens)) for row in piece.rows]))
+        return self._result(adapter, piece)
+
+    def evaluate(self, key: str, piece: TrainSlice) -> SliceResult:
+        self.calls.append(f"eval {key}")
+        return self._result(self._adapters.get(key), piece)
+
+    def optim_step(self, key: str, lr: float, *, clip: float = 1.0, weight_decay: float = 0.0) -> float:
+        adapter = self._trainable(key)
+        self.calls.append(f"optim {key}")
+        adapter.state = _hash(adapter.state, adapter.gradient, lr, clip, weight_decay)
+        adapter.gradient = []
+        adapter.steps += 1
+        return 1.0
+
+    def zero_grad(self, key: str) -> None:
+        self._adapter(key).gradient = []
+
+    def save(self, key: str, folder: Path, *, with_optimizer: bool, base_model: str = "") -> tuple[str, ...]:
+        adapter = self._adapter(key)
+        folder.mkdir(parents=True, exist_ok=True)
+        config = adapter.config | {"base_model_name_or_path": base_model}
+        (folder / "adapter_config.json").write_text(json.dumps(config, sort_keys=True))
+        (folder / "adapter_model.safetensors").write_text(adapter.state)
+        names = ("adapter_config.json", "adapter_model.safetensors")
+        if not with_optimizer:
+            return names
+        (folder / "optimizer.safetensors").write_text(str(adapter.steps))
+        return (*names, "optimizer.safetensors")
+
+    def restore(self, key: str, folder: Path) -> int:
+        self._new(key)
+        if not (folder / "optimizer.safetensors").is_file():
+            raise InvalidArgument("optimizer.safetensors cannot be read.")
+        adapter = self._read(folder, trainable=True)
+        adapter.steps = int((folder / "optimizer.safetensors").read_text())
+        self._adapters[key] = adapter
+        return adapter.steps
+
+    def open_sequence(self, key: str, prompt: Sequence[int], params: SamplingParams) -> FakeSequence:
+        adapter = self._adapter(key) if key else None
+        if not prompt:
+            raise InvalidArgument("the prompt has no tokens.")
+        room = CONTEXT - len(prompt)
+        if room < 1:
+            raise InvalidArgument("the prompt is too long.")
+        if adapter is not None:
+            adapter.users += 1
+        limit = room if params.max_tokens is None else min(params.max_tokens, room)
+        state = FakeSequence(key, tuple(prompt), limit, params.stop_ids)
+        self.open.append(state)
+        return state
+
+    def step(self, sequences: Sequence[FakeSequence], *, prefill_tokens: int = 256) -> list[StepOutput]:
+        outputs, room = [], prefill_tokens
+        work = [state for state in sequences if state.finished is None and not state.closed]
+        self.calls.append(f"sample {len(work)}")
+        for state in work:
+            missing = len(state.prompt) - state.done
+            taken = min(missing, room)
+            state.done, room = state.done + taken, room - taken
+            if state.done < len(state.prompt):
+                continue
+            token = int(_hash(state.prompt, len(state.tokens))[:4], 16) % VOCABULARY
+            state.tokens.append(token)
+            if token in state.stop_ids:
+                state.finished = "stop"
+            elif len(state.tokens) == state.limit:
+                state.finished = "length"
+            outputs.append(StepOutput(state, Sampled(token, float("nan"), ())))  # type: ignore[arg-type]
+        return outputs
+
+    def close_sequence(self, state: FakeSequence) -> None:
+        if state.closed:
+            return
+        state.closed = True
+        self.open.remove(state)
+        if state.key in self._adapters:
+            self._adapters[state.key].users -= 1
+
+    def memory(self) -> EngineMemory:
+        return EngineMemory(1000, 10 * len(self._adapters), 0, len(self.open), 1 << 20)
+
+    def _result(self, adapter: _Adapter | None, piece: TrainSlice) -> SliceResult:
+        tokens = sum(trained_tokens(row) for row in piece.rows)
+        loss = 2.0 / (1 + (adapter.steps if adapter is not None else 0))
+        return SliceResult(loss * tokens, tokens, tokens // 2, sum(len(row.tokens) for row in piece.rows))
+
+    def _read(self, folder: Path, *, trainable: bool) -> _Adapter:
+        path = folder / "adapter_model.safetensors"
+        if not path.is_file():
+            raise InvalidArgument("the adapter has no adapter_model.safetensors.")
+        config = json.loads((folder / "adapter_config.json").read_text())
+        return _Adapter(config, path.read_text(), trainable)
+
+    def _new(self, key: str) -> None:
+        if not key:
+            raise InvalidArgument("an adapter's key must not be empty.")
+        if key in self._adapters:
+            raise AlreadyExists(f"there is an adapter {key!r} already.")
+
+    def _adapter(self, key: str) -> _Adapter:
+        if key not in self._adapters:
+            raise NotFound(f"there is no adapter {key!r}.")
+        return self._adapters[key]
+
+    def _trainable(self, key: str) -> _Adapter:
+        if not self._adapter(key).trainable:
+            raise FailedPrecondition(f"adapter {key!r} is for sampling only.")
+        return self._adapters[key]
+
+
+def _hash(*parts: object) -> str:
+    return hashlib.sha256(json.dumps(parts, default=list).encode()).hexdigest()

@@ -1,0 +1,254 @@
+"""The model loop, turn by turn, without threads."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from pathlib import Path
+
+import pytest
+
+from lathe.common.errors import (
+    Aborted,
+    FailedPrecondition,
+    InvalidArgument,
+    LatheError,
+    NotFound,
+    ResourceExhausted,
+)
+from lathe.engine.adapters import LoraSpec
+from lathe.engine.loop import LoopLimits, ModelLoop
+from lathe.engine.model import AttemptEvent, Ended, Outcome, Share, Snapshot, choose
+from lathe.engine.recipes.sft import RecipeEvent, SliceDone
+from lathe.engine.sampling import Sampled, SamplingParams
+from lathe.engine.streams import StreamFinished, StreamStarted, TokenStream
+from tests.fakes.clock import FakeClock
+from tests.fakes.engine import FakeEngine
+
+
+class Slices:
+    """A recipe of n equal slices."""
+
+    def __init__(self, calls: list[str], name: str, n: int, error: Exception | None = None) -> None:
+        self._calls, self._name, self._n, self._error = calls, name, n, error
+        self.step = self.trained_tokens = 0
+        self.closed = False
+
+    def turns(self) -> Generator[RecipeEvent, None, None]:
+        for _ in range(self._n):
+            self._calls.append(self._name)
+            self.step += 1
+            yield SliceDone(10)
+        if self._error is not None:
+            raise self._error
+
+    def snapshot(self) -> Snapshot | None:
+        return None
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def greedy(max_tokens: int) -> SamplingParams:
+    return SamplingParams(max_tokens=max_tokens, temperature=0.0)
+
+
+@pytest.fixture
+def clock() -> FakeClock:
+    return FakeClock()
+
+
+@pytest.fixture
+def engine() -> FakeEngine:
+    return FakeEngine()
+
+
+@pytest.fixture
+def loop(engine: FakeEngine, clock: FakeClock) -> ModelLoop:
+    return ModelLoop(engine, clock, LoopLimits(max_sequences=2, max_waiting=1, stream_tokens=4))  # type: ignore[arg-type]
+
+
+def opened(loop: ModelLoop, tokens: int, key: str = "") -> TokenStream:
+    return loop.open(key, [1, 2, 3], greedy(tokens), lambda: None)
+
+
+def test_a_sequence_comes_out_token_by_token_and_frees_itself(loop: ModelLoop, engine: FakeEngine) -> None:
+    stream = opened(loop, 2)
+    assert loop.run_once()
+    first = stream.take()
+    assert first[0] == StreamStarted(0)
+    assert isinstance(first[1], Sampled)
+    loop.run_once()
+    assert stream.take()[1:] == [StreamFinished("length")]
+    assert not engine.open
+    assert not loop.run_once()
+    assert loop.open_sequences == 0
+
+
+def test_training_and_sampling_take_turns(loop: ModelLoop, engine: FakeEngine) -> None:
+    loop.start("att-1", Slices(engine.calls, "slice", 6), lambda event: None)
+    opened(loop, 3)
+    while loop.run_once():
+        pass
+    assert engine.calls == ["sample 1", "slice"] * 3 + ["slice"] * 3
+
+
+def test_a_full_stream_suspends_its_sequence_alone_and_cancels_it_after_30_seconds(
+    loop: ModelLoop, clock: FakeClock, engine: FakeEngine
+) -> None:
+    slow, quick = opened(loop, 20), opened(loop, 20)
+    got = 0
+    for _ in range(10):
+        loop.run_once()
+        got += sum(isinstance(item, Sampled) for item in quick.take())
+    assert got == 10
+    assert len(slow.take()) == 4
+    for _ in range(6):
+        loop.run_once()
+        quick.take()
+    assert not slow.has_room()
+    clock.tick(31)
+    loop.run_once()
+    items = slow.take()
+    assert isinstance(items[-1], ResourceExhausted)
+    assert len(engine.open) == 1
+
+
+def test_a_reader_that_makes_room_wakes_its_sequence(loop: ModelLoop, clock: FakeClock) -> None:
+    stream = opened(loop, 6)
+    tokens = 0
+    for _ in range(6):
+        loop.run_once()
+    clock.tick(29)
+    tokens += sum(isinstance(item, Sampled) for item in stream.take())
+    clock.tick(29)
+    while loop.run_once():
+        items = stream.take()
+        tokens += sum(isinstance(item, Sampled) for item in items)
+    assert tokens == 6
+
+
+def test_more_than_max_sequences_wait_and_more_than_max_waiting_are_refused(loop: ModelLoop) -> None:
+    streams = [opened(loop, 1) for _ in range(3)]
+    with pytest.raises(ResourceExhausted):
+        opened(loop, 1)
+    loop.run_once()
+    assert [len(stream.take()) for stream in streams] == [3, 3, 0]
+    loop.run_once()
+    assert len(streams[2].take()) == 3
+    opened(loop, 1)
+
+
+def test_a_cancelled_sequence_is_freed_whether_it_runs_or_waits(loop: ModelLoop, engine: FakeEngine) -> None:
+    streams = [opened(loop, 20) for _ in range(3)]
+    loop.run_once()
+    for stream in (streams[0], streams[2]):
+        loop.cancel(stream)
+    loop.cancel(streams[0])
+    loop.run_once()
+    assert len(engine.open) == 1
+    assert loop.open_sequences == 1
+
+
+@pytest.mark.parametrize(("key", "prompt", "error"), [("nobody", [1], NotFound), ("", [], InvalidArgument)])
+def test_a_sequence_that_cannot_be_opened_ends_with_the_reason(
+    loop: ModelLoop, key: str, prompt: list[int], error: type[LatheError]
+) -> None:
+    stream = loop.open(key, prompt, greedy(1), lambda: None)
+    loop.run_once()
+    (item,) = stream.take()
+    assert isinstance(item, error)
+    assert loop.open_sequences == 0
+
+
+def test_several_attempts_share_slices_evenly_the_oldest_first(loop: ModelLoop) -> None:
+    calls: list[str] = []
+    for name in ("a", "b"):
+        loop.start(name, Slices(calls, name, 6), lambda event: None)
+    for _ in range(4):
+        loop.run_once()
+    loop.start("c", Slices(calls, "c", 6), lambda event: None)
+    for _ in range(6):
+        loop.run_once()
+    assert calls[:4] == ["a", "b", "a", "b"]
+    assert sorted(calls[4:7]) == ["a", "b", "c"]
+    assert sorted(calls[7:10]) == ["a", "b", "c"]
+
+
+def test_choose_takes_the_fewest_tokens_then_the_oldest() -> None:
+    assert choose([Share(1, 20), Share(2, 10)]) == 1
+    assert choose([Share(2, 10), Share(1, 10)]) == 1
+
+
+@pytest.mark.parametrize(
+    ("error", "outcome"),
+    [
+        (None, Outcome.SUCCEEDED),
+        (InvalidArgument("a row is wrong"), Outcome.FAILED),
+        (FailedPrecondition("it diverged"), Outcome.FAILED),
+        (RuntimeError("the disk is odd"), Outcome.RETRYABLE),
+    ],
+)
+def test_how_an_attempt_ends(loop: ModelLoop, error: Exception | None, outcome: Outcome) -> None:
+    recipe, events = Slices([], "a", 2, error), list[AttemptEvent]()
+    loop.start("a", recipe, events.append)
+    while loop.run_once():
+        pass
+    (ended,) = events
+    assert isinstance(ended, Ended)
+    assert (ended.outcome, ended.step, recipe.closed) == (outcome, 2, True)
+    assert (ended.error is None) == (error is None)
+
+
+def test_a_broken_attempt_leaves_streams_alone(loop: ModelLoop) -> None:
+    loop.start("a", Slices([], "a", 0, RuntimeError("boom")), lambda event: None)
+    stream = opened(loop, 1)
+    loop.run_once()
+    assert stream.take()[-1] == StreamFinished("length")
+
+
+def test_a_suspended_attempt_stops_at_the_next_slice_and_goes_on_when_told(loop: ModelLoop) -> None:
+    calls: list[str] = []
+    loop.start("a", Slices(calls, "a", 5), lambda event: None)
+    loop.run_once()
+    loop.suspend_attempt("a", True)
+    assert not loop.run_once()
+    loop.suspend_attempt("a", False)
+    loop.run_once()
+    assert len(calls) == 2
+
+
+def test_cancel_and_drop(loop: ModelLoop) -> None:
+    events: list[AttemptEvent] = []
+    recipes = [Slices([], name, 9) for name in ("a", "b")]
+    for name, recipe in zip(("a", "b"), recipes, strict=True):
+        loop.start(name, recipe, events.append)
+    loop.run_once()
+    loop.cancel_attempt("a")
+    loop.drop_attempt("b")
+    assert not loop.run_once()
+    assert events == [Ended(Outcome.CANCELLED, 1)]
+    assert all(recipe.closed for recipe in recipes)
+
+
+def test_adapters_are_loaded_and_dropped_between_turns(
+    loop: ModelLoop, engine: FakeEngine, tmp_path: Path
+) -> None:
+    engine.create_adapter("source", LoraSpec(r=2), 1)
+    engine.save("source", tmp_path, with_optimizer=False)
+    loaded = [loop.load_adapter("a", tmp_path), loop.load_adapter("a", tmp_path)]
+    loop.run_once()
+    assert [future.exception(0) for future in loaded] == [None, None]
+    opened(loop, 9, "a")
+    loop.run_once()
+    dropped = loop.drop_adapter("a")
+    loop.run_once()
+    assert isinstance(dropped.exception(0), FailedPrecondition)
+
+
+def test_stop_ends_open_sequences(loop: ModelLoop) -> None:
+    stream = opened(loop, 50)
+    loop.run_once()
+    stream.take()
+    loop.stop()
+    loop.run()
+    assert isinstance(stream.take()[-1], Aborted)

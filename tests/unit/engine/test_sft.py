@@ -1,0 +1,229 @@
+"""Supervised LoRA on the fake engine: what is trained, measured, saved and resumed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from lathe.common.errors import DataLoss, FailedPrecondition, InvalidArgument
+from lathe.engine.engine import TrainRow, TrainSlice
+from lathe.engine.model import SlicePlan, Snapshot, SnapshotKind, StepMetrics, TrainingConfig
+from lathe.engine.recipes.sft import RecipeEvent, SftData, SftRun, SliceDone, Start
+from tests.fakes.clock import FakeClock
+from tests.fakes.engine import FakeEngine
+
+CONFIG = TrainingConfig(
+    n_epochs=2,
+    batch_size=4,
+    learning_rate=1e-3,
+    seed=3,
+    warmup_fraction=0.2,
+    lora_r=4,
+    target_modules=("q_proj", "v_proj"),
+    base_model="baseModels/tiny",
+)
+PLAN = SlicePlan(16, 1, "float32", "cpu")
+
+
+def rows(n: int, length: int = 8) -> list[TrainRow]:
+    return [TrainRow([row] * length, [False] * 2 + [True] * (length - 2)) for row in range(n)]
+
+
+class Bench:
+    def __init__(self, folder: Path, engine: FakeEngine | None = None) -> None:
+        self.engine, self.clock, self.folder = engine or FakeEngine(), FakeClock(), folder
+
+    def run(
+        self,
+        key: str = "a",
+        *,
+        training: int = 10,
+        validation: int = 0,
+        config: TrainingConfig = CONFIG,
+        start: Start | None = None,
+        initial: Path | None = None,
+    ) -> SftRun:
+        return SftRun(
+            engine=self.engine,  # type: ignore[arg-type]
+            key=key,
+            data=SftData(rows(training), rows(validation)),
+            config=config,
+            plan=PLAN,
+            folder=lambda kind, step: self.folder / f"{key}-{kind}-{step}",
+            clock=self.clock,
+            start=start,
+            initial_adapter=initial,
+        )
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Bench:
+    return Bench(tmp_path)
+
+
+def metrics_of(events: list[RecipeEvent]) -> list[StepMetrics]:
+    return [event for event in events if isinstance(event, StepMetrics)]
+
+
+def snapshots_of(events: list[RecipeEvent]) -> list[Snapshot]:
+    return [event for event in events if isinstance(event, Snapshot)]
+
+
+def weights(snapshot: Snapshot) -> bytes:
+    return (snapshot.folder / "adapter_model.safetensors").read_bytes()
+
+
+def test_steps_slices_and_metrics(bench: Bench) -> None:
+    events = list(bench.run().turns())
+    steps = metrics_of(events)
+    assert [row.step for row in steps] == [1, 2, 3, 4, 5, 6]
+    assert [row.epoch for row in steps] == [1, 1, 1, 2, 2, 2]
+    assert {row.total_steps for row in steps} == {6}
+    assert [row.trained_tokens for row in steps] == [24, 24, 12] * 2
+    assert steps[0].learning_rate == 0.0 < steps[1].learning_rate
+    assert [row.train_loss for row in steps] == pytest.approx([2 / (1 + step) for step in range(6)])
+    assert steps[0].train_mean_token_accuracy == pytest.approx(0.5)
+    assert bench.engine.calls.count("optim a") == 6
+    assert [event.tokens for event in events if isinstance(event, SliceDone)][:3] == [0, 16, 16]
+
+
+def test_a_checkpoint_an_epoch_and_the_final_adapter(bench: Bench) -> None:
+    snapshots = snapshots_of(list(bench.run().turns()))
+    assert [(item.kind, item.step, item.epoch) for item in snapshots] == [
+        (SnapshotKind.EPOCH, 3, 1),
+        (SnapshotKind.EPOCH, 6, 2),
+        (SnapshotKind.FINAL, 6, 2),
+    ]
+    assert "optimizer.safetensors" in snapshots[0].files
+    assert "optimizer.safetensors" not in snapshots[2].files
+    assert snapshots[2].trained_tokens == 120
+    assert snapshots[0].metrics is not None
+    assert snapshots[0].metrics.step == 3
+    config = json.loads((snapshots[2].folder / "adapter_config.json").read_text())
+    assert (config["base_model_name_or_path"], config["r"]) == ("baseModels/tiny", 4)
+
+
+def test_a_resume_checkpoint_when_a_minute_has_passed(bench: Bench) -> None:
+    events = []
+    for event in bench.run().turns():
+        events.append(event)
+        if isinstance(event, StepMetrics):
+            bench.clock.tick(35)
+    kinds = [(item.kind, item.step) for item in snapshots_of(events)]
+    assert kinds == [
+        (SnapshotKind.RESUME, 2),
+        (SnapshotKind.EPOCH, 3),
+        (SnapshotKind.RESUME, 5),
+        (SnapshotKind.EPOCH, 6),
+        (SnapshotKind.FINAL, 6),
+    ]
+
+
+@pytest.mark.parametrize("stop_after", range(1, 18))
+def test_stopped_anywhere_and_gone_on_the_result_is_the_same(bench: Bench, stop_after: int) -> None:
+    whole = snapshots_of(list(bench.run("whole").turns()))[-1]
+    first = bench.run("first")
+    turns, last = first.turns(), None
+    for _ in range(stop_after):
+        event = next(turns)
+        last = event if isinstance(event, Snapshot) else last
+    last = first.snapshot() or last
+    assert first.snapshot() is None
+    turns.close()
+    first.close()
+    start = None
+    if last is not None:
+        start = Start(last.folder, last.step, last.trained_tokens, tuple(last.halvings.items()))
+    second = bench.run("second", start=start)
+    end = snapshots_of(list(second.turns()))[-1]
+    assert weights(end) == weights(whole)
+    assert end.trained_tokens == whole.trained_tokens
+    assert bench.engine.adapter_keys() == ("whole", "second")
+
+
+def test_validation_one_batch_in_between_and_all_of_it_at_the_end_of_an_epoch(bench: Bench) -> None:
+    config = TrainingConfig(**{**_fields(CONFIG), "n_epochs": 2, "batch_size": 4})
+    steps = metrics_of(list(bench.run(training=160, validation=10, config=config).turns()))
+    assert len(steps) == 80
+    assert [row.step for row in steps if row.valid_loss is not None] == list(range(4, 81, 4))
+    assert [row.step for row in steps if row.full_valid_loss is not None] == [40, 80]
+    assert steps[39].valid_mean_token_accuracy == pytest.approx(0.5)
+    assert not any(row.valid_loss for row in metrics_of(list(bench.run("b").turns())))
+
+
+def _fields(config: TrainingConfig) -> dict[str, object]:
+    return {name: getattr(config, name) for name in config.__dataclass_fields__}
+
+
+def _no_room(limit: int) -> Callable[[TrainSlice], None]:
+    def before(piece: TrainSlice) -> None:
+        if len(piece.rows) > limit:
+            raise MemoryError("no room")
+
+    return before
+
+
+def test_out_of_memory_halves_the_slices_and_a_replay_cuts_the_same(tmp_path: Path) -> None:
+    small = Bench(tmp_path / "small", FakeEngine(_no_room(1)))
+    run = small.run()
+    snapshots = snapshots_of(list(run.turns()))
+    assert snapshots[-1].halvings == dict.fromkeys(range(6), 1)
+    # A bigger machine that knows the halvings computes the same.
+    big = Bench(tmp_path / "big")
+    start = Start(snapshots[0].folder, 3, 60, tuple((step, 1) for step in range(6)))
+    assert weights(snapshots_of(list(big.run(start=start).turns()))[-1]) == weights(snapshots[-1])
+
+
+def test_a_row_that_never_fits_fails_the_job(tmp_path: Path) -> None:
+    with pytest.raises(FailedPrecondition, match="8 tokens does not fit"):
+        list(Bench(tmp_path, FakeEngine(_no_room(0))).run().turns())
+
+
+def test_other_errors_pass_through(tmp_path: Path) -> None:
+    def broken(piece: TrainSlice) -> None:
+        raise RuntimeError("shape mismatch")
+
+    with pytest.raises(RuntimeError, match="shape"):
+        list(Bench(tmp_path, FakeEngine(broken)).run().turns())
+
+
+def test_a_loss_that_is_no_number_fails_the_job(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench.engine, "optim_step", lambda *args, **settings: float("nan"))
+    with pytest.raises(FailedPrecondition, match="step 1 of 6"):
+        list(bench.run().turns())
+
+
+def test_data_that_cannot_be_trained(bench: Bench) -> None:
+    with pytest.raises(InvalidArgument, match="no rows"):
+        bench.run(training=0)
+    run = bench.run()
+    run = SftRun(
+        engine=bench.engine,  # type: ignore[arg-type]
+        key="a",
+        data=SftData([TrainRow([1, 2], [True, False])]),
+        config=CONFIG,
+        plan=PLAN,
+        folder=lambda kind, step: bench.folder,
+        clock=bench.clock,
+    )
+    with pytest.raises(InvalidArgument, match="No token"):
+        list(run.turns())
+
+
+def test_a_checkpoint_whose_optimizer_is_of_another_step_is_refused(bench: Bench) -> None:
+    first = snapshots_of(list(bench.run().turns()))[0]
+    with pytest.raises(DataLoss):
+        next(bench.run("b", start=Start(first.folder, 2)).turns())
+
+
+def test_training_a_tuned_model_begins_with_its_weights(bench: Bench) -> None:
+    final = snapshots_of(list(bench.run().turns()))[-1]
+    run = bench.run("b", initial=final.folder)
+    turns = run.turns()
+    next(turns)
+    bench.engine.save("b", bench.folder / "seen", with_optimizer=True)
+    assert (bench.folder / "seen" / "adapter_model.safetensors").read_bytes() == weights(final)
+    assert (bench.folder / "seen" / "optimizer.safetensors").read_text() == "0"
