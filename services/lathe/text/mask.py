@@ -18,13 +18,16 @@ Tools = Sequence[Mapping[str, Any]] | None
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """Half-open character span of one trained turn. `follows_prompt`: text[:start] is the prompt at
-    inference."""
+    """Half-open character span of one trained turn.
+
+    follows_prompt: text[:start] is the prompt at inference. marked: a `{% generation %}` block told where it is.
+    """
 
     start: int
     end: int
     message: int
     follows_prompt: bool
+    marked: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,8 +128,7 @@ def _marked_spans(source: Source, text: str, failed: int) -> Rendered:
             ) from error
         if marked == text and len(found) == len(turns):
             pairs = [pair for pair in zip(turns, found, strict=True) if source.weights[pair[0]]]
-            spans = (Span(start, end, turn, follows_prompt=False) for turn, (start, end) in pairs)
-            return Rendered(text, tuple(spans))
+            return Rendered(text, tuple(_marked_span(source, turn, text, place) for turn, place in pairs))
     raise RowError(
         f"messages[{failed}]",
         "turn_not_maskable",
@@ -134,6 +136,15 @@ def _marked_spans(source: Source, text: str, failed: int) -> Rendered:
         "for it, so it cannot be told which tokens to train; give the message weight 0, or split the row so that "
         "the turn is its last",
     )
+
+
+def _marked_span(source: Source, turn: int, text: str, place: tuple[int, int]) -> Span:
+    start, end = place
+    try:
+        follows = source.text(turn, add_generation_prompt=True) == text[:start]
+    except TemplateError:
+        follows = False
+    return Span(start, end, turn, follows_prompt=follows, marked=True)
 
 
 def token_start(encoding: Encoding, token: int) -> int:
@@ -155,7 +166,7 @@ def trained_range(
     for index in range(start, end):
         if ids[index] in stops:
             return start, index + 1
-    if not span.follows_prompt and end < len(ids) and ids[end] in stops:
+    if span.marked and end < len(ids) and ids[end] in stops:
         end += 1
     return start, end
 

@@ -116,9 +116,9 @@ class StreamDecoder:
         if text.endswith("\ufffd") and len(self._window) <= _MAX_HELD_TOKENS:
             return ""
         fresh = text[self._emitted :]
-        # The newest token stays as the context in which the next one is joined to it.
-        self._window = [token_id]
-        self._emitted = len(self._decode(self._window))
+        # The newest token stays as the context in which the next one is joined to it, unless it is half a character.
+        self._window = [] if text.endswith("\ufffd") else [token_id]
+        self._emitted = len(self._decode(self._window)) if self._window else 0
         return fresh
 
 

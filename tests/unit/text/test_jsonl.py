@@ -1,0 +1,86 @@
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lathe.text.errors import RowError
+from lathe.text.jsonl import Validator, iter_lines
+
+ROW = b'{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}'
+
+
+def cut(data: bytes, sizes: list[int]) -> list[bytes]:
+    chunks = []
+    for size in sizes:
+        chunks.append(data[:size])
+        data = data[size:]
+    return [*chunks, data]
+
+
+@given(
+    lines=st.lists(st.binary(max_size=6).map(lambda raw: raw.translate(None, b"\r\n\xef")), max_size=8),
+    newline=st.sampled_from([b"\n", b"\r\n"]),
+    bom=st.booleans(),
+    ended=st.booleans(),
+    sizes=st.lists(st.integers(0, 7), max_size=12),
+)
+def test_lines_do_not_depend_on_chunks(
+    lines: list[bytes], newline: bytes, bom: bool, ended: bool, sizes: list[int]
+) -> None:
+    data = b"\xef\xbb\xbf" * bom + newline.join(lines) + newline * ended
+    expected = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
+    assert list(iter_lines(cut(data, sizes))) == expected
+
+
+async def test_an_asynchronous_stream() -> None:
+    async def chunks() -> AsyncIterator[bytes]:
+        for chunk in (b"a\n\n", b"b", b"c"):
+            yield chunk
+
+    assert [pair async for pair in iter_lines(chunks())] == [(1, b"a"), (3, b"bc")]
+
+
+def test_a_line_that_is_too_long() -> None:
+    with pytest.raises(RowError) as caught:
+        list(iter_lines([b"ok\n", b"x" * 50, b"x" * 60 + b"\nok"], max_line_bytes=100))
+    assert (caught.value.field, caught.value.code) == ("line 2", "line_too_long")
+    assert list(iter_lines([b"x" * 100 + b"\r\n"], max_line_bytes=100)) == [(1, b"x" * 100)]
+
+
+def test_a_good_file() -> None:
+    validator = Validator()
+    rows = validator.feed(b"\xef\xbb\xbf" + (ROW + b"\r\n\n") * 9 + ROW)
+    report = validator.finish()
+    assert (report.valid, report.examples, report.rows) == (True, 10, 10)
+    assert [number for number, _ in rows] == list(range(1, 19, 2))
+
+
+def test_findings_have_lines_and_the_first_twenty_are_kept() -> None:
+    validator = Validator(max_line_bytes=200)
+    validator.feed((ROW + b"\n") * 3 + b"x" * 300 + b"\n" + b'{"messages": []}\n' * 30 + ROW[:20])
+    report = validator.finish()
+    assert (report.examples, report.rows, report.finding_count, len(report.findings)) == (3, 35, 32, 20)
+    assert [(f.line, f.code) for f in report.findings[:2]] == [
+        (4, "line_too_long"),
+        (5, "missing_messages_list"),
+    ]
+
+
+def test_a_file_that_stops_half_way() -> None:
+    validator = Validator()
+    validator.feed((ROW + b"\n") * 10 + ROW[:30])
+    finding = validator.finish().findings[0]
+    assert (finding.line, finding.code) == (11, "invalid_json")
+    assert finding.message.endswith("the file seems to stop half-way")
+
+
+@pytest.mark.parametrize(("rows", "count"), [(7, 7), (0, 0)])
+def test_too_few_examples(rows: int, count: int) -> None:
+    validator = Validator()
+    validator.feed((ROW + b"\n") * rows)
+    finding = validator.finish().findings[0]
+    assert (finding.line, finding.code) == (0, "invalid_n_examples")
+    assert finding.message == f"Training file has {count} example(s), but must have at least 10 examples"
