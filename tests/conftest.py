@@ -1,3 +1,14 @@
 """Fixtures of every suite."""
 
+import pytest
+
 pytest_plugins = ["tests.fixtures.servers"]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--target",
+        default="embedded",
+        help="what e2e runs against: embedded, processes, or host:port of a gateway (key in LATHE_API_KEY, "
+        "HTTP address in LATHE_HTTP)",
+    )
