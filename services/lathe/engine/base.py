@@ -12,7 +12,8 @@ from torch import Tensor
 
 from lathe.engine.adapters import AdapterBank
 from lathe.engine.attention import Attention, CachedAttention, CachedSpan, Rope, RowAttention
-from lathe.engine.kernels import FrozenLinear, linear, rms_norm, swiglu
+from lathe.engine.frozen import FrozenLinear
+from lathe.engine.kernels import linear, rms_norm, swiglu
 from lathe.engine.kv import KVCache
 from lathe.engine.spec import DecoderSpec, RopeSpec
 

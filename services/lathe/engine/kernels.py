@@ -13,73 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lathe.engine.adapters import LoraGroup, LoraPass
-
-
-class FrozenLinear:
-    """y = x W^T (+ bias) for a frozen W [out, in], with dx = dy W on demand.
-
-    On a CPU in bfloat16 W is kept in oneDNN's blocked layout only: measured 2.2 times as fast as a plain W at
-    1–16 rows (which is reordered at every call) and 6 % at 800. The layout for dx is made at the first backward
-    pass, so a base that only serves is in memory once.
-    """
-
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        self.out_features, self.in_features = weight.shape
-        self._packed = weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and _can_pack()
-        self._weight = _pack(weight) if self._packed else weight.contiguous()
-        self._bias = bias
-        self._backward: Tensor | None = None
-
-    @property
-    def nbytes(self) -> int:
-        copies = 2 if self._packed and self._backward is not None else 1
-        bias = self._bias.nbytes if self._bias is not None else 0
-        return (
-            copies
-            * self.out_features
-            * self.in_features
-            * (2 if self._packed else self._weight.element_size())
-            + bias
-        )
-
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """x [T, in] -> [T, out]; `residual` [T, out] is added within the same kernel where there is one."""
-        if self._packed:
-            ops = torch.ops.mkldnn._linear_pointwise
-            if residual is not None:
-                return _tensor(ops.binary(x, residual, self._weight, self._bias, "add"))
-            return _tensor(ops(x, self._weight, self._bias, "none", [], ""))
-        y = F.linear(x, self._weight, self._bias)
-        return y if residual is None else y.add_(residual)
-
-    def backward(self, dy: Tensor) -> Tensor:
-        """dy [T, out] -> dx [T, in]."""
-        if not self._packed:
-            return dy @ self._weight
-        if self._backward is None:
-            self._backward = _pack(self._weight.to_dense().t().contiguous())
-        return _tensor(torch.ops.mkldnn._linear_pointwise(dy, self._backward, None, "none", [], ""))
-
-
-def _tensor(value: Any) -> Tensor:
-    assert isinstance(value, Tensor)  # torch.ops is untyped
-    return value
+from lathe.engine.frozen import FrozenLinear, as_tensor
 
 
 def applied(function: type[torch.autograd.Function], *arguments: object) -> Tensor:
     """function.apply, which torch leaves untyped."""
-    return _tensor(function.apply(*arguments))  # type: ignore[no-untyped-call]
-
-
-def _can_pack() -> bool:
-    return bool(
-        torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-        and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    )
-
-
-def _pack(weight: Tensor) -> Tensor:
-    return _tensor(torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), None))
+    return as_tensor(function.apply(*arguments))  # type: ignore[no-untyped-call]
 
 
 def linear(
@@ -100,13 +39,12 @@ def _linear_forward(
 ) -> tuple[Tensor, list[Tensor]]:
     y = base.forward(x, residual)
     if lora.mixed is not None:
-        part = lora.mixed.groups.get(group)
-        if part is not None:
-            u = F.linear(x, part.a)
-            if part.mask is not None:
-                u.mul_(part.mask)
-            _add_modules(y, u, part)
-        return y, []
+        both = lora.mixed.groups.get(group)
+        if both is None:
+            return y, []
+        u = both.a.forward(x)
+        mask = lora.mixed.masks[both.pattern]
+        return both.b.forward(u if mask is None else u.mul_(mask), residual=y), []
     inner: list[Tensor] = []
     for segment in lora.segments:
         part = segment.adapter.groups.get(group)

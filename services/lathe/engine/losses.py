@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lathe.engine.kernels import FrozenLinear, applied
+from lathe.engine.frozen import FrozenLinear
+from lathe.engine.kernels import applied
 
 # Rows of logits at once: 64 x 49,152 in fp32 are 12 MB, which stays in the cache of one core complex.
 BLOCK_ROWS = 64

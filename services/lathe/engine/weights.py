@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lathe.common.errors import InvalidArgument
 from lathe.engine.base import LayerWeights, Weights
-from lathe.engine.kernels import FrozenLinear
+from lathe.engine.frozen import FrozenLinear
 from lathe.engine.spec import DecoderSpec
 
 _INDEX = "model.safetensors.index.json"
