@@ -17,13 +17,13 @@ from google.protobuf.descriptor import FileDescriptor
 from lathe.common.errors import Unavailable
 from lathe.common.rpc.auth import AUTHORIZATION_KEY
 from lathe.common.rpc.channel import principal_metadata
+from lathe.common.rpc.context import ServicerContext
 from lathe.common.rpc.principal import current_caller
 from lathe.common.rpc.status import DETAILS_KEY
 from lathe.gateway.auth import API_KEY
 
-# Strings, because grpc's own classes are generic in their stubs only.
+# A string, because grpc's own classes are generic in their stubs only.
 Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
-Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 Pair = tuple[str, str | bytes]
 
 # The owners refuse unary calls without a deadline; a client that sets none gets this one.
@@ -98,7 +98,7 @@ class Forwarder(grpc.GenericRpcHandler):
         multicallable = outgoing(method.path)
         fallback = None if method.client_streams or method.server_streams else self._timeout_s
 
-        def start(request: Any, context: Context) -> Any:
+        def start(request: Any, context: ServicerContext) -> Any:
             left = context.time_remaining()
             return multicallable(
                 request,
@@ -106,7 +106,7 @@ class Forwarder(grpc.GenericRpcHandler):
                 timeout=left if left is not None else fallback,
             )
 
-        async def once(request: Any, context: Context) -> bytes:
+        async def once(request: Any, context: ServicerContext) -> bytes:
             call = start(request, context)
             try:
                 answer: bytes = await call
@@ -118,7 +118,7 @@ class Forwarder(grpc.GenericRpcHandler):
             finally:
                 call.cancel()
 
-        async def often(request: Any, context: Context) -> AsyncIterator[bytes]:
+        async def often(request: Any, context: ServicerContext) -> AsyncIterator[bytes]:
             call = start(request, context)
             try:
                 await _pass_initial(call, context)
@@ -134,7 +134,7 @@ class Forwarder(grpc.GenericRpcHandler):
         return handler
 
 
-def _outgoing_metadata(context: Context) -> grpc.aio.Metadata:
+def _outgoing_metadata(context: ServicerContext) -> grpc.aio.Metadata:
     sent: list[Pair] = [(key, value) for key, value in context.invocation_metadata() or () if travels(key)]
     return grpc.aio.Metadata(*sent, *principal_metadata(current_caller().principal))
 
@@ -143,13 +143,13 @@ def _returning(metadata: Iterable[Pair] | None) -> tuple[Pair, ...]:
     return tuple((key, value) for key, value in metadata or () if returns(key))
 
 
-async def _pass_initial(call: Any, context: Context) -> None:
+async def _pass_initial(call: Any, context: ServicerContext) -> None:
     metadata = _returning(await call.initial_metadata())
     if metadata:
         await context.send_initial_metadata(metadata)
 
 
-async def _pass_error(owner: str, error: grpc.aio.AioRpcError, context: Context) -> NoReturn:
+async def _pass_error(owner: str, error: grpc.aio.AioRpcError, context: ServicerContext) -> NoReturn:
     trailing = _returning(error.trailing_metadata())
     named = any(key == DETAILS_KEY for key, _ in trailing)
     if error.code() is grpc.StatusCode.UNAVAILABLE and not named:

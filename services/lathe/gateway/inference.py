@@ -45,6 +45,7 @@ T = TypeVar("T")
 
 # More choices than this at once would push everybody else's requests out of an engine.
 _CHOICES_AT_ONCE = 16
+_LEAST_TOP_P = 1e-6
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,9 +242,9 @@ class Inference:
             except (Unavailable, FailedPrecondition) as error:
                 self._engines.suspect(channel.info.engine_id)
                 if began:
-                    raise _lost("in the middle of the answer") from error
+                    raise _lost("The engine was lost in the middle of the answer") from error
                 if attempt == 2:
-                    raise _lost("twice") from error
+                    raise _lost("No engine could begin the answer") from error
                 log.warning("Engine %s is lost; trying another: %s", channel.info.engine_id, error)
 
     def _first_token(self, prepared: _Prepared, count: _Count) -> float:
@@ -288,7 +289,8 @@ def _sample_call(prepared: _Prepared, index: int) -> SampleCall:
         prompt=prepared.prompt,
         max_tokens=prepared.max_tokens,
         temperature=request.temperature,
-        top_p=request.top_p,
+        # An engine reads 0 as "unset"; to OpenAI it is the likeliest token alone.
+        top_p=max(request.top_p, _LEAST_TOP_P),
         # With one seed for all, n choices would be n times the same.
         seed=None if request.seed is None else (request.seed + index) & (2**63 - 1),
         presence_penalty=request.presence_penalty,
@@ -299,10 +301,8 @@ def _sample_call(prepared: _Prepared, index: int) -> SampleCall:
     )
 
 
-def _lost(when: str) -> Unavailable:
-    return Unavailable(
-        f"The engine was lost {when}; send the request again.", reason="ENGINE_LOST", retry_after=1.0
-    )
+def _lost(what: str) -> Unavailable:
+    return Unavailable(f"{what}; send the request again.", reason="ENGINE_LOST", retry_after=1.0)
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
-import logging
 import sys
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import replace
-from typing import Any
+from dataclasses import dataclass, replace
 
 import grpc
 
 from lathe import __version__
+from lathe.common.background import Wakeup, in_background, repeat
 from lathe.common.clock import Clock, SystemClock
 from lathe.common.db import Database, check_schema
-from lathe.common.errors import LatheError
 from lathe.common.ids import IdFactory, RandomIds
 from lathe.common.metrics import Metrics
 from lathe.common.objectstore.factory import open_store
@@ -45,8 +41,6 @@ from lathe.v1 import accounts_pb2, datasets_pb2, jobs_pb2, models_pb2
 from lathe.v1.deployments_pb2_grpc import add_DeploymentsServiceServicer_to_server
 from lathe.v1.inference_pb2_grpc import add_InferenceServiceServicer_to_server
 
-log = logging.getLogger(__name__)
-
 PACKAGE = "lathe.gateway"
 _SWEEP_EVERY_S = 600.0
 _KEEP_IDEMPOTENCY_S = 3600.0
@@ -73,8 +67,14 @@ async def running(
         gateway = _gateway(
             settings, metrics, clock=clock, ids=ids, db=db, peers=Peers(channels), connector=connector
         )
-        await stack.enter_async_context(_background(gateway.engines.run()))
-        await stack.enter_async_context(_background(_sweep(gateway.idempotency, clock)))
+        sweep = repeat(
+            "The sweep of old creates",
+            _Sweep(gateway.idempotency).step,
+            clock=clock,
+            wakeup=Wakeup(),
+            interval=_SWEEP_EVERY_S,
+        )
+        await stack.enter_async_context(in_background(gateway.engines.run(), sweep))
         server = _server(gateway, channels)
         await server.start()
         stack.push_async_callback(server.stop)
@@ -168,25 +168,14 @@ def _add_forwarder(forwarder: Forwarder, server: grpc.aio.Server) -> None:
     server.add_generic_rpc_handlers((forwarder,))
 
 
-@asynccontextmanager
-async def _background(work: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
-    """Run a task while inside."""
-    task = asyncio.create_task(work)
-    try:
-        yield
-    finally:
-        task.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await task
+@dataclass(frozen=True, slots=True)
+class _Sweep:
+    """Forgets creates of the HTTP door that no retry can join any more."""
 
+    idempotency: IdempotencyStore
 
-async def _sweep(idempotency: IdempotencyStore, clock: Clock) -> None:
-    while True:
-        try:
-            await idempotency.sweep(_KEEP_IDEMPOTENCY_S)
-        except LatheError as error:
-            log.warning("Old creates of the HTTP door stay until the next sweep: %s", error)
-        await clock.sleep(_SWEEP_EVERY_S)
+    async def step(self) -> None:
+        await self.idempotency.sweep(_KEEP_IDEMPOTENCY_S)
 
 
 def main() -> int:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import aclosing
-from typing import Any, TypeAlias
+from typing import Any
 
 import grpc
 from google.protobuf import empty_pb2
 
 from lathe.common.errors import InvalidArgument, Unauthenticated
 from lathe.common.names import BASE_MODEL, DATASET, PROJECT
+from lathe.common.rpc.context import ServicerContext
 from lathe.common.rpc.principal import Principal, current_caller, require_project
 from lathe.gateway.inference import Inference
 from lathe.gateway.protos import chat_chunk, chat_completion, chat_request, deployment_pb
@@ -18,8 +19,6 @@ from lathe.gateway.service import DeploymentService
 from lathe.gateway.uploads import DatasetUploads, ModelUploads, UploadChunk
 from lathe.v1 import datasets_pb2, deployments_pb2, inference_pb2, inference_pb2_grpc, models_pb2
 from lathe.v1.deployments_pb2_grpc import DeploymentsServiceServicer
-
-Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 
 
 def caller() -> Principal:
@@ -37,13 +36,13 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         self._inference = inference
 
     async def CreateChatCompletion(
-        self, request: inference_pb2.CreateChatCompletionRequest, context: Context
+        self, request: inference_pb2.CreateChatCompletionRequest, context: ServicerContext
     ) -> inference_pb2.ChatCompletion:
         _own_project(request.parent, "parent")
         return chat_completion(await self._inference.chat(caller(), chat_request(request)))
 
     async def StreamChatCompletion(
-        self, request: inference_pb2.StreamChatCompletionRequest, context: Context
+        self, request: inference_pb2.StreamChatCompletionRequest, context: ServicerContext
     ) -> AsyncIterator[inference_pb2.ChatCompletionChunk]:
         _own_project(request.completion.parent, "completion.parent")
         chat = chat_request(request.completion)
@@ -59,7 +58,7 @@ class DeploymentsServicer(DeploymentsServiceServicer):
         self._service = service
 
     async def CreateDeployment(
-        self, request: deployments_pb2.CreateDeploymentRequest, context: Context
+        self, request: deployments_pb2.CreateDeploymentRequest, context: ServicerContext
     ) -> deployments_pb2.Deployment:
         _own_project(request.parent, "parent")
         made = await self._service.create(
@@ -68,12 +67,12 @@ class DeploymentsServicer(DeploymentsServiceServicer):
         return deployment_pb(made)
 
     async def GetDeployment(
-        self, request: deployments_pb2.GetDeploymentRequest, context: Context
+        self, request: deployments_pb2.GetDeploymentRequest, context: ServicerContext
     ) -> deployments_pb2.Deployment:
         return deployment_pb(await self._service.get(caller(), request.name))
 
     async def ListDeployments(
-        self, request: deployments_pb2.ListDeploymentsRequest, context: Context
+        self, request: deployments_pb2.ListDeploymentsRequest, context: ServicerContext
     ) -> deployments_pb2.ListDeploymentsResponse:
         page, token = await self._service.list(
             caller(), request.parent, request.page_size, request.page_token
@@ -83,7 +82,7 @@ class DeploymentsServicer(DeploymentsServiceServicer):
         )
 
     async def UpdateDeployment(
-        self, request: deployments_pb2.UpdateDeploymentRequest, context: Context
+        self, request: deployments_pb2.UpdateDeploymentRequest, context: ServicerContext
     ) -> deployments_pb2.Deployment:
         wanted = request.deployment
         paths = tuple(request.update_mask.paths) or ("model_id",)
@@ -91,7 +90,7 @@ class DeploymentsServicer(DeploymentsServiceServicer):
         return deployment_pb(changed)
 
     async def DeleteDeployment(
-        self, request: deployments_pb2.DeleteDeploymentRequest, context: Context
+        self, request: deployments_pb2.DeleteDeploymentRequest, context: ServicerContext
     ) -> empty_pb2.Empty:
         await self._service.delete(caller(), request.name, request.etag)
         return empty_pb2.Empty()
@@ -125,7 +124,7 @@ class DatasetStreams:
         }
 
     async def upload(
-        self, requests: AsyncIterator[datasets_pb2.UploadDatasetRequest], context: Context
+        self, requests: AsyncIterator[datasets_pb2.UploadDatasetRequest], context: ServicerContext
     ) -> datasets_pb2.Dataset:
         first = await anext(requests, None)
         if first is None:
@@ -140,14 +139,14 @@ class DatasetStreams:
         return await self._uploads.put_resumable(caller(), first.name, chunks())
 
     async def offset(
-        self, request: datasets_pb2.GetDatasetUploadRequest, context: Context
+        self, request: datasets_pb2.GetDatasetUploadRequest, context: ServicerContext
     ) -> datasets_pb2.DatasetUpload:
         _own_dataset(request.name)
         size = await self._uploads.offset(caller(), request.name)
         return datasets_pb2.DatasetUpload(committed_size=size)
 
     async def download(
-        self, request: datasets_pb2.DownloadDatasetRequest, context: Context
+        self, request: datasets_pb2.DownloadDatasetRequest, context: ServicerContext
     ) -> AsyncIterator[datasets_pb2.DownloadDatasetResponse]:
         _own_dataset(request.name)
         chunks = await self._uploads.download(caller(), request.name, offset=request.read_offset)
@@ -172,7 +171,7 @@ class ModelStreams:
         }
 
     async def upload(
-        self, requests: AsyncIterator[models_pb2.UploadModelFileRequest], context: Context
+        self, requests: AsyncIterator[models_pb2.UploadModelFileRequest], context: ServicerContext
     ) -> models_pb2.UploadModelFileResponse:
         first = await anext(requests, None)
         if first is None:

@@ -168,6 +168,12 @@ async def test_logprobs(world: World) -> None:
     assert len(logprobs[0].top) == 2 and logprobs[0].logprob == -0.5
 
 
+async def test_top_p_of_zero_is_not_unset(world: World) -> None:
+    world.engines.scripts = {"a:1": world.answer("Hi")}
+    await world.inference.chat(ALICE, replace(ASK, top_p=0.0))
+    assert 0 < world.engines.calls[0][1].top_p < 0.001
+
+
 async def test_several_choices_differ_in_seed(world: World) -> None:
     world.engines.scripts = {"a:1": world.answer("one"), "b:1": world.answer("two")}
     result = await world.inference.chat(ALICE, replace(ASK, n=4, seed=7))

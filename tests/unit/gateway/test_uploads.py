@@ -1,9 +1,13 @@
 from __future__ import annotations
 
+import asyncio
 import hashlib
 from collections.abc import AsyncIterator
+from contextlib import suppress
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from lathe.common.errors import (
     Aborted,
@@ -125,6 +129,34 @@ async def test_a_broken_stream_goes_on_from_its_whole_parts(
         ALICE, NAME, messages(data, start=offset, sha256=hashlib.sha256(data).hexdigest())
     )
     assert made.size == 30
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    size=st.integers(0, 60),
+    cuts=st.lists(st.tuples(st.integers(0, 60), st.integers(1, 20), st.booleans()), max_size=4),
+)
+def test_any_number_of_broken_tries_gives_the_same_bytes(
+    size: int, cuts: list[tuple[int, int, bool]]
+) -> None:
+    async def run() -> None:
+        owner = FakeDatasets(MemoryObjectStore())
+        owner.create(NAME)
+        up = DatasetUploads(owner, owner.store, FakeClock(), Metrics())
+        data = bytes(range(size))
+        for cut, step, clean in cuts:
+            start = await up.offset(ALICE, NAME)
+            end = max(start, min(cut, size))
+            error = None if clean else ConnectionError()
+            with suppress(ConnectionError):
+                await up.put_resumable(
+                    ALICE, NAME, messages(data[:end], start=start, step=step, finish=False, error=error)
+                )
+        start = await up.offset(ALICE, NAME)
+        made = await up.put_resumable(ALICE, NAME, messages(data, start=start))
+        assert made.sha256 == hashlib.sha256(data).hexdigest()
+
+    asyncio.run(run())
 
 
 async def test_a_stream_that_ends_early_stores_all_it_brought(up: DatasetUploads[FakeDataset]) -> None:
