@@ -1,4 +1,7 @@
-"""`lathe`: every command. Command modules import what they need when they run, so that `lathe jobs list` stays light."""
+"""`lathe`: every command.
+
+Command modules import what they need when they run, so that `lathe jobs list` stays light.
+"""
 
 import sys
 

@@ -3,7 +3,7 @@
 import asyncio
 import json
 import sys
-from enum import Enum
+from enum import StrEnum
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -21,7 +21,7 @@ DATA = Annotated[
 CONFIG = Annotated[Path | None, typer.Option("--config", help="A YAML file with settings.")]
 
 
-class Service(str, Enum):
+class Service(StrEnum):
     """The control services."""
 
     accounts = "accounts"
