@@ -119,12 +119,17 @@ class LogSettings(SettingsGroup):
 
 
 class ServiceSettings(BaseSettings):
-    """Base of each service's settings; a subclass sets `service: ClassVar[str] = "jobs"` and adds fields."""
+    """Base of each service's settings: `class JobsSettings(ServiceSettings, service="jobs")` adds fields."""
 
     model_config = SettingsConfigDict(
         frozen=True, extra="forbid", env_prefix="LATHE_", env_nested_delimiter="__", validate_default=True
     )
     service: ClassVar[str] = ""
+
+    def __init_subclass__(cls, service: str = "", **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if service:
+            cls.service = service
 
     config: Path | None = Field(default=None, description="a YAML file with any of these settings")
 
