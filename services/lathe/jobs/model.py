@@ -144,7 +144,7 @@ class Hyperparameters:
     lora_r: int
     lora_alpha: float
     target_modules: tuple[str, ...]
-    warmup_fraction: float = 0.05
+    warmup_fraction: float = 0.1
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
 
