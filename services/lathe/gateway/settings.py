@@ -1,7 +1,6 @@
 """The gateway's settings: environment `LATHE_GATEWAY_…`, or a YAML file."""
 
 from pathlib import Path
-from typing import ClassVar
 
 from pydantic import Field
 
@@ -9,10 +8,8 @@ from lathe.common.service import ProcessSettings
 from lathe.common.settings import DatabaseSettings, RpcSettings, StoreSettings
 
 
-class GatewaySettings(ProcessSettings):
-    """`python -m lathe.gateway.main`."""
-
-    service: ClassVar[str] = "gateway"
+class GatewaySettings(ProcessSettings, service="gateway"):
+    """`LATHE_GATEWAY_…`, or `LATHE_…` for what all services share."""
 
     rpc: RpcSettings = RpcSettings()
     http_host: str = "127.0.0.1"

@@ -36,6 +36,7 @@ async def serving_http(app: Any, host: str, port: int, grace_s: float) -> AsyncI
     config = uvicorn.Config(
         app,
         log_config=None,
+        log_level="warning",
         access_log=False,
         lifespan="on",
         timeout_graceful_shutdown=max(1, round(grace_s)),
