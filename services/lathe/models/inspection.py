@@ -13,9 +13,10 @@ from typing import Any
 from lathe.common.errors import LatheError
 from lathe.common.objectstore.base import ObjectStore
 from lathe.models import tensors
-from lathe.models.model import BaseModel, Facts, ModelFile, bad_folder, is_tokenizer_file, refuse_remote_code
+from lathe.models.model import BaseModel, Facts, ModelFile, bad_folder, refuse_remote_code
 from lathe.models.tensors import Tensor
 from lathe.text.families import describe
+from lathe.text.files import is_tokenizer_file
 from lathe.text.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)

@@ -32,21 +32,6 @@ _CODE = frozenset({".py", ".pyc", ".pyd", ".so", ".dll", ".dylib", ".sh", ".exe"
 _ALLOWED = frozenset({".safetensors", ".json", ".jinja", ".txt", ".model", ".md"})
 _LEGAL = ("LICENSE", "LICENCE", "NOTICE", "COPYING", "USE_POLICY")
 
-# What a tokenizer is made from; the rest of a folder does not change a token.
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "chat_template.json",
-    "generation_config.json",
-    "config.json",
-)
-
-
-_MORE_TEMPLATES = "additional_chat_templates/"
-
 
 class BaseModelState(StrEnum):
     """UPLOADING until every file is there and has been checked. DELETING is never shown."""
@@ -205,11 +190,6 @@ def matters(path: str) -> bool:
         "merges.txt",
         "vocab.txt",
     )
-
-
-def is_tokenizer_file(path: str) -> bool:
-    """Whether `lathe.text` reads the file to make the tokenizer and its template."""
-    return path in TOKENIZER_FILES or (path.startswith(_MORE_TEMPLATES) and path.endswith(".jinja"))
 
 
 def folder_digest(files: Iterable[ModelFile]) -> str:

@@ -1,0 +1,1 @@
+"""Immutable uploaded files, their validation, and the token objects that are made from them."""

@@ -1,0 +1,146 @@
+"""Runs audits: one at a time, in a thread, restartable."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import logging
+import tempfile
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from lathe.common.errors import DataLoss, LatheError, NotFound, RetryableError, Unavailable
+from lathe.common.objectstore.base import ObjectStore
+from lathe.datasets.model import AuditResult, AuditState, AuditTask, TokenizerFile, blob_key
+from lathe.datasets.ports import DatasetStore
+from lathe.datasets.service import render_options
+from lathe.datasets.tokenpass import Outcome, TokenPass, file_sha256
+from lathe.datasets.validation import whole_file
+from lathe.text import VERSION
+from lathe.text.arrow import TokenWriter
+from lathe.text.tokenizer import Tokenizer
+
+log = logging.getLogger(__name__)
+
+
+class TokenizerCache:
+    """Tokenizers by the digests of their files: the last few in memory, all that were used in a folder."""
+
+    def __init__(self, objects: ObjectStore, folder: Path, max_items: int = 2) -> None:
+        self._objects = objects
+        self._folder = folder / "tokenizers"
+        self._max_items = max_items
+        self._loaded: OrderedDict[str, Tokenizer] = OrderedDict()
+
+    async def get(self, files: Sequence[TokenizerFile]) -> Tokenizer:
+        """Raises NotFound if a file is gone, DataLoss if it is not what it was, Unavailable."""
+        listed = sorted([file.path, file.sha256] for file in files)
+        key = hashlib.sha256(json.dumps(listed).encode()).hexdigest()
+        if key not in self._loaded:
+            folder = await self._fetched(key, files)
+            self._loaded[key] = await asyncio.to_thread(Tokenizer.from_folder, folder)
+        self._loaded.move_to_end(key)
+        while len(self._loaded) > self._max_items:
+            self._loaded.popitem(last=False)
+        return self._loaded[key]
+
+    async def _fetched(self, key: str, files: Sequence[TokenizerFile]) -> Path:
+        target = self._folder / key
+        if await asyncio.to_thread(target.is_dir):
+            return target
+        await asyncio.to_thread(self._folder.mkdir, parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".fetch-", dir=self._folder) as temporary:
+            made = Path(temporary) / "files"
+            for file in files:
+                path = made / file.path
+                path.parent.mkdir(parents=True, exist_ok=True)
+                await self._objects.fetch(file.object_key, path)
+                if await asyncio.to_thread(file_sha256, path) != file.sha256:
+                    raise DataLoss(f"The stored {file.path} of the tokenizer does not match its digest.")
+            if not target.is_dir():
+                made.rename(target)
+        return target
+
+
+class Auditor:
+    """Makes the token objects of RUNNING audits. It can die anywhere: the audit stays RUNNING and is made again,
+    to the same bytes."""
+
+    def __init__(self, store: DatasetStore, objects: ObjectStore, folder: Path) -> None:
+        self._store = store
+        self._objects = objects
+        self._tokenizers = TokenizerCache(objects, folder)
+        self._work = folder / "audits"
+
+    async def start(self) -> None:
+        """Forget what failed through Lathe's own fault: this process may be a mended one."""
+        await self._store.forget_failed_audits()
+
+    async def step(self) -> None:
+        """Run all audits there are now, one after another. Raises Unavailable if one of them has to wait."""
+        waiting: RetryableError | None = None
+        for task in await self._store.running_audits():
+            try:
+                await self.run(task)
+            except RetryableError as error:
+                waiting = error
+        if waiting is not None:
+            raise waiting
+
+    async def run(self, task: AuditTask) -> None:
+        """RUNNING -> READY or ERROR. Raises Unavailable while something is away."""
+        await asyncio.to_thread(self._work.mkdir, parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix="audit-", dir=self._work) as temporary:
+            path = Path(temporary) / "tokens.arrow"
+            try:
+                outcome = await self._tokenise(task, path)
+            except RetryableError:
+                raise
+            except NotFound as error:
+                # The dataset or the base model was deleted; whoever asks again hears that it is not there.
+                log.info("Audit %s is dropped: %s", task.key, error.message)
+                await self._store.drop_running_audit(task.key)
+                return
+            except Exception as error:
+                log.exception("Audit %s failed.", task.key)
+                words = error.message if isinstance(error, LatheError) else f"the log has it under {task.key}"
+                report = whole_file("server_error", f"The audit failed: {words}")
+                await self._store.finish_audit(task.key, AuditState.FAILED, report, AuditResult())
+                return
+            if not outcome.result.sha256:
+                await self._store.finish_audit(task.key, AuditState.ERROR, outcome.report, AuditResult())
+                return
+            # The row says which blob it needs before anyone could delete an equal one.
+            await self._store.set_audit_object(task.key, outcome.result.sha256)
+            if await self._store.is_claimed(outcome.result.sha256):
+                raise Unavailable(
+                    "An earlier copy of the token object is still being deleted.", retry_after=1
+                )
+            await self._objects.put_file(blob_key(outcome.result.sha256), path)
+            await self._store.finish_audit(task.key, AuditState.READY, outcome.report, outcome.result)
+
+    async def _tokenise(self, task: AuditTask, path: Path) -> Outcome:
+        """Write the token object to `path`; a result without digest if a row cannot be trained on."""
+        tokenizer = await self._tokenizers.get(task.files)
+        options = render_options(task.options)
+        metadata = {
+            "key": task.key,
+            "text": VERSION,
+            "dataset": task.dataset_sha256,
+            "tokenizer": task.tokenizer_digest,
+            "template": task.template_digest,
+            "options": options.canonical(),
+        }
+        with TokenWriter(path, metadata) as writer:
+            work = TokenPass(tokenizer, options, writer, task.now)
+            # Each chunk in a thread of its own turn: the event loop stays free between and during them.
+            async for chunk in self._objects.stream(blob_key(task.dataset_sha256), chunk_size=256 * 1024):
+                await asyncio.to_thread(work.feed, chunk)
+            outcome = await asyncio.to_thread(work.finish)
+        if work.has_errors:
+            return outcome
+        digest = await asyncio.to_thread(file_sha256, path)
+        return replace(outcome, result=replace(outcome.result, sha256=digest))

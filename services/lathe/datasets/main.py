@@ -1,0 +1,118 @@
+"""datasets as a process: the wiring, in order."""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from pathlib import Path
+
+from lathe.common.background import in_background, repeat
+from lathe.common.clock import Clock, SystemClock
+from lathe.common.db import Database, check_schema
+from lathe.common.ids import IdFactory, RandomIds
+from lathe.common.metrics import Metrics
+from lathe.common.objectstore.factory import open_store
+from lathe.common.rpc.auth import ServiceAuthenticator, ServiceCredentials, read_token
+from lathe.common.rpc.channel import connect
+from lathe.common.rpc.server import Registration, build_server
+from lathe.common.service import RunningService, run_service, serving
+from lathe.datasets.auditing import Auditor
+from lathe.datasets.cleaner import Cleaner
+from lathe.datasets.peers import RpcBaseModels
+from lathe.datasets.service import DatasetsService
+from lathe.datasets.servicer import DatasetsInternalServicer, DatasetsServicer
+from lathe.datasets.settings import DatasetsSettings
+from lathe.datasets.store import SqlDatasetStore
+from lathe.datasets.validation import Validation
+from lathe.v1.datasets_pb2_grpc import (
+    add_DatasetsInternalServiceServicer_to_server,
+    add_DatasetsServiceServicer_to_server,
+)
+from lathe.v1.models_pb2_grpc import ModelsInternalServiceStub
+
+PACKAGE = "lathe.datasets"
+# What was left by a process that died is found at its start; this is for what another replica left.
+_LOOK_EVERY_S = 30.0
+
+
+@asynccontextmanager
+async def running(
+    settings: DatasetsSettings, metrics: Metrics, *, clock: Clock | None = None, ids: IdFactory | None = None
+) -> AsyncIterator[RunningService]:
+    """datasets, answering. Raises FailedPrecondition for a database that is not this version's."""
+    clock = clock or SystemClock()
+    db = Database(settings.db.url.get_secret_value(), settings.db.pool_size)
+    token_file = settings.rpc.service_token_file
+    channel = connect(settings.models_address, read_token(token_file) if token_file is not None else None)
+    try:
+        await check_schema(db, PACKAGE)
+        objects = open_store(settings.store)
+        store = SqlDatasetStore(db)
+        base_models = RpcBaseModels(ModelsInternalServiceStub(channel))
+        service = DatasetsService(store, objects, base_models, clock, ids or RandomIds())
+        busy: set[str] = set()
+        validation = Validation(store, objects, busy)
+        cleaner = Cleaner(store, objects, clock, busy)
+        registrations = [
+            Registration(
+                add_DatasetsServiceServicer_to_server, DatasetsServicer(service), "lathe.v1.DatasetsService"
+            ),
+            Registration(
+                add_DatasetsInternalServiceServicer_to_server,
+                DatasetsInternalServicer(service),
+                "lathe.v1.DatasetsInternalService",
+            ),
+        ]
+        credentials = ServiceCredentials.from_files(token_file, settings.rpc.engine_token_file)
+        server = build_server(registrations, settings.rpc, ServiceAuthenticator(credentials), metrics)
+        with _folder(settings.cache_folder) as folder:
+            auditor = Auditor(store, objects, folder)
+            await auditor.start()
+            sweep_s = settings.sweep_interval_s
+            work = [
+                repeat(
+                    "The sweep",
+                    cleaner.sweep,
+                    clock=clock,
+                    wakeup=service.cleanup,
+                    interval=sweep_s,
+                ),
+                repeat(
+                    "The audit", auditor.step, clock=clock, wakeup=service.auditing, interval=_LOOK_EVERY_S
+                ),
+            ]
+            work += [
+                repeat(
+                    "Validation",
+                    validation.step,
+                    clock=clock,
+                    wakeup=service.validation,
+                    interval=_LOOK_EVERY_S,
+                )
+                for _ in range(settings.validation_workers)
+            ]
+            async with in_background(*work), serving(server, "datasets") as service_running:
+                yield service_running
+    finally:
+        await channel.close()
+        await db.close()
+
+
+@contextmanager
+def _folder(given: Path | None) -> Iterator[Path]:
+    if given is not None:
+        yield given
+        return
+    with tempfile.TemporaryDirectory(prefix="lathe-datasets-") as temporary:
+        yield Path(temporary)
+
+
+def main() -> int:
+    """Run datasets until a signal; the exit code."""
+    return run_service(running, DatasetsSettings)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

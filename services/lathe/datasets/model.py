@@ -1,0 +1,238 @@
+"""What datasets is about: files, findings, audits, and the rules that need nothing from outside."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from enum import StrEnum
+
+from lathe.common.errors import FieldViolation, InvalidArgument, Unimplemented
+
+PURPOSES = ("fine-tune", "evals", "batch", "assistants", "vision", "user_data")
+RESULTS_PURPOSE = "fine-tune-results"
+MAX_BYTES = 8 << 30
+MAX_RESULT_BYTES = 3 << 20
+MAX_FINDINGS = 20
+MIN_LIFE = timedelta(hours=1)
+MAX_LIFE = timedelta(days=30)
+# A client computes expire_time from its own clock and the call takes a while.
+_LIFE_SLACK = timedelta(minutes=5)
+
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+
+
+class DatasetState(StrEnum):
+    """UPLOADING -> VALIDATING -> READY or ERROR; DELETING from any, never shown."""
+
+    UPLOADING = "uploading"
+    VALIDATING = "validating"
+    READY = "ready"
+    ERROR = "error"
+    DELETING = "deleting"
+
+
+class AuditState(StrEnum):
+    """RUNNING until the token object is stored, or it is known that there can be none.
+
+    ERROR is about the rows and stays; FAILED is about Lathe itself and is forgotten at the next start.
+    """
+
+    RUNNING = "running"
+    READY = "ready"
+    ERROR = "error"
+    FAILED = "failed"
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """line: 1-based, 0 for the whole file. field: path within the line. code: stable. message: for people."""
+
+    line: int
+    field: str
+    code: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What validation or an audit found: the first findings of `finding_count`."""
+
+    example_count: int = 0
+    finding_count: int = 0
+    findings: tuple[Finding, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Dataset:
+    """One immutable uploaded file. staging_key: where its bytes came or come in; empty once nothing is there."""
+
+    project: str
+    id: str
+    display_name: str
+    purpose: str
+    state: DatasetState
+    create_time: datetime
+    expire_time: datetime | None = None
+    size_bytes: int = 0
+    sha256: str = ""
+    report: Report | None = None
+    staging_key: str = ""
+
+    @property
+    def name(self) -> str:
+        return f"projects/{self.project}/datasets/{self.id}"
+
+
+@dataclass(frozen=True, slots=True)
+class AuditOptions:
+    """method: supervised. context_limit: tokens; 0 for the base model's own. truncation: end or error."""
+
+    method: str = "supervised"
+    context_limit: int = 0
+    truncation: str = "end"
+
+
+@dataclass(frozen=True, slots=True)
+class TokenizerFile:
+    """A file that a base model's tokenizer is made from."""
+
+    path: str
+    object_key: str
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class BaseModelInfo:
+    """What an audit needs to know of a base model."""
+
+    name: str
+    tokenizer_digest: str
+    template_digest: str
+    context_length: int
+    tunable: bool
+    not_tunable_reason: str
+    files: tuple[TokenizerFile, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class AuditTask:
+    """All that an audit's result depends on. `files` say where the tokenizer is, and `now` is what a template that
+    writes the date reads: neither is part of the key, because the digests and the stored row stand for them."""
+
+    key: str
+    dataset_sha256: str
+    base_model: str
+    tokenizer_digest: str
+    template_digest: str
+    options: AuditOptions
+    files: tuple[TokenizerFile, ...]
+    now: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class AuditResult:
+    """What an audit made: the token object's digest, and counts. sha256 is empty when there are errors."""
+
+    sha256: str = ""
+    rows: int = 0
+    tokens: int = 0
+    trained_tokens: int = 0
+    truncated_rows: int = 0
+    max_row_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Audit:
+    """A stored audit, or the answer while the dataset itself is not ready (then `key` is empty)."""
+
+    key: str
+    state: AuditState
+    report: Report = Report()
+    result: AuditResult = AuditResult()
+
+    @property
+    def object_key(self) -> str:
+        return blob_key(self.result.sha256) if self.result.sha256 else ""
+
+
+def blob_key(sha256: str) -> str:
+    """Where an immutable object of this service lies."""
+    return f"blobs/{sha256}"
+
+
+def same_staging(given: str, kept: str) -> bool:
+    """Whether a committed key is the one that was handed out; a prefix may end in a slash."""
+    return bool(kept) and given.rstrip("/") == kept
+
+
+def audit_key(
+    dataset_sha256: str,
+    tokenizer_digest: str,
+    template_digest: str,
+    canonical_options: str,
+    text_version: str,
+) -> str:
+    """SHA-256 over all that decides the bytes of a token object."""
+    parts = [dataset_sha256, tokenizer_digest, template_digest, canonical_options, text_version]
+    return hashlib.sha256(json.dumps(parts, separators=(",", ":")).encode()).hexdigest()
+
+
+def check_new(display_name: str, purpose: str, expire_time: datetime | None, now: datetime) -> None:
+    """Raise InvalidArgument for a dataset that cannot be made."""
+    if not display_name or len(display_name) > 255 or _CONTROL.search(display_name):
+        raise invalid(
+            "dataset.display_name",
+            "dataset.display_name must be 1 to 255 characters without control characters.",
+        )
+    if purpose not in PURPOSES:
+        raise invalid("dataset.purpose", f"dataset.purpose {purpose!r} must be one of {', '.join(PURPOSES)}.")
+    if expire_time is not None:
+        life = expire_time - now
+        if not MIN_LIFE - _LIFE_SLACK <= life <= MAX_LIFE + _LIFE_SLACK:
+            raise invalid(
+                "dataset.expire_time", "dataset.expire_time must be between 1 hour and 30 days from now."
+            )
+
+
+def check_upload(size_bytes: int, sha256: str) -> None:
+    """Raise InvalidArgument for the facts of an upload that cannot be."""
+    if not 0 <= size_bytes <= MAX_BYTES:
+        raise invalid("size_bytes", f"size_bytes is {size_bytes}; a dataset has at most {MAX_BYTES} bytes.")
+    if not _SHA256.fullmatch(sha256):
+        raise invalid("sha256", "sha256 must be 64 lower-case hex digits.")
+
+
+def resolve_options(options: AuditOptions, base: BaseModelInfo) -> AuditOptions:
+    """The options with every default filled in from the base model.
+
+    Raises InvalidArgument, and Unimplemented for a method that is not built yet.
+    """
+    if options.method not in ("", "supervised"):
+        raise Unimplemented(f"options.method {options.method!r} is not offered yet; use supervised.")
+    if options.truncation not in ("", "end", "error"):
+        raise invalid(
+            "options.truncation", f"options.truncation {options.truncation!r} must be end or error."
+        )
+    limit = options.context_limit or base.context_length
+    if not 0 < limit <= base.context_length:
+        raise invalid(
+            "options.context_limit",
+            f"options.context_limit {options.context_limit} must be 1 to {base.context_length}, "
+            f"the context of {base.name}.",
+        )
+    return AuditOptions(options.method or "supervised", limit, options.truncation or "end")
+
+
+def report_of(example_count: int, errors: Iterable[Finding], notes: Iterable[Finding], count: int) -> Report:
+    """A report that shows errors before notes. count: how many of both there are in all."""
+    return Report(example_count, count, (*errors, *notes)[:MAX_FINDINGS])
+
+
+def invalid(field: str, message: str) -> InvalidArgument:
+    """An InvalidArgument about one field."""
+    return InvalidArgument(message, violations=[FieldViolation(field, message)])

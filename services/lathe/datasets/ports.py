@@ -1,0 +1,133 @@
+"""What datasets needs from outside, beside the object store."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import datetime
+from typing import Protocol
+
+from lathe.datasets.model import (
+    Audit,
+    AuditResult,
+    AuditState,
+    AuditTask,
+    BaseModelInfo,
+    Dataset,
+    DatasetState,
+    Report,
+)
+
+
+class DatasetStore(Protocol):
+    """The datasets and audits that are kept. What is being deleted is never returned by `get` and `page`."""
+
+    async def add(self, dataset: Dataset, request_key: str) -> Dataset:
+        """Keep a new one, or answer with the one that the same non-empty request_key made in its project."""
+        ...
+
+    async def get(self, project: str, dataset_id: str) -> Dataset | None: ...
+
+    async def find_by_request(self, project: str, request_key: str) -> Dataset | None: ...
+
+    async def page(
+        self, project: str, *, purpose: str, after: tuple[datetime, str] | None, ascending: bool, limit: int
+    ) -> Sequence[Dataset]:
+        """By (create_time, id), the ones after `after` in that order; every purpose for an empty one."""
+        ...
+
+    async def in_state(self, state: DatasetState) -> Sequence[Dataset]:
+        """All of that state, oldest first; also those being deleted."""
+        ...
+
+    async def with_leftovers(self) -> Sequence[Dataset]:
+        """READY and ERROR ones whose staging has not been cleared yet."""
+        ...
+
+    async def outlived(self, now: datetime, abandoned_before: datetime) -> Sequence[Dataset]:
+        """Those whose expire_time has come, and those UPLOADING since before `abandoned_before`."""
+        ...
+
+    async def begin_validation(self, project: str, dataset_id: str, size_bytes: int, sha256: str) -> bool:
+        """UPLOADING -> VALIDATING; a results file that is VALIDATING gets new facts. False from any other state."""
+        ...
+
+    async def finish_validation(
+        self, project: str, dataset_id: str, state: DatasetState, sha256: str, report: Report | None
+    ) -> bool:
+        """VALIDATING -> READY or ERROR; False if it is not VALIDATING any more."""
+        ...
+
+    async def clear_staging(self, project: str, dataset_id: str) -> None:
+        """Note that nothing is left in staging."""
+        ...
+
+    async def begin_delete(self, project: str, dataset_id: str) -> bool:
+        """Any state -> DELETING; False if there is none."""
+        ...
+
+    async def remove(self, project: str, dataset_id: str) -> None:
+        """Forget a DELETING one."""
+        ...
+
+    async def claim_blob(self, sha256: str, owner: str) -> bool:
+        """Announce that `owner` is about to delete this blob.
+
+        False if another one claims it, or if a dataset that is not being deleted, or an audit, needs it.
+        """
+        ...
+
+    async def release_blob(self, sha256: str, owner: str) -> None:
+        """The deletion is done."""
+        ...
+
+    async def is_claimed(self, sha256: str) -> bool:
+        """Whether somebody is about to delete this blob."""
+        ...
+
+    async def add_audit(self, task: AuditTask) -> None:
+        """Keep a RUNNING audit unless its key is there; nothing happens then."""
+        ...
+
+    async def get_audit(self, key: str, now: datetime) -> Audit | None:
+        """It counts as used now."""
+        ...
+
+    async def running_audits(self) -> Sequence[AuditTask]:
+        """Oldest first."""
+        ...
+
+    async def set_audit_object(self, key: str, sha256: str) -> None:
+        """Note, before the object is written, which blob a RUNNING audit needs."""
+        ...
+
+    async def finish_audit(self, key: str, state: AuditState, report: Report, result: AuditResult) -> None:
+        """RUNNING -> READY, ERROR or FAILED; another state stays."""
+        ...
+
+    async def forget_failed_audits(self) -> None:
+        """Remove FAILED ones, so that they are tried again when somebody asks."""
+        ...
+
+    async def drop_running_audit(self, key: str) -> None:
+        """Forget a RUNNING audit, and claim its blob if it has one by now."""
+        ...
+
+    async def unneeded_audits(self, unused_since: datetime) -> Sequence[str]:
+        """Keys of finished audits that no dataset stands for and nobody used since."""
+        ...
+
+    async def begin_remove_audit(self, key: str, unused_since: datetime) -> None:
+        """Forget an audit if it is still unneeded, and claim its blob in the same moment."""
+        ...
+
+    async def audit_claims(self) -> Sequence[tuple[str, str]]:
+        """(sha256, owner) of the blobs whose audits were removed and which are still to delete."""
+        ...
+
+
+class BaseModels(Protocol):
+    """The models service."""
+
+    async def resolve(self, project: str, base_model: str) -> BaseModelInfo:
+        """Raises NotFound, and Unavailable while models is away."""
+        ...

@@ -1,0 +1,221 @@
+"""The use cases of datasets."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+
+from lathe.common.background import Wakeup
+from lathe.common.clock import Clock
+from lathe.common.errors import FailedPrecondition, InvalidArgument, NotFound, Unavailable
+from lathe.common.ids import IdFactory
+from lathe.common.objectstore.base import ObjectStore
+from lathe.datasets import model as rules
+from lathe.datasets.model import (
+    Audit,
+    AuditOptions,
+    AuditState,
+    AuditTask,
+    Dataset,
+    DatasetState,
+    Report,
+    blob_key,
+)
+from lathe.datasets.ports import BaseModels, DatasetStore
+from lathe.text import VERSION
+from lathe.text.render import RenderOptions
+
+
+@dataclass(frozen=True, slots=True)
+class DatasetsService:
+    """Files in and out, and audits. The wake-ups are set when there is something to validate, audit or delete."""
+
+    store: DatasetStore
+    objects: ObjectStore
+    base_models: BaseModels
+    clock: Clock
+    ids: IdFactory
+    validation: Wakeup = field(default_factory=Wakeup)
+    auditing: Wakeup = field(default_factory=Wakeup)
+    cleanup: Wakeup = field(default_factory=Wakeup)
+
+    # --- datasets ---------------------------------------------------------------------------------------------
+
+    async def create(
+        self, project: str, display_name: str, purpose: str, expire_time: datetime | None, request_id: str
+    ) -> Dataset:
+        """A new dataset, UPLOADING; the same request_id again answers with the first. Raises InvalidArgument."""
+        now = self.clock.now()
+        key = _request_key("create", request_id)
+        earlier = await self.store.find_by_request(project, key) if key else None
+        if earlier is not None:
+            return earlier
+        rules.check_new(display_name, purpose, expire_time, now)
+        dataset = Dataset(
+            project=project,
+            id=self.ids.new("file"),
+            display_name=display_name,
+            purpose=purpose,
+            state=DatasetState.UPLOADING,
+            create_time=now,
+            expire_time=expire_time,
+            staging_key=f"staging/{self.ids.token(24)}",
+        )
+        return await self.store.add(dataset, key)
+
+    async def get(self, project: str, dataset_id: str) -> Dataset:
+        """Raises NotFound."""
+        dataset = await self.store.get(project, dataset_id)
+        if dataset is None:
+            raise NotFound(f"projects/{project}/datasets/{dataset_id} was not found.")
+        return dataset
+
+    async def page(
+        self,
+        project: str,
+        *,
+        purpose: str = "",
+        after: tuple[datetime, str] | None = None,
+        ascending: bool = False,
+        limit: int,
+    ) -> Sequence[Dataset]:
+        """By creation, newest first unless `ascending`; the ones after `after` (create_time, id) in that order."""
+        return await self.store.page(project, purpose=purpose, after=after, ascending=ascending, limit=limit)
+
+    async def commit_upload(
+        self, project: str, dataset_id: str, staging_key: str, size_bytes: int, sha256: str
+    ) -> Dataset:
+        """Take a finished upload over: VALIDATING at once. Repeating it answers with the dataset as it is.
+
+        Raises NotFound, InvalidArgument, and FailedPrecondition if another upload was committed before.
+        """
+        rules.check_upload(size_bytes, sha256)
+        dataset = await self.get(project, dataset_id)
+        if dataset.state is DatasetState.UPLOADING:
+            if not rules.same_staging(staging_key, dataset.staging_key):
+                raise InvalidArgument(f"staging_key is not the one that {dataset.name} was given.")
+            await self.store.begin_validation(project, dataset_id, size_bytes, sha256)
+            dataset = await self.get(project, dataset_id)
+            self.validation.set()
+        if (dataset.size_bytes, dataset.sha256) != (size_bytes, sha256):
+            raise FailedPrecondition(
+                f"{dataset.name} is {dataset.state} with other bytes; a dataset never changes. Make a new one.",
+                reason="DATASET_IMMUTABLE",
+            )
+        return dataset
+
+    async def create_result_file(
+        self, project: str, display_name: str, content: bytes, request_id: str
+    ) -> Dataset:
+        """Keep a small file that the platform made, READY; the same request_id again answers with the first.
+
+        Raises InvalidArgument for a missing request_id or too much content.
+        """
+        if not request_id:
+            raise rules.invalid(
+                "request_id", "request_id is required here: jobs repeat this call after a crash."
+            )
+        if len(content) > rules.MAX_RESULT_BYTES:
+            raise rules.invalid(
+                "content", f"content has {len(content)} bytes; at most {rules.MAX_RESULT_BYTES} fit."
+            )
+        sha256 = hashlib.sha256(content).hexdigest()
+        new = Dataset(
+            project=project,
+            id=self.ids.new("file"),
+            display_name=display_name,
+            purpose=rules.RESULTS_PURPOSE,
+            state=DatasetState.VALIDATING,
+            create_time=self.clock.now(),
+            size_bytes=len(content),
+            sha256=sha256,
+        )
+        # The row first: from here on nobody deletes the blob.
+        dataset = await self.store.add(new, _request_key("result", request_id))
+        if dataset.state is DatasetState.VALIDATING:
+            await self.store.begin_validation(project, dataset.id, len(content), sha256)
+            if await self.store.is_claimed(sha256):
+                raise Unavailable(
+                    "An earlier copy of this file is being deleted. Try again in a moment.", retry_after=1
+                )
+            await self.objects.put(blob_key(sha256), content)
+            await self.store.finish_validation(project, dataset.id, DatasetState.READY, sha256, None)
+        return await self.get(project, dataset.id)
+
+    async def delete(self, project: str, dataset_id: str) -> None:
+        """It is gone at once for every caller; its bytes go in the background. Raises NotFound."""
+        if not await self.store.begin_delete(project, dataset_id):
+            raise NotFound(f"projects/{project}/datasets/{dataset_id} was not found.")
+        self.cleanup.set()
+
+    # --- audits -----------------------------------------------------------------------------------------------
+
+    async def ensure_audit(
+        self, project: str, dataset_id: str, base_model: str, options: AuditOptions
+    ) -> Audit:
+        """The audit of a dataset for a base model; it is begun if there is none. Call again while RUNNING.
+
+        A dataset that is not READY answers for it: RUNNING while it is validated, ERROR with its findings.
+        Raises NotFound for the dataset or the base model, FailedPrecondition, InvalidArgument, Unimplemented.
+        """
+        dataset = await self.get(project, dataset_id)
+        _check_trainable(dataset)
+        if dataset.state is DatasetState.VALIDATING:
+            return Audit("", AuditState.RUNNING)
+        if dataset.state is DatasetState.ERROR:
+            return Audit("", AuditState.ERROR, dataset.report or Report())
+        base = await self.base_models.resolve(project, base_model)
+        if not base.tunable:
+            raise FailedPrecondition(
+                f"{base.name} cannot be tuned: {base.not_tunable_reason}", reason="NOT_TUNABLE"
+            )
+        resolved = rules.resolve_options(options, base)
+        key = rules.audit_key(
+            dataset.sha256,
+            base.tokenizer_digest,
+            base.template_digest,
+            render_options(resolved).canonical(),
+            VERSION,
+        )
+        audit = await self.store.get_audit(key, self.clock.now())
+        if audit is None:
+            task = AuditTask(
+                key=key,
+                dataset_sha256=dataset.sha256,
+                base_model=base.name,
+                tokenizer_digest=base.tokenizer_digest,
+                template_digest=base.template_digest,
+                options=resolved,
+                files=base.files,
+                now=self.clock.now(),
+            )
+            await self.store.add_audit(task)
+            audit = Audit(key, AuditState.RUNNING)
+        if audit.state is AuditState.RUNNING:
+            self.auditing.set()
+        return audit
+
+
+def render_options(options: AuditOptions) -> RenderOptions:
+    """Resolved options as lathe.text takes them."""
+    return RenderOptions(
+        context_limit=options.context_limit, truncation="error" if options.truncation == "error" else "end"
+    )
+
+
+def _check_trainable(dataset: Dataset) -> None:
+    if dataset.purpose != "fine-tune":
+        raise FailedPrecondition(
+            f"{dataset.name} has the purpose {dataset.purpose}; training needs a file of purpose fine-tune.",
+            reason="WRONG_PURPOSE",
+        )
+    if dataset.state is DatasetState.UPLOADING:
+        raise FailedPrecondition(f"{dataset.name} has not been uploaded yet.", reason="NOT_UPLOADED")
+
+
+def _request_key(kind: str, request_id: str) -> str:
+    if len(request_id) > 128:
+        raise rules.invalid("request_id", "request_id has more than 128 characters; use a UUID.")
+    return f"{kind}:{request_id}" if request_id else ""

@@ -1,0 +1,360 @@
+"""Datasets and audits in SQL."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from datetime import datetime
+from typing import Any
+
+import sqlalchemy as sa
+
+from lathe.common.db import Database, UtcDateTime, is_unique_violation
+from lathe.common.errors import Internal
+from lathe.datasets.model import (
+    RESULTS_PURPOSE,
+    Audit,
+    AuditOptions,
+    AuditResult,
+    AuditState,
+    AuditTask,
+    Dataset,
+    DatasetState,
+    Finding,
+    Report,
+    TokenizerFile,
+)
+
+metadata = sa.MetaData()
+
+datasets = sa.Table(
+    "datasets",
+    metadata,
+    sa.Column("id", sa.String, primary_key=True),
+    sa.Column("project", sa.String),
+    sa.Column("display_name", sa.String),
+    sa.Column("purpose", sa.String),
+    sa.Column("state", sa.String),
+    sa.Column("create_time", UtcDateTime()),
+    sa.Column("expire_time", UtcDateTime()),
+    sa.Column("size_bytes", sa.BigInteger),
+    sa.Column("sha256", sa.String),
+    sa.Column("report", sa.JSON),
+    sa.Column("staging_key", sa.String),
+    sa.Column("request_key", sa.String),
+)
+audits = sa.Table(
+    "audits",
+    metadata,
+    sa.Column("key", sa.String, primary_key=True),
+    sa.Column("state", sa.String),
+    sa.Column("dataset_sha256", sa.String),
+    sa.Column("base_model", sa.String),
+    sa.Column("tokenizer_digest", sa.String),
+    sa.Column("template_digest", sa.String),
+    sa.Column("options", sa.JSON),
+    sa.Column("files", sa.JSON),
+    sa.Column("create_time", UtcDateTime()),
+    sa.Column("use_time", UtcDateTime()),
+    sa.Column("report", sa.JSON),
+    sa.Column("sha256", sa.String),
+    sa.Column("rows", sa.BigInteger),
+    sa.Column("tokens", sa.BigInteger),
+    sa.Column("trained_tokens", sa.BigInteger),
+    sa.Column("truncated_rows", sa.BigInteger),
+    sa.Column("max_row_tokens", sa.Integer),
+)
+claims = sa.Table(
+    "claims",
+    metadata,
+    sa.Column("sha256", sa.String, primary_key=True),
+    sa.Column("owner", sa.String),
+)
+
+AUDIT_CLAIM = "audit:"
+
+_LIVE = datasets.c.state != DatasetState.DELETING.value
+_RUNNING = audits.c.state == AuditState.RUNNING.value
+
+
+class SqlDatasetStore:
+    """DatasetStore on a Database."""
+
+    def __init__(self, db: Database) -> None:
+        self._db = db
+
+    # --- datasets ---------------------------------------------------------------------------------------------
+
+    async def add(self, dataset: Dataset, request_key: str) -> Dataset:
+        row = {
+            **{name: getattr(dataset, name) for name in _PLAIN},
+            "state": dataset.state.value,
+            "report": asdict(dataset.report) if dataset.report is not None else None,
+            "request_key": request_key or None,
+        }
+        try:
+            async with self._db.write() as connection:
+                await connection.execute(datasets.insert().values(row))
+            return dataset
+        except sa.exc.IntegrityError as error:
+            if not is_unique_violation(error):
+                raise
+        earlier = await self.find_by_request(dataset.project, request_key) if request_key else None
+        if earlier is None:
+            raise Internal(f"{dataset.name} is there already.")
+        return earlier
+
+    async def get(self, project: str, dataset_id: str) -> Dataset | None:
+        found = await self._select(datasets.select().where(_LIVE, *_is(project, dataset_id)))
+        return found[0] if found else None
+
+    async def find_by_request(self, project: str, request_key: str) -> Dataset | None:
+        query = datasets.select().where(
+            _LIVE, datasets.c.project == project, datasets.c.request_key == request_key
+        )
+        found = await self._select(query)
+        return found[0] if found else None
+
+    async def page(
+        self, project: str, *, purpose: str, after: tuple[datetime, str] | None, ascending: bool, limit: int
+    ) -> Sequence[Dataset]:
+        time, id_ = datasets.c.create_time, datasets.c.id
+        query = datasets.select().where(_LIVE, datasets.c.project == project)
+        if purpose:
+            query = query.where(datasets.c.purpose == purpose)
+        if after is not None:
+            beyond = (time > after[0], id_ > after[1]) if ascending else (time < after[0], id_ < after[1])
+            query = query.where(sa.or_(beyond[0], sa.and_(time == after[0], beyond[1])))
+        order = (time, id_) if ascending else (time.desc(), id_.desc())
+        return await self._select(query.order_by(*order).limit(limit))
+
+    async def in_state(self, state: DatasetState) -> Sequence[Dataset]:
+        query = datasets.select().where(datasets.c.state == state.value)
+        return await self._select(query.order_by(datasets.c.create_time, datasets.c.id))
+
+    async def with_leftovers(self) -> Sequence[Dataset]:
+        done = (DatasetState.READY.value, DatasetState.ERROR.value)
+        return await self._select(
+            datasets.select().where(datasets.c.state.in_(done), datasets.c.staging_key != "")
+        )
+
+    async def outlived(self, now: datetime, abandoned_before: datetime) -> Sequence[Dataset]:
+        abandoned = sa.and_(
+            datasets.c.state == DatasetState.UPLOADING.value, datasets.c.create_time < abandoned_before
+        )
+        return await self._select(
+            datasets.select().where(_LIVE, sa.or_(datasets.c.expire_time <= now, abandoned))
+        )
+
+    async def _select(self, query: sa.Select[Any]) -> list[Dataset]:
+        async with self._db.read() as connection:
+            return [_dataset(row) for row in await connection.execute(query)]
+
+    async def begin_validation(self, project: str, dataset_id: str, size_bytes: int, sha256: str) -> bool:
+        # Jobs may repeat the call that makes a results file with other bytes while it is not READY.
+        repeated = sa.and_(
+            datasets.c.state == DatasetState.VALIDATING.value, datasets.c.purpose == RESULTS_PURPOSE
+        )
+        return await self._change(
+            datasets.update()
+            .where(
+                *_is(project, dataset_id),
+                sa.or_(datasets.c.state == DatasetState.UPLOADING.value, repeated),
+            )
+            .values(state=DatasetState.VALIDATING.value, size_bytes=size_bytes, sha256=sha256)
+        )
+
+    async def finish_validation(
+        self, project: str, dataset_id: str, state: DatasetState, sha256: str, report: Report | None
+    ) -> bool:
+        return await self._change(
+            datasets.update()
+            .where(*_is(project, dataset_id), datasets.c.state == DatasetState.VALIDATING.value)
+            .values(state=state.value, sha256=sha256, report=asdict(report) if report is not None else None)
+        )
+
+    async def clear_staging(self, project: str, dataset_id: str) -> None:
+        await self._change(datasets.update().where(*_is(project, dataset_id)).values(staging_key=""))
+
+    async def begin_delete(self, project: str, dataset_id: str) -> bool:
+        return await self._change(
+            datasets.update()
+            .where(_LIVE, *_is(project, dataset_id))
+            .values(state=DatasetState.DELETING.value, request_key=None)
+        )
+
+    async def remove(self, project: str, dataset_id: str) -> None:
+        await self._change(
+            datasets.delete().where(
+                *_is(project, dataset_id), datasets.c.state == DatasetState.DELETING.value
+            )
+        )
+
+    async def _change(self, statement: sa.Update | sa.Delete | sa.Insert) -> bool:
+        async with self._db.write() as connection:
+            return (await connection.execute(statement)).rowcount > 0
+
+    # --- blobs ------------------------------------------------------------------------------------------------
+
+    async def claim_blob(self, sha256: str, owner: str) -> bool:
+        try:
+            await self._change(claims.insert().values(sha256=sha256, owner=owner))
+        except sa.exc.IntegrityError as error:
+            if not is_unique_violation(error):
+                raise
+            if await self._claimant(sha256) != owner:
+                return False
+        by_dataset = sa.select(datasets.c.id).where(_LIVE, datasets.c.sha256 == sha256).limit(1)
+        by_audit = sa.select(audits.c.key).where(audits.c.sha256 == sha256).limit(1)
+        # Another transaction than the claim's: the claim must be seen by others before this one looks for them.
+        async with self._db.write() as connection:
+            needed = (await connection.execute(by_dataset)).first() or (
+                await connection.execute(by_audit)
+            ).first()
+            if needed is None:
+                return True
+            await connection.execute(claims.delete().where(claims.c.sha256 == sha256))
+        return False
+
+    async def release_blob(self, sha256: str, owner: str) -> None:
+        await self._change(claims.delete().where(claims.c.sha256 == sha256, claims.c.owner == owner))
+
+    async def is_claimed(self, sha256: str) -> bool:
+        return await self._claimant(sha256) is not None
+
+    async def _claimant(self, sha256: str) -> str | None:
+        async with self._db.read() as connection:
+            query = sa.select(claims.c.owner).where(claims.c.sha256 == sha256)
+            owner: str | None = (await connection.execute(query)).scalar_one_or_none()
+        return owner
+
+    # --- audits -----------------------------------------------------------------------------------------------
+
+    async def add_audit(self, task: AuditTask) -> None:
+        row = {
+            "key": task.key,
+            "state": AuditState.RUNNING.value,
+            "dataset_sha256": task.dataset_sha256,
+            "base_model": task.base_model,
+            "tokenizer_digest": task.tokenizer_digest,
+            "template_digest": task.template_digest,
+            "options": asdict(task.options),
+            "files": [asdict(file) for file in task.files],
+            "create_time": task.now,
+            "use_time": task.now,
+            "report": asdict(Report()),
+            **asdict(AuditResult()),
+        }
+        try:
+            await self._change(audits.insert().values(row))
+        except sa.exc.IntegrityError as error:
+            if not is_unique_violation(error):
+                raise
+
+    async def get_audit(self, key: str, now: datetime) -> Audit | None:
+        async with self._db.write() as connection:
+            await connection.execute(audits.update().where(audits.c.key == key).values(use_time=now))
+            row = (await connection.execute(audits.select().where(audits.c.key == key))).one_or_none()
+        return _audit(row) if row is not None else None
+
+    async def running_audits(self) -> Sequence[AuditTask]:
+        query = audits.select().where(_RUNNING).order_by(audits.c.create_time, audits.c.key)
+        async with self._db.read() as connection:
+            return [_task(row) for row in await connection.execute(query)]
+
+    async def set_audit_object(self, key: str, sha256: str) -> None:
+        await self._change(audits.update().where(audits.c.key == key, _RUNNING).values(sha256=sha256))
+
+    async def finish_audit(self, key: str, state: AuditState, report: Report, result: AuditResult) -> None:
+        await self._change(
+            audits.update()
+            .where(audits.c.key == key, _RUNNING)
+            .values(state=state.value, report=asdict(report), **asdict(result))
+        )
+
+    async def unneeded_audits(self, unused_since: datetime) -> Sequence[str]:
+        query = sa.select(audits.c.key).where(
+            ~_RUNNING,
+            audits.c.use_time < unused_since,
+            audits.c.dataset_sha256.not_in(sa.select(datasets.c.sha256).where(_LIVE)),
+        )
+        async with self._db.read() as connection:
+            return [row.key for row in await connection.execute(query)]
+
+    async def begin_remove_audit(self, key: str, unused_since: datetime) -> None:
+        standing = sa.select(datasets.c.sha256).where(_LIVE)
+        await self._remove_audit(
+            audits.c.key == key,
+            ~_RUNNING,
+            audits.c.use_time < unused_since,
+            audits.c.dataset_sha256.not_in(standing),
+        )
+
+    async def drop_running_audit(self, key: str) -> None:
+        await self._remove_audit(audits.c.key == key, _RUNNING)
+
+    async def _remove_audit(self, *where: sa.ColumnElement[bool]) -> None:
+        query = audits.select().where(*where).with_for_update()
+        try:
+            async with self._db.write() as connection:
+                row = (await connection.execute(query)).one_or_none()
+                if row is None:
+                    return
+                if row.sha256:
+                    claim = {"sha256": row.sha256, "owner": AUDIT_CLAIM + row.key}
+                    await connection.execute(claims.insert().values(claim))
+                await connection.execute(audits.delete().where(audits.c.key == row.key))
+        except sa.exc.IntegrityError as error:
+            # Somebody else is deleting that very blob: this audit's turn comes later.
+            if not is_unique_violation(error):
+                raise
+
+    async def forget_failed_audits(self) -> None:
+        await self._change(audits.delete().where(audits.c.state == AuditState.FAILED.value))
+
+    async def audit_claims(self) -> Sequence[tuple[str, str]]:
+        query = sa.select(claims.c.sha256, claims.c.owner).where(claims.c.owner.startswith(AUDIT_CLAIM))
+        async with self._db.read() as connection:
+            return [(row.sha256, row.owner) for row in await connection.execute(query)]
+
+
+_PLAIN = (
+    "id", "project", "display_name", "purpose", "create_time", "expire_time", "size_bytes", "sha256", "staging_key"
+)  # fmt: skip
+
+
+def _is(project: str, dataset_id: str) -> tuple[sa.ColumnElement[bool], sa.ColumnElement[bool]]:
+    return datasets.c.project == project, datasets.c.id == dataset_id
+
+
+def _report(content: Mapping[str, Any]) -> Report:
+    findings = tuple(Finding(**finding) for finding in content["findings"])
+    return Report(content["example_count"], content["finding_count"], findings)
+
+
+def _dataset(row: Any) -> Dataset:
+    report = _report(row.report) if row.report is not None else None
+    plain = {name: getattr(row, name) for name in _PLAIN}
+    return Dataset(**plain, state=DatasetState(row.state), report=report)
+
+
+def _audit(row: Any) -> Audit:
+    result = AuditResult(
+        row.sha256, row.rows, row.tokens, row.trained_tokens, row.truncated_rows, row.max_row_tokens
+    )
+    # While RUNNING the digest only reserves the blob.
+    state = AuditState(row.state)
+    return Audit(row.key, state, _report(row.report), result if state is AuditState.READY else AuditResult())
+
+
+def _task(row: Any) -> AuditTask:
+    return AuditTask(
+        key=row.key,
+        dataset_sha256=row.dataset_sha256,
+        base_model=row.base_model,
+        tokenizer_digest=row.tokenizer_digest,
+        template_digest=row.template_digest,
+        options=AuditOptions(**row.options),
+        files=tuple(TokenizerFile(**file) for file in row.files),
+        now=row.create_time,
+    )

@@ -1,0 +1,132 @@
+"""One pass over a dataset: rows in, a token object and a report out. Synchronous and alone in its thread."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+from lathe.datasets.model import AuditResult, Finding, Report, report_of
+from lathe.text.arrow import TokenRow, TokenWriter
+from lathe.text.chat import Row, parse_row
+from lathe.text.errors import RowError
+from lathe.text.jsonl import MAX_FINDINGS, Line, LineSplitter
+from lathe.text.render import Example, RenderOptions, render_batch
+from lathe.text.tokenizer import Tokenizer
+
+# Tokenised together: enough for the tokenizer's own threads, few enough to keep memory flat.
+BATCH_ROWS = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """result.sha256 is empty when there is nothing to train from; the report then says why."""
+
+    result: AuditResult
+    report: Report
+
+
+class _Found:
+    """Counts findings and keeps the first ones."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.first: list[Finding] = []
+
+    def add(self, finding: Finding) -> None:
+        self.count += 1
+        if len(self.first) < MAX_FINDINGS:
+            self.first.append(finding)
+
+
+class TokenPass:
+    """Is fed a dataset's bytes in chunks; every row is rendered and tokenised once.
+
+    now: what a template that writes the date reads; the same for all rows and for every repetition.
+    """
+
+    def __init__(
+        self, tokenizer: Tokenizer, options: RenderOptions, writer: TokenWriter, now: datetime
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._options = options
+        self._writer = writer
+        self._now = now
+        self._splitter = LineSplitter()
+        self._pending: list[tuple[int, Row]] = []
+        self._errors, self._notes = _Found(), _Found()
+        self._rows = self._tokens = self._trained = self._truncated = self._longest = 0
+
+    def feed(self, chunk: bytes) -> None:
+        """The next bytes of the file."""
+        for line in self._splitter.feed(chunk):
+            self._take(line)
+
+    def finish(self) -> Outcome:
+        """Call once, after the last chunk and before the writer is closed. The result has no sha256 yet."""
+        for line in self._splitter.finish():
+            self._take(line)
+        self._render()
+        if not self._rows and not self._errors.count:
+            self._errors.add(Finding(0, "", "empty_file", "The file has no example."))
+        count = self._errors.count + self._notes.count
+        report = report_of(self._rows, self._errors.first, self._notes.first, count)
+        result = AuditResult(
+            rows=self._rows,
+            tokens=self._tokens,
+            trained_tokens=self._trained,
+            truncated_rows=self._truncated,
+            max_row_tokens=self._longest,
+        )
+        return Outcome(result, report)
+
+    @property
+    def has_errors(self) -> bool:
+        """Whether a row cannot be trained on."""
+        return self._errors.count > 0
+
+    def _take(self, line: Line) -> None:
+        try:
+            if line.too_long:
+                raise RowError("", "line_too_long", "the line is too long")
+            self._pending.append((line.number, parse_row(line.data)))
+        except RowError as error:
+            self._error(line.number, error)
+        if len(self._pending) == BATCH_ROWS:
+            self._render()
+
+    def _render(self) -> None:
+        pending, self._pending = self._pending, []
+        if not pending:
+            return
+        examples = render_batch(self._tokenizer, [row for _, row in pending], self._options, now=self._now)
+        for (line, _), example in zip(pending, examples, strict=True):
+            if isinstance(example, RowError):
+                self._error(line, example)
+            else:
+                self._keep(line, example)
+
+    def _keep(self, line: int, example: Example) -> None:
+        self._rows += 1
+        self._tokens += len(example.tokens)
+        self._trained += example.trained_tokens
+        self._longest = max(self._longest, len(example.tokens))
+        if example.truncated:
+            self._truncated += 1
+            total = len(example.tokens) + example.truncated
+            cut = (
+                f"the row has {total} tokens; the last {example.truncated} were cut at the limit of "
+                f"{self._options.context_limit}"
+            )
+            self._notes.add(Finding(line, "messages", "truncated", cut))
+        self._writer.write(TokenRow(example.tokens, example.mask, line))
+
+    def _error(self, line: int, error: RowError) -> None:
+        self._errors.add(Finding(line, error.field, error.code, error.detail))
+
+
+def file_sha256(path: Path) -> str:
+    """Lower-case hex of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
