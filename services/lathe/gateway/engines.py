@@ -63,13 +63,18 @@ class EngineDirectory:
     async def run(self) -> None:
         """Hold the stream of lists; connect again, slower each time, when it breaks."""
         backoff = _FIRST_BACKOFF_S
+        away = False
         while True:
             try:
                 async for engines in self._feed.watch():
-                    backoff = _FIRST_BACKOFF_S
+                    if away:
+                        log.info("jobs is back.")
+                    away, backoff = False, _FIRST_BACKOFF_S
                     await self._replace(engines)
             except LatheError as error:
-                log.warning("The list of engines is as it was; jobs is away: %s", error)
+                if not away:
+                    log.warning("jobs is away; the list of engines stays as it is: %s", error)
+                away = True
             except Exception:
                 # Without this task no new engine would ever be found: a fault of ours must not end it.
                 log.exception("Watching the engines failed; trying again")
