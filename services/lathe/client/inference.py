@@ -13,7 +13,16 @@ from lathe.v1 import inference_pb2 as pb
 
 OPTIONS = frozenset(
     {
-        *("tools", "temperature", "top_p", "max_tokens", "stop", "seed", "presence_penalty", "frequency_penalty"),
+        *(
+            "tools",
+            "temperature",
+            "top_p",
+            "max_tokens",
+            "stop",
+            "seed",
+            "presence_penalty",
+            "frequency_penalty",
+        ),
         *("logit_bias", "logprobs", "top_logprobs", "n"),
     }
 )

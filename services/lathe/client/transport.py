@@ -87,7 +87,9 @@ class Transport:
         except grpc.RpcError as error:
             raise from_rpc_error(error) from error
 
-    def send(self, method: Callable[..., T], requests: Iterable[object], *, timeout: float | None = None) -> T:
+    def send(
+        self, method: Callable[..., T], requests: Iterable[object], *, timeout: float | None = None
+    ) -> T:
         """Send a client stream once. Raises LatheErrors."""
         try:
             return method(iter(requests), timeout=timeout, metadata=self._metadata)

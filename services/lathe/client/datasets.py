@@ -1,0 +1,227 @@
+"""Files of examples: uploaded resumably, validated by the platform, immutable afterwards."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+from lathe.client.names import full_name
+from lathe.client.paging import pages
+from lathe.client.transport import Transport, new_request_id
+from lathe.common.errors import (
+    Aborted,
+    DeadlineExceeded,
+    FailedPrecondition,
+    InvalidArgument,
+    LatheError,
+    OutOfRange,
+    Unavailable,
+)
+from lathe.v1 import datasets_pb2 as pb
+from lathe.v1.datasets_pb2_grpc import DatasetsServiceStub
+
+CHUNK_BYTES = 1024 * 1024
+_SETTLED = frozenset({pb.DATASET_STATE_READY, pb.DATASET_STATE_ERROR})
+
+# (bytes sent so far, bytes altogether)
+Progress = Callable[[int, int], None]
+
+
+class Datasets:
+    """The datasets of the caller's project."""
+
+    def __init__(self, transport: Transport, project: str) -> None:
+        self._transport = transport
+        self._project = project
+        self._stub = DatasetsServiceStub(transport.channel)
+
+    def upload(
+        self,
+        source: Path | str | bytes,
+        purpose: str = "fine-tune",
+        *,
+        display_name: str = "",
+        progress: Progress | None = None,
+    ) -> pb.Dataset:
+        """Upload a file (a path) or its bytes; the answer is VALIDATING or further, see `wait`.
+
+        A connection that breaks is made again and the upload goes on where it was, until there was no progress for
+        the client's timeout. progress: called with (sent, all) bytes. Raises InvalidArgument for a file that cannot
+        be read, is too large or of an unknown purpose.
+        """
+        content = _Content.of(source)
+        created = self._create(purpose, display_name or content.name)
+        return _Upload(self._transport, self._stub, created.name, content, progress).run()
+
+    def _create(self, purpose: str, display_name: str) -> pb.Dataset:
+        request = pb.CreateDatasetRequest(
+            parent=self._project,
+            dataset=pb.Dataset(display_name=display_name, purpose=purpose),
+            request_id=new_request_id(),
+        )
+        return self._transport.call(self._stub.CreateDataset, request)
+
+    def wait(self, name: str, *, timeout: float = 600.0) -> pb.Dataset:
+        """The dataset once it is READY or ERROR (its `report` then says what is wrong, by line).
+
+        Raises NotFound, DeadlineExceeded.
+        """
+        deadline = time.monotonic() + timeout
+        pause = 0.05
+        while True:
+            dataset = self.get(name)
+            if dataset.state in _SETTLED:
+                return dataset
+            if time.monotonic() + pause > deadline:
+                raise DeadlineExceeded(f"{dataset.name} was not validated within {timeout:.0f} seconds.")
+            time.sleep(pause)
+            pause = min(pause * 1.5, 1.0)
+
+    def get(self, name: str) -> pb.Dataset:
+        """Raises NotFound."""
+        return self._transport.call(self._stub.GetDataset, pb.GetDatasetRequest(name=self._name(name)))
+
+    def list(self, purpose: str = "") -> Iterator[pb.Dataset]:
+        """Newest first; only those of one purpose, when given."""
+        request = pb.ListDatasetsRequest(parent=self._project, purpose=purpose)
+        return pages(self._transport, self._stub.ListDatasets, request, "datasets")
+
+    def download(self, name: str) -> Iterator[bytes]:
+        """The bytes as they were uploaded, piece by piece; a connection that breaks is made again.
+
+        Raises NotFound, FailedPrecondition while the dataset is not ready.
+        """
+        name, offset = self._name(name), 0
+        deadline = time.monotonic() + self._transport.timeout
+        while True:
+            request = pb.DownloadDatasetRequest(name=name, read_offset=offset)
+            try:
+                for message in self._transport.stream(self._stub.DownloadDataset, request):
+                    offset += len(message.data)
+                    deadline = time.monotonic() + self._transport.timeout
+                    yield message.data
+                return
+            except Unavailable as error:
+                _pause(error, deadline)
+
+    def delete(self, name: str) -> None:
+        """Raises NotFound."""
+        self._transport.call(self._stub.DeleteDataset, pb.DeleteDatasetRequest(name=self._name(name)))
+
+    def _name(self, name: str) -> str:
+        return full_name(self._project, "datasets", name)
+
+
+@dataclass(frozen=True, slots=True)
+class _Content:
+    """What is uploaded. It is read once for its digest and again for each try."""
+
+    source: Path | bytes
+    name: str
+    size: int
+    sha256: str
+
+    @classmethod
+    def of(cls, source: Path | str | bytes) -> _Content:
+        if isinstance(source, bytes):
+            return cls(source, "data.jsonl", len(source), hashlib.sha256(source).hexdigest())
+        path = Path(source)
+        try:
+            with path.open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+                size = file.tell()
+        except OSError as error:
+            raise InvalidArgument(f"{path} cannot be read: {error.strerror}.") from error
+        return cls(path, path.name, size, digest)
+
+    @contextmanager
+    def opened(self) -> Iterator[IO[bytes]]:
+        if isinstance(self.source, bytes):
+            yield io.BytesIO(self.source)
+        else:
+            with self.source.open("rb") as file:
+                yield file
+
+
+class _Upload:
+    """One upload with its resumptions."""
+
+    def __init__(
+        self,
+        transport: Transport,
+        stub: DatasetsServiceStub,
+        name: str,
+        content: _Content,
+        progress: Progress | None,
+    ) -> None:
+        self._transport = transport
+        self._stub = stub
+        self._name = name
+        self._content = content
+        self._progress = progress
+
+    def run(self) -> pb.Dataset:
+        best, offset = -1, 0
+        deadline = time.monotonic() + self._transport.timeout
+        while True:
+            try:
+                return self._transport.send(self._stub.UploadDataset, self._messages(offset))
+            except FailedPrecondition as error:
+                return self._completed(error)
+            except (Unavailable, Aborted, OutOfRange) as error:
+                # Away, the broken stream not noticed yet at the other end, or stored to another point.
+                if isinstance(error, Aborted) and error.reason != "UPLOAD_RUNNING":
+                    raise
+                _pause(error, deadline)
+            try:
+                request = pb.GetDatasetUploadRequest(name=self._name)
+                offset = self._transport.call(self._stub.GetDatasetUpload, request).committed_size
+            except FailedPrecondition as error:
+                return self._completed(error)
+            if offset > best:
+                best, deadline = offset, time.monotonic() + self._transport.timeout
+
+    def _completed(self, error: FailedPrecondition) -> pb.Dataset:
+        """The dataset, if what the platform has is what we sent and only its answer was lost."""
+        if error.reason != "UPLOAD_COMPLETE":
+            raise error
+        request = pb.GetDatasetRequest(name=self._name)
+        dataset = self._transport.call(self._stub.GetDataset, request)
+        if dataset.sha256 != self._content.sha256:
+            raise error
+        return dataset
+
+    def _messages(self, offset: int) -> Iterator[pb.UploadDatasetRequest]:
+        with self._content.opened() as file:
+            file.seek(offset)
+            name = self._name
+            while True:
+                data = file.read(CHUNK_BYTES)
+                end = offset + len(data)
+                last = end >= self._content.size or not data
+                yield pb.UploadDatasetRequest(
+                    name=name,
+                    write_offset=offset,
+                    data=data,
+                    finish_write=last,
+                    sha256=self._content.sha256 if last else "",
+                )
+                name, offset = "", end
+                if self._progress is not None:
+                    self._progress(offset, self._content.size)
+                if last:
+                    return
+
+
+def _pause(error: LatheError, deadline: float) -> None:
+    """Wait a moment before the next try; raise `error` when the time is up."""
+    wait = (error.retry_after if isinstance(error, Unavailable) else None) or 0.5
+    if time.monotonic() + wait > deadline:
+        raise error
+    time.sleep(wait)

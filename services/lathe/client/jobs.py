@@ -1,0 +1,118 @@
+"""Fine-tuning jobs: ask, watch, cancel."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+
+from lathe.client.names import full_name
+from lathe.client.paging import pages
+from lathe.client.transport import Transport, new_request_id
+from lathe.common.errors import DeadlineExceeded, Unavailable
+from lathe.v1 import jobs_pb2 as pb
+from lathe.v1.jobs_pb2_grpc import JobsServiceStub
+
+ENDED = frozenset({pb.JOB_STATE_SUCCEEDED, pb.JOB_STATE_FAILED, pb.JOB_STATE_CANCELLED})
+_RECONNECT_S = 0.5
+
+
+class Jobs:
+    """The jobs of the caller's project."""
+
+    def __init__(self, transport: Transport, project: str) -> None:
+        self._transport = transport
+        self._project = project
+        self._stub = JobsServiceStub(transport.channel)
+
+    def create(
+        self,
+        model: str,
+        training_dataset: str,
+        *,
+        validation_dataset: str = "",
+        suffix: str = "",
+        seed: int | None = None,
+        n_epochs: int | None = None,
+        batch_size: int | None = None,
+        learning_rate_multiplier: float | None = None,
+        lora_r: int | None = None,
+        lora_alpha: float | None = None,
+        target_modules: Sequence[str] = (),
+        metadata: Mapping[str, str] | None = None,
+    ) -> pb.Job:
+        """Ask for `model` (a base or a tuned one) to be tuned by supervised LoRA. What is None is chosen (`auto`).
+
+        Raises NotFound for the model or a dataset, InvalidArgument naming the field, ResourceExhausted for a quota.
+        """
+        method = pb.SupervisedMethod(
+            hyperparameters=pb.SupervisedHyperparameters(
+                n_epochs=n_epochs, batch_size=batch_size, learning_rate_multiplier=learning_rate_multiplier
+            ),
+            lora=pb.LoraConfig(r=lora_r, lora_alpha=lora_alpha, target_modules=target_modules),
+        )
+        job = pb.Job(
+            model=model,
+            training_dataset=full_name(self._project, "datasets", training_dataset),
+            validation_dataset=validation_dataset
+            and full_name(self._project, "datasets", validation_dataset),
+            suffix=suffix,
+            seed=seed,
+            method=pb.Method(supervised=method),
+            metadata=metadata or {},
+        )
+        request = pb.CreateJobRequest(parent=self._project, job=job, request_id=new_request_id())
+        return self._transport.call(self._stub.CreateJob, request)
+
+    def get(self, name: str) -> pb.Job:
+        """Raises NotFound."""
+        return self._transport.call(self._stub.GetJob, pb.GetJobRequest(name=self._name(name)))
+
+    def list(
+        self, states: Sequence[pb.JobState.ValueType] = (), metadata: Mapping[str, str] | None = None
+    ) -> Iterator[pb.Job]:
+        """Newest first; only those in `states` and with all pairs of `metadata`, when given."""
+        request = pb.ListJobsRequest(parent=self._project, states=states, metadata=metadata or {})
+        return pages(self._transport, self._stub.ListJobs, request, "jobs")
+
+    def cancel(self, name: str) -> pb.Job:
+        """CANCELLED at once or CANCELLING. Raises NotFound, FailedPrecondition once it has ended otherwise."""
+        return self._transport.call(self._stub.CancelJob, pb.CancelJobRequest(name=self._name(name)))
+
+    def events(self, name: str) -> Iterator[pb.JobEvent]:
+        """Everything that happened so far, newest first."""
+        request = pb.ListJobEventsRequest(parent=self._name(name), page_size=1000)
+        return pages(self._transport, self._stub.ListJobEvents, request, "events")
+
+    def checkpoints(self, name: str) -> Iterator[pb.JobCheckpoint]:
+        """Newest first."""
+        request = pb.ListJobCheckpointsRequest(parent=self._name(name))
+        return pages(self._transport, self._stub.ListJobCheckpoints, request, "checkpoints")
+
+    def watch(
+        self, name: str, *, after_sequence: int = 0, patience: float = 120.0
+    ) -> Iterator[pb.WatchJobResponse]:
+        """The job and its events as they happen, every event once, until the job has ended.
+
+        A connection that breaks is made again, going on after the last event, for `patience` seconds without an
+        answer; then Unavailable. Raises NotFound.
+        """
+        name, ended = self._name(name), False
+        deadline = time.monotonic() + patience
+        while True:
+            request = pb.WatchJobRequest(name=name, after_sequence=after_sequence)
+            try:
+                for update in self._transport.stream(self._stub.WatchJob, request):
+                    deadline = time.monotonic() + patience
+                    if update.events:
+                        after_sequence = update.events[-1].sequence
+                    ended = update.job.state in ENDED
+                    yield update
+                if ended:
+                    return
+            except (Unavailable, DeadlineExceeded) as error:
+                if time.monotonic() + _RECONNECT_S > deadline:
+                    raise Unavailable(f"{name} cannot be watched: {error.message}") from error
+            time.sleep(_RECONNECT_S)
+
+    def _name(self, name: str) -> str:
+        return full_name(self._project, "jobs", name)
