@@ -122,7 +122,12 @@ class ServiceSettings(BaseSettings):
     """Base of each service's settings: `class JobsSettings(ServiceSettings, service="jobs")` adds fields."""
 
     model_config = SettingsConfigDict(
-        frozen=True, extra="forbid", env_prefix="LATHE_", env_nested_delimiter="__", validate_default=True
+        frozen=True,
+        extra="forbid",
+        env_prefix="LATHE_",
+        env_nested_delimiter="__",
+        validate_default=True,
+        env_parse_none_str="null",
     )
     service: ClassVar[str] = ""
 

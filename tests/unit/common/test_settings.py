@@ -89,3 +89,11 @@ def test_a_wrong_value_is_explained_without_repeating_it() -> None:
 def test_settings_are_frozen() -> None:
     with pytest.raises(ValidationError):
         ExampleSettings.load().lease_seconds = 4  # type: ignore[misc]
+
+
+def test_null_in_the_environment_means_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Plain(ServiceSettings, service="plain"):
+        rpc: RpcSettings = RpcSettings()
+
+    monkeypatch.setenv("LATHE_RPC__HEALTH_PORT", "null")
+    assert Plain.load().rpc.health_port is None
