@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, TYPE_CHECKING
+from typing import TYPE_CHECKING
 
 from lathe.common import names
 from lathe.common.rpc.channel import call
 from lathe.datasets.model import BaseModelInfo, TokenizerFile
 from lathe.text.files import is_tokenizer_file
 from lathe.v1 import models_pb2
-
-if TYPE_CHECKING:
-    # The names that mypy-protobuf gives the stubs; there are none at run time.
 
 if TYPE_CHECKING:
     # The generated code has these names for type checkers only.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from lathe.common import names
 from lathe.common.errors import Internal
@@ -23,9 +23,6 @@ from lathe.jobs.ports import (
     User,
 )
 from lathe.v1 import accounts_pb2, datasets_pb2, models_pb2
-
-if TYPE_CHECKING:
-    # The names that mypy-protobuf gives the stubs; there are none at run time.
 
 if TYPE_CHECKING:
     # The generated code has these names for type checkers only.
