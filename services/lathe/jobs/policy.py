@@ -49,6 +49,8 @@ class Snapshot:
     attempts: Mapping[str, int] = field(default_factory=dict)
     quotas: Mapping[str, int] = field(default_factory=dict)
     limits: Limits = Limits()
+    # False just after an outage of ours, when an engine's silence proves nothing.
+    trusted: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,6 +210,8 @@ def _stops(picture: Snapshot) -> list[Decision]:
             staying[engine.base.digest] = staying.get(engine.base.digest, 0) + 1
     for engine in sorted(picture.engines, key=lambda e: e.busy_time or e.create_time):
         stop = _stop(engine, picture)
+        if stop is not None and stop.force and not picture.trusted:
+            continue
         if stop is not None and not stop.force:
             needed = engine.base.digest in wanted or staying.get(engine.base.digest, 0) <= limits.min_engines
             if needed:

@@ -78,10 +78,11 @@ class Reconciler:
             self.contact.seen()
             wrote = await self._settle_processes(loaded.engines)
             wrote |= await self._expire(loaded.open_attempts)
-            picture = await self._picture()
+            # What was just written must be seen before anything is decided.
+            picture = await self._picture(await self._load() if wrote else loaded)
             for decision in policy.decide(picture):
                 wrote |= await self._act(decision, picture)
-            await self._measure()
+            await self._measure(picture.engines)
         if wrote:
             self.changes.ring()
 
@@ -96,8 +97,7 @@ class Reconciler:
                 open_attempts=await session.open_attempts(),
             )
 
-    async def _picture(self) -> Snapshot:
-        loaded = await self._load()
+    async def _picture(self, loaded: _Loaded) -> Snapshot:
         held: dict[str, int] = {}
         for attempt in loaded.open_attempts:
             held[attempt.engine_id] = held.get(attempt.engine_id, 0) + 1
@@ -110,6 +110,7 @@ class Reconciler:
             attempts=held,
             quotas=await self.quotas.running(job.project for job in loaded.queued),
             limits=self.limits,
+            trusted=self.contact.trusted(),
         )
 
     # --- what the launcher knows ---
@@ -292,10 +293,9 @@ class Reconciler:
             ),
         )
 
-    async def _measure(self) -> None:
+    async def _measure(self, engines: Sequence[EngineRecord]) -> None:
         async with self.store.read() as session:
             counts = await session.count_by_state()
-            engines = await session.engines()
         for state, count in counts.items():
             self.metrics.jobs.labels(state=str(state)).set(count)
         for engine_state in EngineState:

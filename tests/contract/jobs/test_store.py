@@ -1,0 +1,248 @@
+"""The store of jobs on SQLite and on PostgreSQL, with the schema that the migrations make."""
+
+import asyncio
+import math
+import uuid
+from collections.abc import AsyncIterator
+from dataclasses import replace
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+from alembic.autogenerate import compare_metadata
+from alembic.runtime.migration import MigrationContext
+
+from lathe.common.db import Database, migrate, schema_state
+from lathe.common.errors import Aborted, AlreadyExists
+from lathe.jobs.model import (
+    AdapterObject,
+    Attempt,
+    BaseRef,
+    DatasetRef,
+    EngineRecord,
+    EngineState,
+    EventType,
+    Hyperparameters,
+    Job,
+    JobError,
+    JobState,
+    NewEvent,
+    Outcome,
+    Pool,
+    SlicePlan,
+    SupervisedSpec,
+    TokenObject,
+)
+from lathe.jobs.ports import Quota
+from lathe.jobs.store import SqlJobStore
+from lathe.jobs.store.tables import metadata
+from tests.fakes.clock import FakeClock
+from tests.fakes.ids import FakeIds
+from tests.fakes.jobs import BASE, World, measured
+
+
+@pytest.fixture(params=["sqlite", "postgres"])
+async def db(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Database]:
+    if request.param == "sqlite":
+        url = f"sqlite+aiosqlite:///{tmp_path / 'jobs.sqlite'}"
+    else:
+        url = request.getfixturevalue("postgres").new_database(f"jobs_{uuid.uuid4().hex[:8]}")
+    database = Database(url)
+    await migrate(database, "lathe.jobs")
+    yield database
+    await database.close()
+
+
+@pytest.fixture
+def world(db: Database) -> World:
+    clock, ids = FakeClock(), FakeIds()
+    return World(SqlJobStore(db, clock, ids), clock, ids)
+
+
+def full_job(now: FakeClock) -> Job:
+    """Every field set to something that is not its default."""
+    at = now.now()
+    return Job(
+        id="ftjob-full",
+        project="acme",
+        model="ft:x",
+        base=BaseRef("tiny", "d" * 64, 5, ("q_proj", "k_proj")),
+        training=DatasetRef("file-1", "a" * 64),
+        validation=DatasetRef("file-2"),
+        seed=2**31 - 1,
+        create_time=at,
+        spec=SupervisedSpec(1, 2, 0.5, 4, 8.0, ("q_proj",)),
+        suffix="s",
+        metadata={'a"b.c': "x\u00e9"},
+        initial_adapter=AdapterObject("p", "0" * 64),
+        state=JobState.RUNNING,
+        state_reason="r",
+        queue_time=at,
+        start_time=at + timedelta(microseconds=1),
+        finish_time=at,
+        estimated_finish_time=at,
+        hold_until=at,
+        hyperparameters=Hyperparameters(1, 2, 0.5, 1e-3, 4, 8.0, ("q_proj",)),
+        training_tokens=TokenObject("k", "1" * 64),
+        validation_tokens=TokenObject("k2", "2" * 64),
+        audit_key="ak",
+        slice_plan=SlicePlan(320, 2, "bfloat16", "cpu"),
+        fine_tuned_model="ft:y",
+        trained_tokens=2**40,
+        result_files=("file-3",),
+        error=JobError("c", "m", "p"),
+        attempt_count=3,
+        lost_lease_count=2,
+        retry_count=1,
+        step=7,
+        total_steps=9,
+        attempt_id="att-1",
+        lease_token="t",
+        final_attempt_id="att-0",
+    )
+
+
+async def test_the_migrations_make_the_tables_of_the_code(db: Database) -> None:
+    assert await schema_state(db, "lathe.jobs") == "current"
+    async with db.read() as connection:
+        context_differences = await connection.run_sync(
+            lambda sync: compare_metadata(MigrationContext.configure(sync), metadata)
+        )
+    names = {difference[1].name for difference in context_differences if difference[0] == "remove_table"}
+    assert names <= {"alembic_version"}
+    assert not [d for d in context_differences if d[0] != "remove_table"]
+
+
+async def test_a_job_comes_back_as_it_went_in(world: World) -> None:
+    job = full_job(world.clock)
+    async with world.store.write() as session:
+        await session.add_job(job, "r", [NewEvent("one")])
+    expected = replace(job, event_sequence=1)
+    async with world.store.read() as session:
+        assert await session.job(job.id) == expected
+        assert await session.job_by_request("acme", "r") == expected
+        assert list(await session.list_jobs("acme", metadata=[('a"b.c', "x\u00e9")], limit=5)) == [expected]
+        assert not await session.list_jobs("acme", metadata=[('a"b.c', "y")], limit=5)
+        assert (await session.count_by_state())[JobState.RUNNING] == 1
+
+
+async def test_a_request_id_is_used_once_per_project(world: World) -> None:
+    job = full_job(world.clock)
+    async with world.store.write() as session:
+        await session.add_job(job, "r", [])
+    with pytest.raises(AlreadyExists):
+        async with world.store.write() as session:
+            await session.add_job(replace(job, id="ftjob-2"), "r", [])
+    async with world.store.write() as session:
+        await session.add_job(replace(job, id="ftjob-3", project="beta"), "r", [])
+        await session.add_job(replace(job, id="ftjob-4"), "", [])
+        await session.add_job(replace(job, id="ftjob-5"), "", [])
+
+
+@pytest.mark.parametrize(
+    "seen", [{"version": 9}, {"state": JobState.QUEUED}, {"lease_token": "other"}, {"id": "ftjob-other"}]
+)
+async def test_a_write_over_something_else_is_stale(world: World, seen: dict[str, object]) -> None:
+    job = full_job(world.clock)
+    async with world.store.write() as session:
+        await session.add_job(job, "", [])
+    with pytest.raises(Aborted):
+        async with world.store.write() as session:
+            await session.save(replace(job, **seen), job, [NewEvent("lost")])  # type: ignore[arg-type]
+    async with world.store.write() as session:
+        saved = await session.save(job, replace(job, step=8), [NewEvent("kept")])
+        assert (saved.version, saved.event_sequence) == (2, 1)
+    async with world.store.read() as session:
+        assert [event.message for event in await session.events(job.id, limit=5)] == ["kept"]
+
+
+async def test_events_are_numbered_and_carry_their_numbers(world: World) -> None:
+    job = full_job(world.clock)
+    async with world.store.write() as session:
+        await session.add_job(job, "", [NewEvent("one"), NewEvent("two", EventType.METRICS, step=3)])
+        await session.put_metrics(job.id, [measured(3, loss=math.nan)])
+    async with world.store.read() as session:
+        newest = await session.events(job.id, limit=1)
+        assert [(event.sequence, event.message) for event in newest] == [(2, "two")]
+        assert newest[0].metrics is not None and math.isnan(newest[0].metrics.train_loss)
+        assert newest[0].metrics.valid_loss is None
+        assert [event.message for event in await session.events(job.id, before=2, limit=5)] == ["one"]
+        assert [event.message for event in await session.events(job.id, after=1, limit=5)] == ["two"]
+        found = await session.event(job.id, newest[0].id)
+        assert found is not None and found.sequence == 2
+
+
+async def test_an_attempt_ends_once(world: World) -> None:
+    job, now = full_job(world.clock), world.clock.now()
+    attempt = Attempt("att-1", job.id, 1, "eng-a", "token", now, now, code_version="v")
+    async with world.store.write() as session:
+        await session.add_job(job, "", [])
+        await session.add_attempt(attempt)
+        assert list(await session.open_attempts("eng-a")) == [attempt]
+        assert not await session.open_attempts("eng-b")
+        later = now + timedelta(seconds=15)
+        assert not await session.renew("att-1", "wrong", later)
+        assert await session.renew("att-1", "token", later)
+        done = replace(
+            attempt,
+            outcome=Outcome.SUCCEEDED,
+            end_time=now,
+            final_adapter=AdapterObject("p", "0" * 64),
+            error=JobError("c", "m"),
+            trained_tokens=2**40,
+        )
+        assert not await session.end_attempt(done, expired_at=now)
+        assert await session.end_attempt(done, expired_at=later)
+        assert not await session.end_attempt(replace(done, outcome=Outcome.LOST))
+        assert not await session.renew("att-1", "token", later)
+        assert await session.attempt("att-1") == replace(done, lease_expire_time=later)
+
+
+async def test_engines_and_pools(world: World) -> None:
+    now = world.clock.now()
+    engine = EngineRecord("eng-a", BaseRef("tiny", "d"), EngineState.LAUNCHING, now, launched=True)
+    ready = replace(engine, state=EngineState.READY, address="a:1", memory_bytes=2**40, heartbeat_time=now)
+    async with world.store.write() as session:
+        await session.put_engine(engine)
+        await session.put_engine(ready)
+        assert list(await session.engines()) == [ready]
+        await session.delete_engine("eng-a")
+        assert await session.engine("eng-a") is None
+        pool = Pool(BaseRef("tiny", "d"), now, 1, now, "boom")
+        assert await session.save_pool(None, pool)
+        assert not await session.save_pool(None, pool)
+        assert await session.save_pool(pool, replace(pool, start_failures=2))
+        assert not await session.save_pool(pool, replace(pool, start_failures=3))
+        assert [p.start_failures for p in await session.pools()] == [2]
+
+
+async def test_engines_at_the_same_time_keep_the_quota(world: World) -> None:
+    world.accounts.quota = Quota(max_running_jobs=2)
+    for _ in range(5):
+        await world.queued()
+    names = [f"eng-{number}" for number in range(4)]
+    for name in names:
+        await world.register(name)
+    leases = await asyncio.gather(*(world.workers.lease(name) for name in names))
+    for name in names:
+        leases.append(await world.workers.lease(name))
+    given = [lease for lease in leases if lease is not None]
+    assert len(given) == 2 and len({lease.job.id for lease in given}) == 2
+
+
+async def test_a_whole_job_with_a_lost_engine(world: World) -> None:
+    first = await world.leased()
+    await world.report(first, 1, 2)
+    await world.pass_time(40, step=5)
+    await world.register("eng-b", BASE)
+    second = await world.workers.lease("eng-b")
+    assert second is not None and second.earlier_prefixes == [first.attempt.prefix]
+    with pytest.raises(Aborted):
+        await world.complete(first, Outcome.SUCCEEDED)
+    # The same report from two calls at once: a retry that overtakes its first.
+    await asyncio.gather(*(world.report(second, 2, 3) for _ in range(3)))
+    await world.complete(second, Outcome.SUCCEEDED)
+    await world.steps.run_once()
+    job = await world.job(first.job.id)
+    assert (job.state, job.lost_lease_count, job.trained_tokens) == (JobState.SUCCEEDED, 1, 21)
+    assert sum(m.startswith("Step") for m in await world.messages(job.id)) == 3

@@ -1,0 +1,122 @@
+"""What every launcher does, on the fake and on real child processes. Ray's run is in tests/integration."""
+
+import asyncio
+import os
+import signal
+import sys
+import time
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+
+import pytest
+
+from lathe.common.errors import Unavailable
+from lathe.jobs.launchers.subprocess import SubprocessLauncher
+from lathe.jobs.ports import LaunchedEngine, Launcher
+from tests.fakes.jobs import FakeLauncher
+
+SLEEPER = (sys.executable, "-c", "import os, time; print(dict(os.environ), flush=True); time.sleep(60)")
+BROKEN = (sys.executable, "-c", "import sys; print('first'); sys.exit('no weights here')")
+
+
+async def one(launcher: Launcher, engine_id: str = "eng-1") -> LaunchedEngine | None:
+    return next((engine for engine in await launcher.list() if engine.engine_id == engine_id), None)
+
+
+async def until(
+    launcher: Launcher, wanted: Callable[[LaunchedEngine | None], bool], timeout: float = 20
+) -> LaunchedEngine | None:
+    deadline = time.monotonic() + timeout
+    while not wanted(found := await one(launcher)):
+        assert time.monotonic() < deadline, found
+        await asyncio.sleep(0.02)
+    return found
+
+
+def written(log: Path) -> str:
+    """What the process said, once it said something."""
+    deadline = time.monotonic() + 20
+    while not (text := log.read_text()):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    return text
+
+
+def subprocesses(folder: Path, command: tuple[str, ...] = SLEEPER) -> SubprocessLauncher:
+    return SubprocessLauncher(
+        folder, command, "127.0.0.1:1", {"LATHE_ENGINE_THREADS": "2"}, {**os.environ, "LATHE_SECRET": "x"}
+    )
+
+
+@pytest.fixture(params=["fake", "subprocess"])
+async def launcher(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Launcher]:
+    made: Launcher = FakeLauncher() if request.param == "fake" else subprocesses(tmp_path)
+    yield made
+    await made.close()
+
+
+async def test_an_engine_runs_until_it_is_stopped(launcher: Launcher) -> None:
+    assert not await launcher.list()
+    await launcher.start("eng-1", "baseModels/tiny", "d" * 64)
+    await launcher.start("eng-1", "baseModels/tiny", "d" * 64)
+    assert await launcher.list() == [LaunchedEngine("eng-1", running=True)]
+    await launcher.stop("eng-1")
+    await launcher.stop("eng-1")
+    assert not await launcher.list()
+
+
+async def test_an_engine_that_ends_says_why(tmp_path: Path) -> None:
+    launcher = subprocesses(tmp_path, BROKEN)
+    await launcher.start("eng-1", "baseModels/tiny", "d" * 64)
+    found = await until(launcher, lambda engine: engine is not None and not engine.running)
+    assert found == LaunchedEngine("eng-1", False, "exit code 1", False, "no weights here")
+    await launcher.close()
+
+
+async def test_a_kill_from_outside_is_seen_as_one(tmp_path: Path) -> None:
+    launcher = subprocesses(tmp_path)
+    await launcher.start("eng-1", "baseModels/tiny", "d" * 64)
+    os.kill(launcher._children["eng-1"].pid, signal.SIGKILL)
+    found = await until(launcher, lambda engine: engine is not None and not engine.running)
+    assert found is not None and found.killed and found.exit_status == "killed by signal 9"
+    await launcher.close()
+
+
+async def test_a_successor_knows_what_still_lives(tmp_path: Path) -> None:
+    first = subprocesses(tmp_path)
+    await first.start("eng-1", "baseModels/tiny", "d" * 64)
+    second = subprocesses(tmp_path)
+    assert await second.list() == [LaunchedEngine("eng-1", running=True)]
+    await second.stop("eng-1")
+    assert not await second.list()
+    await first.start("eng-2", "baseModels/tiny", "d" * 64)
+    os.kill(first._children["eng-2"].pid, signal.SIGKILL)
+    await first._children["eng-2"].wait()
+    third = subprocesses(tmp_path)
+    [found] = await third.list()
+    assert (found.engine_id, found.running, found.killed) == ("eng-2", False, True)
+
+
+async def test_an_engine_gets_its_own_settings_and_nobody_elses(tmp_path: Path) -> None:
+    launcher = subprocesses(tmp_path)
+    await launcher.start("eng-1", "baseModels/tiny", "d" * 64)
+    log = tmp_path / "logs" / "eng-1.log"
+    text = await asyncio.to_thread(written, log)
+    for expected in (
+        "'LATHE_ENGINE_ENGINE_ID': 'eng-1'",
+        "'LATHE_ENGINE_BASE_MODEL': 'baseModels/tiny'",
+        "'LATHE_ENGINE_JOBS_ADDRESS': '127.0.0.1:1'",
+        "'LATHE_ENGINE_THREADS': '2'",
+        f"'LATHE_ENGINE_PARENT_PID': '{os.getpid()}'",
+    ):
+        assert expected in text
+    assert "LATHE_SECRET" not in text
+    assert log.stat().st_mode & 0o077 == 0
+    await launcher.close()
+
+
+async def test_a_command_that_is_not_there(tmp_path: Path) -> None:
+    launcher = subprocesses(tmp_path, (str(tmp_path / "missing"),))
+    with pytest.raises(Unavailable):
+        await launcher.start("eng-1", "baseModels/tiny", "d" * 64)
+    assert not await launcher.list()

@@ -1,0 +1,163 @@
+"""Decisions from pictures."""
+
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+
+import pytest
+
+from lathe.jobs import policy
+from lathe.jobs.model import BaseRef, DatasetRef, EngineRecord, EngineState, Job, JobState, Pool
+from lathe.jobs.policy import Explain, Launch, Limits, Refuse, Snapshot, StopEngine
+from tests.fakes.jobs import BASE, OTHER
+
+NOW = datetime(2026, 1, 1, 12, tzinfo=UTC)
+
+
+def ago(seconds: float) -> datetime:
+    return NOW - timedelta(seconds=seconds)
+
+
+def job(name: str, project: str = "acme", age: float = 60, base: BaseRef = BASE, **fields: object) -> Job:
+    made = Job(
+        name,
+        project,
+        base.id,
+        base,
+        DatasetRef("f"),
+        1,
+        ago(age),
+        state=JobState.QUEUED,
+        queue_time=ago(age),
+    )
+    return replace(made, **fields)  # type: ignore[arg-type]
+
+
+def engine(name: str = "eng-a", base: BaseRef = BASE, **fields: object) -> EngineRecord:
+    made = EngineRecord(
+        name,
+        base,
+        EngineState.READY,
+        ago(3600),
+        launched=True,
+        address="a:1",
+        max_attempts=1,
+        heartbeat_time=ago(1),
+        busy_time=ago(1),
+    )
+    return replace(made, **fields)  # type: ignore[arg-type]
+
+
+def only(decisions: list[policy.Decision], kind: type) -> list[object]:
+    return [decision for decision in decisions if isinstance(decision, kind)]
+
+
+def reason(picture: Snapshot, job_id: str) -> str:
+    found = [d for d in policy.decide(picture) if isinstance(d, Explain) and d.job_id == job_id]
+    return found[0].reason
+
+
+def test_the_oldest_job_of_the_least_busy_project_is_next() -> None:
+    queued = [job("a", "acme", 90), job("b", "beta", 60), job("c", "beta", 80)]
+    assert policy.next_job(BASE.digest, queued, [], {}, NOW) == queued[0]
+    assert policy.next_job(BASE.digest, queued, [job("r", "acme")], {}, NOW) == queued[2]
+    assert [j.id for j in policy.line(queued, [])] == ["a", "c", "b"]
+
+
+def test_quota_base_and_back_off_are_kept() -> None:
+    waiting = job("a")
+    assert policy.next_job(OTHER.digest, [waiting], [], {}, NOW) is None
+    assert policy.next_job(BASE.digest, [waiting], [job("r")], {"acme": 1}, NOW) is None
+    assert policy.next_job(BASE.digest, [waiting], [], {"acme": policy.UNKNOWN_QUOTA}, NOW) is None
+    held = replace(waiting, hold_until=NOW + timedelta(seconds=1))
+    assert policy.next_job(BASE.digest, [held], [], {}, NOW) is None
+
+
+def test_an_engine_is_launched_once_for_a_waiting_job() -> None:
+    picture = Snapshot(NOW, queued=[job("a"), job("b")])
+    assert only(policy.decide(picture), Launch) == [Launch(BASE)]
+    coming = engine(state=EngineState.LAUNCHING, create_time=ago(5), heartbeat_time=None)
+    assert not only(policy.decide(replace(picture, engines=[coming])), Launch)
+    assert not only(policy.decide(replace(picture, limits=Limits(can_launch=False))), Launch)
+    held = Pool(BASE, next_launch_time=NOW + timedelta(seconds=5))
+    assert not only(policy.decide(replace(picture, pools=[held])), Launch)
+
+
+def test_a_second_base_gets_its_own_engine_within_the_limit() -> None:
+    picture = Snapshot(NOW, queued=[job("a", base=OTHER)], engines=[engine()], attempts={"eng-a": 1})
+    assert only(policy.decide(picture), Launch) == [Launch(OTHER)]
+    full = replace(picture, limits=Limits(max_engines=1))
+    assert not only(policy.decide(full), Launch)
+    assert "another base model" in reason(full, "a")
+
+
+def test_more_engines_start_only_when_the_pool_may_grow() -> None:
+    picture = Snapshot(NOW, queued=[job("a")], engines=[engine()], attempts={"eng-a": 1})
+    assert not only(policy.decide(picture), Launch)
+    assert only(policy.decide(replace(picture, limits=Limits(max_engines_per_base=2))), Launch)
+
+
+def test_a_request_for_sampling_launches_for_a_while() -> None:
+    fresh = Snapshot(NOW, pools=[Pool(BASE, demand_time=ago(5))])
+    assert only(policy.decide(fresh), Launch) == [Launch(BASE)]
+    assert not policy.decide(Snapshot(NOW, pools=[Pool(BASE, demand_time=ago(500))]))
+
+
+@pytest.mark.parametrize(
+    ("changed", "stops"),
+    [
+        ({}, True),
+        ({"busy_time": ago(10)}, False),
+        ({"active_sequences": 1}, False),
+        ({"launched": False}, False),
+    ],
+)
+def test_an_idle_engine_is_told_to_end(changed: dict[str, object], stops: bool) -> None:
+    idle = replace(engine(busy_time=ago(700)), **changed)  # type: ignore[arg-type]
+    decisions = policy.decide(Snapshot(NOW, engines=[idle]))
+    assert decisions == ([StopEngine("eng-a", "it had nothing to do")] if stops else [])
+
+
+def test_an_idle_engine_stays_for_work_demand_and_the_minimum() -> None:
+    idle = engine(busy_time=ago(700))
+    assert not only(policy.decide(Snapshot(NOW, engines=[idle], queued=[job("a")])), StopEngine)
+    assert not policy.decide(Snapshot(NOW, engines=[idle], attempts={"eng-a": 1}))
+    assert not policy.decide(Snapshot(NOW, engines=[idle], pools=[Pool(BASE, demand_time=ago(300))]))
+    assert not policy.decide(Snapshot(NOW, engines=[idle], limits=Limits(min_engines=1)))
+
+
+@pytest.mark.parametrize(
+    "stuck",
+    [
+        engine(state=EngineState.LAUNCHING, create_time=ago(301)),
+        engine(state=EngineState.STOPPING, stop_time=ago(61)),
+        engine(heartbeat_time=ago(181)),
+    ],
+)
+def test_a_stuck_engine_is_ended_by_force(stuck: EngineRecord) -> None:
+    [decision] = only(policy.decide(Snapshot(NOW, engines=[stuck])), StopEngine)
+    assert isinstance(decision, StopEngine) and decision.force
+
+
+def test_a_job_says_why_it_waits_and_how_long() -> None:
+    busy = job("r", estimated_finish_time=NOW + timedelta(minutes=3), start_time=ago(120))
+    full = Snapshot(NOW, [job("a", age=90), job("b", age=80)], [busy], [engine()], attempts={"eng-a": 1})
+    assert reason(full, "a") == (
+        "Waits for an engine for tiny with room; it is next in line. It will likely start in about 3 minutes."
+    )
+    assert reason(full, "b").endswith("1 before it in line. It will likely start in about 8 minutes.")
+    assert reason(replace(full, quotas={"acme": 1}), "a").startswith(
+        "The project's quota of 1 running job is"
+    )
+    assert "is being started" in reason(Snapshot(NOW, [job("a")]), "a")
+    assert "within seconds" in reason(Snapshot(NOW, [job("a")], engines=[engine()]), "a")
+    failing = Snapshot(NOW, [job("a")], pools=[Pool(BASE, start_failures=2, last_error="no disk")])
+    assert reason(failing, "a").endswith("it last said: no disk")
+    known = job("a", state_reason=reason(Snapshot(NOW, [job("a")]), "a"))
+    assert not only(policy.decide(Snapshot(NOW, [known])), Explain)
+
+
+def test_a_base_that_never_starts_fails_its_jobs() -> None:
+    broken = Pool(BASE, start_failures=policy.MAX_START_FAILURES, last_error="out of memory")
+    [refused] = only(policy.decide(Snapshot(NOW, [job("a")], pools=[broken])), Refuse)
+    assert isinstance(refused, Refuse)
+    assert refused.reason.endswith("5 times in a row while it started; it last said: out of memory")

@@ -1,0 +1,195 @@
+"""Engines come and go; outages of ours cost waiting, not attempts."""
+
+import asyncio
+from dataclasses import replace
+
+import pytest
+
+from lathe.common.errors import NotFound, Unavailable
+from lathe.jobs.model import EngineState, JobState, Outcome
+from lathe.jobs.workers import Beat
+from tests.fakes.jobs import World
+
+
+async def engines(world: World) -> list[tuple[str, EngineState]]:
+    async with world.store.read() as session:
+        return [(engine.id, engine.state) for engine in await session.engines()]
+
+
+async def launched(world: World) -> str:
+    await world.reconciler.run_once()
+    [engine_id] = world.launcher.processes
+    return engine_id
+
+
+async def test_a_waiting_job_gets_an_engine(world: World) -> None:
+    job = await world.queued()
+    engine_id = await launched(world)
+    assert await engines(world) == [(engine_id, EngineState.LAUNCHING)]
+    await world.reconciler.run_once()
+    assert "is starting" in (await world.job(job.id)).state_reason
+    await world.register(engine_id)
+    assert await engines(world) == [(engine_id, EngineState.READY)]
+    assert await world.workers.lease(engine_id) is not None
+    assert len(world.launcher.processes) == 1
+
+
+async def test_a_dead_engine_loses_its_job_at_once(world: World) -> None:
+    await world.queued()
+    engine_id = await launched(world)
+    await world.register(engine_id)
+    lease = await world.workers.lease(engine_id)
+    assert lease is not None
+    await world.report(lease, 1)
+    world.launcher.die(engine_id, "killed by signal 9", killed=True)
+    await world.reconciler.run_once()
+    job = await world.job(lease.job.id)
+    assert (job.state, job.lost_lease_count) == (JobState.QUEUED, 1)
+    [successor] = world.launcher.processes
+    assert successor != engine_id
+
+
+async def test_a_killed_platform_finds_its_engine_dead(world: World) -> None:
+    await world.queued()
+    engine_id = await launched(world)
+    await world.register(engine_id)
+    lease = await world.workers.lease(engine_id)
+    assert lease is not None
+    world.start()
+    world.launcher.processes.clear()
+    await world.reconciler.run_once()
+    assert (await world.job(lease.job.id)).state is JobState.QUEUED
+
+
+async def test_a_launcher_that_does_not_answer_kills_nobody(world: World) -> None:
+    lease = await world.leased()
+    world.launcher.down = Unavailable("Ray is away.")
+    await world.reconciler.run_once()
+    assert (await world.job(lease.job.id)).state is JobState.STARTING
+
+
+async def test_no_lease_expires_before_a_whole_term_of_contact(world: World) -> None:
+    lease = await world.leased()
+    await world.pass_time(5)
+    # An hour without the process, then a start.
+    world.clock.tick(3600)
+    world.start()
+    await world.pass_time(14)
+    assert (await world.job(lease.job.id)).state is JobState.STARTING
+    await world.workers.heartbeat(Beat("eng-a", [(lease.attempt.id, lease.attempt.lease_token)]))
+    await world.pass_time(14)
+    assert (await world.job(lease.job.id)).state is JobState.STARTING
+    await world.pass_time(3)
+    assert (await world.job(lease.job.id)).state is JobState.QUEUED
+
+
+async def test_an_outage_of_the_database_starts_the_term_anew(world: World) -> None:
+    lease = await world.leased()
+    await world.pass_time(14)
+    world.contact.lost()
+    await world.pass_time(14)
+    assert (await world.job(lease.job.id)).state is JobState.STARTING
+    await world.pass_time(3)
+    assert (await world.job(lease.job.id)).state is JobState.QUEUED
+
+
+async def test_failing_starts_back_off_and_then_fail_the_job(world: World) -> None:
+    job = await world.queued()
+    tries = 0
+    for _ in range(24):
+        await world.pass_time(5, step=5)
+        for engine_id, process in list(world.launcher.processes.items()):
+            if process.running:
+                tries += 1
+                world.launcher.die(engine_id, log="ModuleNotFoundError: torch")
+    job = await world.job(job.id)
+    assert (job.state, tries) == (JobState.FAILED, 5)
+    assert job.error is not None and job.error.code == "server_error"
+    assert "ModuleNotFoundError: torch" in job.error.message
+    # The next job gets tries of its own.
+    await world.queued()
+    await world.pass_time(1)
+    assert len(world.launcher.processes) == 1
+
+
+async def test_a_launcher_that_cannot_start_counts_too(world: World) -> None:
+    job = await world.queued()
+    world.launcher.fails = Unavailable("No such file.")
+    await world.pass_time(2)
+    assert "No such file." in (await world.job(job.id)).state_reason
+    await world.pass_time(120, step=5)
+    assert (await world.job(job.id)).state is JobState.FAILED
+
+
+async def test_kills_from_outside_never_fail_a_job(world: World) -> None:
+    job = await world.queued()
+    for _ in range(12):
+        await world.pass_time(5, step=5)
+        for engine_id in list(world.launcher.processes):
+            world.launcher.die(engine_id, "killed by signal 9", killed=True)
+    assert (await world.job(job.id)).state is JobState.QUEUED
+
+
+async def test_an_idle_engine_ends(world: World) -> None:
+    await world.queued()
+    engine_id = await launched(world)
+    await world.register(engine_id)
+    lease = await world.workers.lease(engine_id)
+    assert lease is not None
+    await world.complete(lease, Outcome.FAILED)
+    for _ in range(62):
+        await world.pass_time(10, step=10)
+        answer = await world.workers.heartbeat(Beat(engine_id))
+    assert answer.shut_down
+    assert [engine.draining for engine in await world.directory.serving()] == [True]
+    await world.workers.deregister(engine_id)
+    world.launcher.die(engine_id, "exit code 0")
+    await world.pass_time(1)
+    assert not world.launcher.processes and not await engines(world)
+
+
+async def test_a_silent_engine_is_ended_and_replaced(world: World) -> None:
+    await world.queued()
+    engine_id = await launched(world)
+    await world.register(engine_id)
+    assert await world.workers.lease(engine_id) is not None
+    await world.pass_time(200, step=5)
+    assert engine_id not in world.launcher.processes and len(world.launcher.processes) == 1
+
+
+async def test_sampling_gets_an_engine_started(world: World) -> None:
+    assert not await world.directory.ensure("tiny")
+    engine_id = await launched(world)
+    assert not await world.directory.serving()
+    await world.register(engine_id)
+    assert await world.directory.ensure("tiny")
+    assert [engine.id for engine in await world.directory.serving()] == [engine_id]
+    with pytest.raises(NotFound):
+        await world.directory.ensure("unknown")
+
+
+async def test_the_list_of_engines_is_told_at_once_and_on_change(world: World) -> None:
+    watch = world.directory.watch()
+    assert await anext(watch) == []
+    following = asyncio.ensure_future(anext(watch))
+    await asyncio.sleep(0.01)
+    assert not following.done()
+    await world.register()
+    assert [engine.id for engine in await asyncio.wait_for(following, 5)] == ["eng-a"]
+    again = asyncio.ensure_future(anext(watch))
+    for _ in range(12):
+        await asyncio.sleep(0.005)
+        await world.clock.advance(1)
+    assert len(await asyncio.wait_for(again, 5)) == 1
+    await watch.aclose()  # type: ignore[attr-defined]
+
+
+async def test_an_engine_forgotten_by_jobs_is_ours_again(world: World) -> None:
+    await world.queued()
+    engine_id = await launched(world)
+    await world.workers.deregister(engine_id)
+    await world.register(engine_id)
+    await world.reconciler.run_once()
+    async with world.store.read() as session:
+        engine = await session.engine(engine_id)
+    assert engine is not None and replace(engine).launched
