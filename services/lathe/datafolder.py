@@ -6,7 +6,8 @@ DIR/api_key            the default project's first key (mode 600)
 DIR/endpoint.json      where a running platform answers; gone when it does not run
 DIR/secrets/           tokens that its processes show one another (mode 600)
 DIR/db/  DIR/store/    databases and objects
-DIR/cache/  DIR/logs/  may be deleted at any time
+DIR/engines/           which engines run, so that the next start finds what a killed one left
+DIR/cache/  DIR/logs/  may be deleted while nothing runs
 """
 
 from __future__ import annotations

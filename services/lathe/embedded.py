@@ -154,7 +154,7 @@ def _jobs_settings(folder: DataFolder, options: UpOptions, addresses: dict[str, 
     }
     if options.engine_threads is not None:
         engine["LATHE_ENGINE_THREADS"] = str(options.engine_threads)
-    launcher = LauncherSettings(kind="subprocess", folder=folder.root / "logs", engine_env=engine)
+    launcher = LauncherSettings(kind="subprocess", folder=folder.root, engine_env=engine)
     return JobsSettings(**_common(folder, "jobs"), **addresses, launcher=launcher)
 
 

@@ -18,6 +18,12 @@ from lathe.jobs.ports import LaunchedEngine
 log = logging.getLogger(__name__)
 
 _LOG_TAIL_BYTES = 8192
+# Several engines share this machine with whoever started them: no fixed ports, unless they are given.
+_FREE_PORTS = {
+    "LATHE_ENGINE_RPC__PORT": "0",
+    "LATHE_ENGINE_RPC__HEALTH_PORT": "null",
+    "LATHE_ENGINE_METRICS__PORT": "0",
+}
 
 
 @dataclass(slots=True)
@@ -40,7 +46,7 @@ class SubprocessLauncher:
         if engine_id in self._children or await asyncio.to_thread(self._survivor, engine_id) is not None:
             return
         env = inherited(self.environ) | engine_variables(
-            engine_id, base_model, base_digest, self.jobs_address, self.engine_env
+            engine_id, base_model, base_digest, self.jobs_address, {**_FREE_PORTS, **self.engine_env}
         )
         env["LATHE_ENGINE_PARENT_PID"] = str(os.getpid())
         try:
