@@ -107,6 +107,7 @@ async def test_an_engine_gets_its_own_settings_and_nobody_elses(tmp_path: Path) 
         "'LATHE_ENGINE_BASE_MODEL': 'baseModels/tiny'",
         "'LATHE_ENGINE_JOBS_ADDRESS': '127.0.0.1:1'",
         "'LATHE_ENGINE_THREADS': '2'",
+        "'LATHE_ENGINE_RPC__PORT': '0'",
         f"'LATHE_ENGINE_PARENT_PID': '{os.getpid()}'",
     ):
         assert expected in text

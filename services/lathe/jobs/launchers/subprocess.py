@@ -18,6 +18,12 @@ from lathe.jobs.ports import LaunchedEngine
 log = logging.getLogger(__name__)
 
 _LOG_TAIL_BYTES = 8192
+# Engines share the machine with each other and with the control services: each picks free ports.
+_FREE_PORTS = {
+    "LATHE_ENGINE_RPC__PORT": "0",
+    "LATHE_ENGINE_RPC__HEALTH_PORT": "0",
+    "LATHE_ENGINE_METRICS__PORT": "0",
+}
 # Several engines share this machine with whoever started them: no fixed ports, unless they are given.
 _FREE_PORTS = {
     "LATHE_ENGINE_RPC__PORT": "0",
