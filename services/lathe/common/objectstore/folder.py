@@ -29,7 +29,7 @@ from lathe.common.objectstore.base import (
 _TEMPORARY = ".tmp"
 _CONFLICTS = (errno.ENOTDIR, errno.EISDIR, errno.ENOTEMPTY)
 _NO_HARD_LINKS = (errno.EPERM, errno.EXDEV, errno.EMLINK, errno.ENOTSUP, errno.ENOSYS)
-_COMMIT_TRIES = 5
+_COMMIT_TRIES = 20
 
 
 class FolderStore:
@@ -217,7 +217,14 @@ class FolderStore:
         """Give a finished file its name, durably."""
         path = self._path(key)
         for attempt in range(_COMMIT_TRIES):
-            self._make_folder(path.parent)
+            # A delete beside us may prune an empty folder between any two calls.
+            last = attempt == _COMMIT_TRIES - 1
+            try:
+                self._make_folder(path.parent)
+            except (FileNotFoundError, FileExistsError):
+                if last:
+                    raise
+                continue
             try:
                 if if_absent:
                     path.hardlink_to(temporary)
@@ -227,8 +234,7 @@ class FolderStore:
             except FileExistsError as error:
                 raise _exists(key) from error
             except FileNotFoundError:
-                # A delete beside us pruned the empty folder between the two calls.
-                if attempt == _COMMIT_TRIES - 1:
+                if last:
                     raise
         self._sync_folder(path.parent)
         info = _info(key, path)

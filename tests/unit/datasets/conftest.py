@@ -1,0 +1,92 @@
+"""A database and a store that outlive the processes started over them."""
+
+import hashlib
+import json
+
+import pytest
+
+from lathe.common.db import Database, migrate
+from lathe.datasets.auditing import Auditor
+from lathe.datasets.cleaner import Cleaner
+from lathe.datasets.service import DatasetsService
+from lathe.datasets.store import SqlDatasetStore
+from lathe.datasets.validation import Validation
+from tests.fakes.clock import FakeClock
+from tests.fakes.datasets import FakeBaseModels
+from tests.fakes.ids import FakeIds
+from tests.fakes.objectstore import MemoryObjectStore
+
+
+def sha(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def row(user: str = "Hello", answer: str = "How can I help you today?", **changes: object) -> dict:
+    messages = [{"role": "user", "content": user}, {"role": "assistant", "content": answer}]
+    return {"messages": messages, **changes}
+
+
+def jsonl(rows) -> bytes:
+    return b"".join(json.dumps(item).encode() + b"\n" for item in rows)
+
+
+GOOD = jsonl([row(f"Hello {n}") for n in range(12)])
+
+
+class World:
+    def __init__(self, db, folder):
+        self.db = db
+        self.folder = folder
+        self.objects = MemoryObjectStore()
+        self.clock = FakeClock()
+        self.ids = FakeIds()
+        self.base_models = FakeBaseModels()
+
+    @property
+    def store(self):
+        return SqlDatasetStore(self.db)
+
+    def start(self, *, store=None, objects=None):
+        return DatasetsService(
+            store or self.store, objects or self.objects, self.base_models, self.clock, self.ids
+        )
+
+    async def validate(self, *, store=None, objects=None):
+        await Validation(store or self.store, objects or self.objects).step()
+
+    async def audit(self, *, store=None, objects=None):
+        await Auditor(store or self.store, objects or self.objects, self.folder).step()
+
+    async def sweep(self, *, store=None, objects=None):
+        await Cleaner(store or self.store, objects or self.objects, self.clock).sweep()
+
+    async def upload(self, content=GOOD, *, purpose="fine-tune", parts=0, name="train.jsonl"):
+        """Create, put the bytes into staging as the gateway does, commit."""
+        service = self.start()
+        dataset = await service.create("acme", name, purpose, None, "")
+        key = dataset.staging_key
+        if parts:
+            size = -(-len(content) // parts)
+            for number in range(parts):
+                await self.objects.put(f"{key}/{number:05d}", content[number * size : (number + 1) * size])
+        else:
+            await self.objects.put(key, content)
+        return await service.commit_upload("acme", dataset.id, key, len(content), sha(content))
+
+    async def ready(self, content=GOOD, **options):
+        dataset = await self.upload(content, **options)
+        await self.validate()
+        return await self.start().get("acme", dataset.id)
+
+
+@pytest.fixture
+async def world(tmp_path):
+    db = Database(f"sqlite+aiosqlite:///{tmp_path}/datasets.sqlite")
+    await migrate(db, "lathe.datasets")
+    yield World(db, tmp_path / "cache")
+    await db.close()
+
+
+@pytest.fixture
+def service(world):
+    return world.start()

@@ -1,0 +1,212 @@
+"""Tokens and loss mask, once per dataset and base model."""
+
+from datetime import timedelta
+
+import pytest
+
+from lathe.common.errors import FailedPrecondition, InvalidArgument, NotFound, Unavailable, Unimplemented
+from lathe.datasets.auditing import Auditor
+from lathe.datasets.model import AuditOptions, AuditState, blob_key
+from lathe.text.arrow import read_tokens
+from lathe.text.tokenizer import Tokenizer
+from tests.fixtures.tiny import tiny_tokenizer_config, tiny_tokenizer_json
+from tests.fixtures.worlds import Died, DyingRows, DyingStore
+from tests.unit.datasets.conftest import GOOD, jsonl, row, sha
+
+TINY = "baseModels/tiny"
+OPTIONS = AuditOptions()
+
+
+async def ensure(world, dataset, options=OPTIONS, base=TINY):
+    return await world.start().ensure_audit("acme", dataset.id, base, options)
+
+
+async def audited(world, dataset, options=OPTIONS, base=TINY):
+    assert (await ensure(world, dataset, options, base)).state is AuditState.RUNNING
+    await world.audit()
+    return await ensure(world, dataset, options, base)
+
+
+@pytest.fixture
+async def base(world):
+    return await world.base_models.add_tiny(world.objects)
+
+
+async def table(world, audit, tmp_path):
+    path = tmp_path / "tokens.arrow"
+    await world.objects.fetch(audit.object_key, path)
+    return read_tokens(path)
+
+
+async def test_every_row_is_tokenised_once_and_only_answers_are_trained(world, base, tmp_path):
+    dataset = await world.ready()
+    audit = await audited(world, dataset)
+    assert audit.state is AuditState.READY and audit.report.finding_count == 0
+    found = await table(world, audit, tmp_path)
+    tokenizer = Tokenizer.from_files(tiny_tokenizer_json().encode(), tiny_tokenizer_config())
+    assert audit.result.rows == len(found) == 12 and found.lines == list(range(1, 13))
+    assert audit.result.tokens == sum(len(tokens) for tokens in found.tokens)
+    assert audit.result.trained_tokens == sum(int(mask.sum()) for mask in found.mask)
+    assert audit.result.max_row_tokens == max(len(tokens) for tokens in found.tokens)
+    for tokens, mask in zip(found.tokens, found.mask, strict=True):
+        trained = tokenizer.decode(tokens[mask].tolist(), skip_special_tokens=False)
+        assert trained == "How can I help you today?<|im_end|>"
+    assert sha(await world.objects.get(audit.object_key)) == audit.result.sha256
+    assert found.metadata["key"] == audit.key and found.metadata["dataset"] == sha(GOOD)
+
+
+async def test_the_same_content_for_the_same_tokenizer_is_one_audit(world, base):
+    first = await audited(world, await world.ready())
+    again = await ensure(world, await world.ready(name="copy.jsonl"))
+    assert again == first
+    other = await ensure(world, await world.ready(), AuditOptions(context_limit=64))
+    assert other.key != first.key and other.state is AuditState.RUNNING
+
+
+async def test_a_dataset_that_is_not_ready_answers_for_its_audit(world, base):
+    dataset = await world.upload()
+    waiting = await ensure(world, dataset)
+    assert (waiting.state, waiting.key) == (AuditState.RUNNING, "")
+    bad = await world.ready(jsonl([row()] * 3))
+    refused = await ensure(world, bad)
+    assert refused.state is AuditState.ERROR
+    assert refused.report.findings[0].code == "invalid_n_examples"
+    new = await world.start().create("acme", "a", "fine-tune", None, "")
+    with pytest.raises(FailedPrecondition, match="not been uploaded"):
+        await ensure(world, new)
+    evals = await world.ready(b"{}\n", purpose="evals")
+    with pytest.raises(FailedPrecondition, match="purpose fine-tune"):
+        await ensure(world, evals)
+
+
+async def test_what_cannot_be_audited_says_why(world, base):
+    dataset = await world.ready()
+    with pytest.raises(NotFound):
+        await world.start().ensure_audit("other", dataset.id, TINY, OPTIONS)
+    with pytest.raises(NotFound):
+        await ensure(world, dataset, base="baseModels/none")
+    with pytest.raises(Unimplemented, match="method"):
+        await ensure(world, dataset, AuditOptions(method="dpo"))
+    with pytest.raises(InvalidArgument, match="context_limit"):
+        await ensure(world, dataset, AuditOptions(context_limit=513))
+    with pytest.raises(InvalidArgument, match="truncation"):
+        await ensure(world, dataset, AuditOptions(truncation="middle"))
+
+
+async def test_cut_rows_are_named_and_a_row_with_nothing_to_train_is_an_error(world, base):
+    short = [row("Hi", "Yes") for _ in range(10)]
+    cut = await audited(
+        world,
+        await world.ready(jsonl([*short, row("Hi", "How can I help you today? " * 20)])),
+        AuditOptions(context_limit=64),
+    )
+    assert cut.state is AuditState.READY
+    assert (cut.result.truncated_rows, cut.result.max_row_tokens, cut.result.rows) == (1, 64, 11)
+    assert [(finding.line, finding.code) for finding in cut.report.findings] == [(11, "truncated")]
+    long = jsonl([row("Hello how can I help you today? " * 20, "Yes"), *short])
+    empty = await audited(world, await world.ready(long), AuditOptions(context_limit=64))
+    assert (empty.state, empty.object_key) == (AuditState.ERROR, "")
+    assert (empty.report.findings[0].line, empty.report.findings[0].code) == (1, "nothing_trained")
+    strict = await audited(world, await world.ready(long), AuditOptions(context_limit=64, truncation="error"))
+    assert [(found.line, found.code) for found in strict.report.findings] == [(1, "context_exceeded")]
+
+
+async def test_lines_are_those_of_the_file(world, base):
+    weightless = {
+        "messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "weight": 0}]
+    }
+    content = b"\xef\xbb\xbf" + jsonl([row()] * 10) + b"\r\n\r\n" + jsonl([weightless])
+    audit = await audited(world, await world.ready(content))
+    assert [(found.line, found.code) for found in audit.report.findings] == [(13, "nothing_trained")]
+
+
+async def test_the_bytes_are_the_same_each_time(world, base):
+    rows = jsonl([row(f"Hello {n}", "Thank you very much! " * (n % 7 + 1)) for n in range(200)])
+    dataset = await world.ready(rows)
+    first = await audited(world, dataset)
+    await world.start().delete("acme", dataset.id)
+    world.clock.tick(timedelta(days=8).total_seconds())
+    await world.sweep()
+    assert await world.objects.head(first.object_key) is None
+    assert await audited(world, await world.ready(rows)) == first
+
+
+@pytest.mark.parametrize("after", [False, True])
+@pytest.mark.parametrize("method", ["set_audit_object", "finish_audit", None])
+async def test_an_audit_interrupted_anywhere_goes_on(world, base, method, after):
+    dataset = await world.ready()
+    await ensure(world, dataset)
+    with pytest.raises(Died):
+        if method is None:
+            # The objects' only change is the token object itself.
+            await _run_only(world, DyingStore(world.objects, 0, after=after))
+        else:
+            await _run_only(world, world.objects, DyingRows(world.store, method, after=after))
+    await world.audit()
+    audit = await ensure(world, dataset)
+    assert audit.state is AuditState.READY
+    assert sha(await world.objects.get(audit.object_key)) == audit.result.sha256
+
+
+async def _run_only(world, objects, store=None):
+    (task,) = await world.store.running_audits()
+    await Auditor(store or world.store, objects, world.folder).run(task)
+
+
+async def test_an_outage_waits(world, base):
+    dataset = await world.ready()
+    await ensure(world, dataset)
+    world.objects.outage = Unavailable("away", retry_after=1)
+    with pytest.raises(Unavailable):
+        await world.audit()
+    world.objects.outage = None
+    assert (await ensure(world, dataset)).state is AuditState.RUNNING
+    await world.audit()
+    assert (await ensure(world, dataset)).state is AuditState.READY
+
+
+async def test_a_dataset_deleted_while_it_is_audited_leaves_nothing(world, base):
+    dataset = await world.ready()
+    await ensure(world, dataset)
+    await world.start().delete("acme", dataset.id)
+    await world.sweep()
+    await world.audit()
+    assert await world.store.running_audits() == []
+    assert not [key for key in sorted(world.objects.keys()) if key.startswith("blobs/")]
+    again = await audited(world, await world.ready())
+    assert again.state is AuditState.READY
+
+
+async def test_a_fault_of_lathe_itself_is_tried_again_by_the_next_process(world, base):
+    dataset = await world.ready()
+    first = base.files[0]
+    content = await world.objects.get(first.object_key)
+    await world.objects.put(first.object_key, b"damaged")
+    failed = await audited(world, dataset)
+    assert (failed.state, failed.report.findings[0].code) == (AuditState.FAILED, "server_error")
+    await world.objects.put(first.object_key, content)
+    assert (await ensure(world, dataset)).state is AuditState.FAILED
+    await Auditor(world.store, world.objects, world.folder).start()
+    assert (await audited(world, dataset)).state is AuditState.READY
+
+
+async def test_token_objects_go_a_week_after_the_last_dataset_and_use(world, base):
+    dataset = await world.ready()
+    audit = await audited(world, dataset)
+    await world.start().delete("acme", dataset.id)
+    await world.sweep()
+    assert await world.objects.head(audit.object_key) is not None
+    assert await world.objects.head(blob_key(sha(GOOD))) is None
+    world.clock.tick(timedelta(days=7, seconds=1).total_seconds())
+    with pytest.raises(Died):
+        await world.sweep(store=DyingRows(world.store, "begin_remove_audit", after=True))
+    await world.sweep()
+    assert await world.objects.head(audit.object_key) is None
+    assert await world.store.audit_claims() == []
+
+
+async def test_token_objects_stay_while_a_dataset_needs_them(world, base):
+    audit = await audited(world, await world.ready())
+    world.clock.tick(timedelta(days=70).total_seconds())
+    await world.sweep()
+    assert await world.objects.head(audit.object_key) is not None
