@@ -105,3 +105,7 @@ $(VENV)/.engine: requirements/engine.txt pyproject.toml $(VENV)/.torch
 $(VENV)/.dev: requirements/dev.txt pyproject.toml $(VENV)/.torch
 	$(call install,requirements/dev.txt)
 	@touch $(VENV)/.engine
+
+.PHONY: bench-interleave
+bench-interleave: $(VENV)/.dev ## how long a chat beside a running job waits for its next token
+	PYTHONPATH=services:. $(BIN)/python tests/benchmarks/bench_interleave.py

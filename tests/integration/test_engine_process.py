@@ -42,7 +42,9 @@ class Place:
     tokens: TokenRef
     engines: list[asyncio.subprocess.Process] = field(default_factory=list)
 
-    async def start(self, engine_id: str, *, registers: bool = True, **changes: str) -> asyncio.subprocess.Process:
+    async def start(
+        self, engine_id: str, *, registers: bool = True, **changes: str
+    ) -> asyncio.subprocess.Process:
         (self.folder / "token").write_text(TOKEN)
         settings = {
             "LATHE_ENGINE_ENGINE_ID": engine_id,
