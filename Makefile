@@ -68,14 +68,10 @@ lock: $(VENV)/.dev ## write requirements/*.txt anew from pyproject.toml
 	$(LOCK) --extra cli --extra server --extra postgres -c requirements/dev.txt -o requirements/control.txt
 
 docs: $(VENV)/.dev ## write the generated pages
-	$(BIN)/python -m lathe.common.metrics > docs/metrics.md
-	$(BIN)/python -m lathe.jobs.transitions > docs/job-states.md
+	$(BIN)/python tools/generated_docs.py
 
 docs-check: $(VENV)/.dev ## fail when a generated page is out of date
-	@mkdir -p build/docs
-	@$(BIN)/python -m lathe.common.metrics > build/docs/metrics.md
-	@$(BIN)/python -m lathe.jobs.transitions > build/docs/job-states.md
-	@diff build/docs/metrics.md docs/metrics.md && diff build/docs/job-states.md docs/job-states.md || { echo "docs/ is out of date: run 'make docs' and commit." >&2; exit 1; }
+	$(BIN)/python tools/generated_docs.py --check
 
 clean: ## remove what the commands above made (not DATA)
 	rm -rf $(VENV) build .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
