@@ -13,8 +13,9 @@ from lathe.text.arrow import read_tokens
 def read_rows(path: Path) -> list[TrainRow]:
     """Each row's tokens and loss mask. Raises DataLoss for a file that is no token object."""
     table = read_tokens(path)
-    # Arrays are sequences in all that the engine does with them; numpy's types do not say so.
+    # Arrays are sequences in all that the engine does with them; numpy's types do not say so. They are copied because
+    # the file's are read-only, which torch warns of.
     return [
-        TrainRow(cast(Sequence[int], tokens), cast(Sequence[bool], mask))
+        TrainRow(cast(Sequence[int], tokens.copy()), cast(Sequence[bool], mask.copy()))
         for tokens, mask in zip(table.tokens, table.mask, strict=True)
     ]
