@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import sys
 import tempfile
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
+from typing import Any
 
-from lathe.common.background import in_background, repeat
+from lathe.common.background import Wakeup, in_background, repeat
 from lathe.common.clock import Clock, SystemClock
 from lathe.common.db import Database, check_schema
 from lathe.common.ids import IdFactory, RandomIds
@@ -35,6 +36,7 @@ from lathe.v1.models_pb2_grpc import ModelsInternalServiceStub
 PACKAGE = "lathe.datasets"
 # What was left by a process that died is found at its start; this is for what another replica left.
 _LOOK_EVERY_S = 30.0
+_COUNT_EVERY_S = 15.0
 
 
 @asynccontextmanager
@@ -70,34 +72,55 @@ async def running(
         with _folder(settings.cache_folder) as folder:
             auditor = Auditor(store, objects, folder)
             await auditor.start()
-            sweep_s = settings.sweep_interval_s
-            work = [
-                repeat(
-                    "The sweep",
-                    cleaner.sweep,
-                    clock=clock,
-                    wakeup=service.cleanup,
-                    interval=sweep_s,
-                ),
-                repeat(
-                    "The audit", auditor.step, clock=clock, wakeup=service.auditing, interval=_LOOK_EVERY_S
-                ),
-            ]
-            work += [
-                repeat(
-                    "Validation",
-                    validation.step,
-                    clock=clock,
-                    wakeup=service.validation,
-                    interval=_LOOK_EVERY_S,
-                )
-                for _ in range(settings.validation_workers)
-            ]
+            work = _loops(
+                settings=settings,
+                clock=clock,
+                service=service,
+                store=store,
+                metrics=metrics,
+                validation=validation,
+                auditor=auditor,
+                cleaner=cleaner,
+            )
             async with in_background(*work), serving(server, "datasets") as service_running:
                 yield service_running
     finally:
         await channel.close()
         await db.close()
+
+
+def _loops(
+    *,
+    settings: DatasetsSettings,
+    clock: Clock,
+    service: DatasetsService,
+    store: SqlDatasetStore,
+    metrics: Metrics,
+    validation: Validation,
+    auditor: Auditor,
+    cleaner: Cleaner,
+) -> list[Coroutine[Any, Any, None]]:
+    """What runs beside the server."""
+
+    async def count() -> None:
+        for state, number in (await store.count()).items():
+            metrics.datasets.labels(state=state.value).set(number)
+
+    def loop(
+        name: str, step: Callable[[], Awaitable[None]], wakeup: Wakeup, interval: float
+    ) -> Coroutine[Any, Any, None]:
+        return repeat(name, step, clock=clock, wakeup=wakeup, interval=interval)
+
+    validations = [
+        loop("Validation", validation.step, service.validation, _LOOK_EVERY_S)
+        for _ in range(settings.validation_workers)
+    ]
+    return [
+        *validations,
+        loop("The audit", auditor.step, service.auditing, _LOOK_EVERY_S),
+        loop("The sweep", cleaner.sweep, service.cleanup, settings.sweep_interval_s),
+        loop("Counting", count, Wakeup(), _COUNT_EVERY_S),
+    ]
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Protocol
 
@@ -45,6 +45,10 @@ class DatasetStore(Protocol):
 
     async def outlived(self, now: datetime, abandoned_before: datetime) -> Sequence[Dataset]:
         """Those whose expire_time has come, and those UPLOADING since before `abandoned_before`."""
+        ...
+
+    async def count(self) -> Mapping[DatasetState, int]:
+        """How many there are in each state."""
         ...
 
     async def begin_validation(self, project: str, dataset_id: str, size_bytes: int, sha256: str) -> bool:

@@ -146,6 +146,12 @@ class SqlDatasetStore:
             datasets.select().where(_LIVE, sa.or_(datasets.c.expire_time <= now, abandoned))
         )
 
+    async def count(self) -> Mapping[DatasetState, int]:
+        query = sa.select(datasets.c.state, sa.func.count()).group_by(datasets.c.state)
+        async with self._db.read() as connection:
+            found = {DatasetState(row[0]): int(row[1]) for row in await connection.execute(query)}
+        return {state: found.get(state, 0) for state in DatasetState}
+
     async def _select(self, query: sa.Select[Any]) -> list[Dataset]:
         async with self._db.read() as connection:
             return [_dataset(row) for row in await connection.execute(query)]

@@ -67,6 +67,8 @@ async def test_states_change_only_from_the_right_one(store):
     assert not await store.begin_validation("q", "file-1", 5, "a" * 64)
     assert await store.begin_validation("p", "file-1", 5, "a" * 64)
     assert not await store.begin_validation("p", "file-1", 6, "b" * 64)
+    counts = await store.count()
+    assert (counts[DatasetState.VALIDATING], counts[DatasetState.READY]) == (1, 0)
     assert [found.id for found in await store.in_state(DatasetState.VALIDATING)] == ["file-1"]
     assert await store.finish_validation("p", "file-1", DatasetState.ERROR, "a" * 64, REPORT)
     assert not await store.finish_validation("p", "file-1", DatasetState.READY, "a" * 64, None)
