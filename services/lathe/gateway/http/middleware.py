@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
+from contextlib import suppress
 
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -18,6 +20,9 @@ log = logging.getLogger(__name__)
 _METHODS = frozenset({"GET", "POST", "PUT", "PATCH", "DELETE", "HEAD", "OPTIONS"})
 # What servers write into their logs when the client went away before an answer.
 _CLIENT_GONE = "499"
+# How much of a refused request is still read.
+_DRAIN_BYTES = 64 * 1024 * 1024
+_DRAIN_S = 10.0
 
 
 class Door:
@@ -33,10 +38,10 @@ class Door:
             return
         # In place: what routing adds to the scope is read afterwards.
         scope["path"] = routing_path(scope.get("raw_path") or scope["path"].encode())
-        exchange = _Exchange(f"req_{self._gateway.ids.token(24)}", send)
+        exchange = _Exchange(f"req_{self._gateway.ids.token(24)}", receive, send)
         started = self._gateway.clock.monotonic()
         try:
-            await self._app(scope, receive, exchange.send)
+            await self._app(scope, exchange.receive, exchange.send)
         except ClientDisconnect:
             log.debug("The client of %s went away.", exchange.request_id)
         except Exception:
@@ -58,19 +63,36 @@ class Door:
 
 
 class _Exchange:
-    """One request's answer as it is sent: adds the id, remembers the status."""
+    """One request and its answer as they pass: adds the id, remembers the status."""
 
-    def __init__(self, request_id: str, send: Send) -> None:
+    def __init__(self, request_id: str, receive: Receive, send: Send) -> None:
         self.request_id = request_id
         self.status: int | None = None
+        self._receive = receive
         self._send = send
+        self._whole = False
+
+    async def receive(self) -> Message:
+        message = await self._receive()
+        self._whole = message["type"] != "http.request" or not message.get("more_body", False)
+        return message
 
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             self.status = message["status"]
+            if 400 <= self.status < 500:
+                await self._drain()
             headers = [*message.get("headers", []), (b"x-request-id", self.request_id.encode())]
             message = {**message, "headers": headers}
         await self._send(message)
+
+    async def _drain(self) -> None:
+        """Read on for a while: a client in the middle of sending would see a broken connection, not the reason."""
+        left = _DRAIN_BYTES
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_DRAIN_S):
+                while not self._whole and left > 0:
+                    left -= len((await self.receive()).get("body", b""))
 
     async def fail(self) -> None:
         answer = error_answer(Internal("unexpected"))
