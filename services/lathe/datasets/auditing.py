@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 import json
 import logging
+import shutil
 import tempfile
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -76,7 +77,9 @@ class Auditor:
         self._work = folder / "audits"
 
     async def start(self) -> None:
-        """Forget what failed through Lathe's own fault: this process may be a mended one."""
+        """Forget what failed through Lathe's own fault (this process may be a mended one), and what a process that
+        was killed left half-written."""
+        await asyncio.to_thread(shutil.rmtree, self._work, ignore_errors=True)
         await self._store.forget_failed_audits()
 
     async def step(self) -> None:
