@@ -1,21 +1,63 @@
 """`lathe`: every command.
 
-Command modules import what they need when they run, so that `lathe jobs list` stays light.
+Commands import what they need when they run, so that those a user of a remote platform needs stay light.
 """
 
+import json
 import sys
+from pathlib import Path
+from typing import Annotated
 
 import typer
 
-from lathe.cli import platform
+from lathe import __version__
+from lathe.cli import chat, datasets, exits, jobs, keys, models, platform
+from lathe.cli.connection import Connection
+from lathe.cli.output import JSON
 from lathe.common.errors import LatheError
 
 app = typer.Typer(
-    name="lathe", no_args_is_help=True, help="The open fine-tuning platform that you run yourself."
+    name="lathe",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help=f"The open fine-tuning platform that you run yourself.\n\n{exits.MEANING}",
 )
-app.command()(platform.up)
-app.command()(platform.serve)
-app.command()(platform.migrate)
+_USE = "Use a platform"
+_RUN = "Run a platform"
+app.add_typer(models.app, name="models", rich_help_panel=_USE)
+app.add_typer(datasets.app, name="datasets", rich_help_panel=_USE)
+app.add_typer(jobs.app, name="jobs", rich_help_panel=_USE)
+app.add_typer(keys.app, name="keys", rich_help_panel=_USE)
+app.command(rich_help_panel=_USE)(chat.chat)
+app.command(rich_help_panel=_RUN)(platform.up)
+app.command(rich_help_panel=_RUN)(platform.serve)
+app.command(rich_help_panel=_RUN)(platform.migrate)
+
+
+@app.callback()
+def options(
+    context: typer.Context,
+    address: Annotated[
+        str | None, typer.Option(envvar="LATHE_ADDRESS", help="host:port of a platform; else the local one.")
+    ] = None,
+    api_key: Annotated[str | None, typer.Option(envvar="LATHE_API_KEY", help="sk-lathe-…")] = None,
+    data: Annotated[
+        Path, typer.Option("--data", envvar="LATHE_DATA", help="The folder of a local `lathe up`.")
+    ] = Path(".lathe"),
+    tls: Annotated[bool, typer.Option("--tls", envvar="LATHE_TLS", help="The platform speaks TLS.")] = False,
+    ca_file: Annotated[
+        Path | None, typer.Option(envvar="LATHE_CA_FILE", help="Its authority, if not one the system knows.")
+    ] = None,
+    timeout: Annotated[float, typer.Option(help="Seconds for one call, its retries included.")] = 30.0,
+) -> None:
+    """Which platform the commands talk to."""
+    context.obj = Connection(address, api_key, data, tls, ca_file, timeout)
+
+
+@app.command(rich_help_panel=_USE)
+def version(as_json: JSON = False) -> None:
+    """The version of this command."""
+    print(json.dumps({"version": __version__}) if as_json else __version__)
 
 
 def main() -> None:
@@ -24,7 +66,7 @@ def main() -> None:
         app()
     except LatheError as error:
         print(error.message, file=sys.stderr)
-        sys.exit(1)
+        sys.exit(exits.exit_code(error))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,180 @@
+"""`lathe datasets`: files of examples."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lathe.cli import exits
+from lathe.cli.connection import client_of
+from lathe.cli.output import (
+    JSON,
+    note,
+    print_facts,
+    print_json,
+    print_messages,
+    print_table,
+    size,
+    state_word,
+    when,
+)
+from lathe.client.datasets import Progress
+from lathe.v1 import datasets_pb2 as pb
+
+app = typer.Typer(no_args_is_help=True, help="Files of examples to tune on.")
+DATASET = Annotated[str, typer.Argument(help="file-…")]
+
+
+@app.command()
+def upload(
+    context: typer.Context,
+    path: Annotated[
+        Path, typer.Argument(help="A JSONL file, one example per line.", exists=True, dir_okay=False)
+    ],
+    purpose: Annotated[str, typer.Option(help="What it is for.")] = "fine-tune",
+    wait: Annotated[bool, typer.Option(help="Wait until it is validated.")] = True,
+    as_json: JSON = False,
+) -> None:
+    """Upload a file and have it validated; a broken connection goes on where it was."""
+    with client_of(context) as client:
+        with _bar("Uploading", as_json) as progress:
+            dataset = client.datasets.upload(path, purpose, progress=progress)
+        if wait:
+            dataset = client.datasets.wait(dataset.name)
+    if as_json:
+        print_json(dataset)
+    else:
+        print(last_id(dataset))
+        _say_report(dataset)
+    if dataset.state == pb.DATASET_STATE_ERROR:
+        raise typer.Exit(exits.INVALID)
+
+
+@app.command(name="list")
+def list_(
+    context: typer.Context,
+    purpose: Annotated[str, typer.Option(help="Only files of this purpose.")] = "",
+    as_json: JSON = False,
+) -> None:
+    """Your datasets, newest first."""
+    with client_of(context) as client:
+        datasets = list(client.datasets.list(purpose))
+    if as_json:
+        print_messages(datasets)
+        return
+    rows = (
+        (
+            last_id(dataset),
+            dataset.display_name,
+            dataset.purpose,
+            state_word(dataset),
+            str(dataset.report.example_count or ""),
+            size(dataset.size_bytes),
+            when(dataset.create_time),
+        )
+        for dataset in datasets
+    )
+    print_table(
+        ("id", "file", "purpose", "state", "examples", "size", "created"), rows, "There are no datasets."
+    )
+
+
+@app.command()
+def show(context: typer.Context, dataset: DATASET, as_json: JSON = False) -> None:
+    """One dataset and what validation found."""
+    with client_of(context) as client:
+        found = client.datasets.get(dataset)
+    if as_json:
+        print_json(found)
+        return
+    print_facts(
+        (
+            ("id", last_id(found)),
+            ("file", found.display_name),
+            ("purpose", found.purpose),
+            ("state", state_word(found)),
+            ("examples", str(found.report.example_count or "")),
+            ("size", size(found.size_bytes)),
+            ("sha256", found.sha256),
+            ("created", when(found.create_time)),
+            ("expires", when(found.expire_time)),
+        )
+    )
+    _say_report(found)
+
+
+@app.command()
+def download(
+    context: typer.Context,
+    dataset: DATASET,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Where to; standard output if unset.")
+    ] = None,
+) -> None:
+    """The bytes as they were uploaded."""
+    with client_of(context) as client:
+        pieces = client.datasets.download(dataset)
+        if output is None:
+            stream = typer.get_binary_stream("stdout")
+            for piece in pieces:
+                stream.write(piece)
+            stream.flush()
+            return
+        part = output.with_name(output.name + ".part")
+        try:
+            with part.open("wb") as file:
+                file.writelines(pieces)
+            part.replace(output)
+        finally:
+            part.unlink(missing_ok=True)
+
+
+@app.command()
+def delete(context: typer.Context, dataset: DATASET, as_json: JSON = False) -> None:
+    """Delete a dataset; what was tuned on it stays."""
+    with client_of(context) as client:
+        client.datasets.delete(dataset)
+    if as_json:
+        print_json({"deleted": dataset})
+    else:
+        note(f"{dataset} is deleted.")
+
+
+def last_id(dataset: pb.Dataset) -> str:
+    """OpenAI's file id."""
+    return dataset.name.rsplit("/", 1)[-1]
+
+
+def _say_report(dataset: pb.Dataset) -> None:
+    report = dataset.report
+    if dataset.state == pb.DATASET_STATE_READY:
+        note(f"{report.example_count} examples, ready.")
+    for finding in report.findings:
+        where = f"line {finding.line}" if finding.line else "file"
+        note(f"  {where}{', ' + finding.field if finding.field else ''}: {finding.message}")
+    if report.finding_count > len(report.findings):
+        note(f"  and {report.finding_count - len(report.findings)} more findings.")
+
+
+@contextmanager
+def _bar(title: str, quiet: bool) -> Iterator[Progress | None]:
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, TextColumn, TransferSpeedColumn
+    from rich.progress import Progress as Bar
+
+    console = Console(stderr=True)
+    if quiet or not console.is_terminal:
+        yield None
+        return
+    with Bar(
+        TextColumn(title),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        console=console,
+        transient=True,
+    ) as bar:
+        task = bar.add_task(title, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)

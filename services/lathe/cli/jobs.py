@@ -1,0 +1,195 @@
+"""`lathe jobs`: ask for a model to be tuned, and watch it happen."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lathe.cli import exits
+from lathe.cli.connection import client_of
+from lathe.cli.jobview import JobView, metrics_line
+from lathe.cli.output import (
+    JSON,
+    note,
+    plain,
+    print_facts,
+    print_json,
+    print_messages,
+    print_table,
+    state_word,
+    when,
+)
+from lathe.client import Client
+from lathe.common.errors import InvalidArgument
+from lathe.v1 import datasets_pb2
+from lathe.v1 import jobs_pb2 as pb
+
+app = typer.Typer(no_args_is_help=True, help="Fine-tuning jobs.")
+JOB = Annotated[str, typer.Argument(help="ftjob-…")]
+
+
+@app.command()
+def create(
+    context: typer.Context,
+    model: Annotated[str, typer.Option(help="The base or tuned model to start from.")],
+    train: Annotated[str, typer.Option(help="file-… or the path of a JSONL file, which is uploaded.")],
+    validation: Annotated[str, typer.Option(help="file-… or a path; its loss is measured.")] = "",
+    suffix: Annotated[str, typer.Option(help="Part of the tuned model's id.")] = "",
+    seed: Annotated[int | None, typer.Option(help="Chosen if unset.")] = None,
+    n_epochs: Annotated[int | None, typer.Option(help="Times over the data; auto if unset.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Examples per step; auto if unset.")] = None,
+    learning_rate_multiplier: Annotated[float | None, typer.Option(help="Auto if unset.")] = None,
+    lora_r: Annotated[int | None, typer.Option(help="Rank of the adapter.")] = None,
+    watch: Annotated[bool, typer.Option("--watch", help="Watch it until it ends.")] = False,
+    as_json: JSON = False,
+) -> None:
+    """Ask for a model to be tuned on a file of examples."""
+    with client_of(context) as client:
+        job = client.jobs.create(
+            model,
+            _dataset(client, train),
+            validation_dataset=_dataset(client, validation) if validation else "",
+            suffix=suffix,
+            seed=seed,
+            n_epochs=n_epochs,
+            batch_size=batch_size,
+            learning_rate_multiplier=learning_rate_multiplier,
+            lora_r=lora_r,
+        )
+        if watch:
+            if not as_json:
+                note(job_id(job))
+            raise typer.Exit(_watch(client, job.name, as_json))
+    if as_json:
+        print_json(job)
+    else:
+        print(job_id(job))
+
+
+@app.command()
+def watch(context: typer.Context, job: JOB, as_json: JSON = False) -> None:
+    """Show a job's progress until it ends; it goes on when you leave with Ctrl-C. Exit code 1 if it failed."""
+    with client_of(context) as client:
+        raise typer.Exit(_watch(client, job, as_json))
+
+
+@app.command(name="list")
+def list_(context: typer.Context, as_json: JSON = False) -> None:
+    """Your jobs, newest first."""
+    with client_of(context) as client:
+        jobs = list(client.jobs.list())
+    if as_json:
+        print_messages(jobs)
+        return
+    rows = (
+        (
+            job_id(job),
+            job.model,
+            state_word(job),
+            f"{job.step}/{job.total_steps}" if job.total_steps else "",
+            job.fine_tuned_model,
+            when(job.create_time),
+        )
+        for job in jobs
+    )
+    print_table(("id", "model", "state", "step", "tuned model", "created"), rows, "There are no jobs.")
+
+
+@app.command()
+def show(context: typer.Context, job: JOB, as_json: JSON = False) -> None:
+    """One job, with its checkpoints."""
+    with client_of(context) as client:
+        found = client.jobs.get(job)
+        checkpoints = list(client.jobs.checkpoints(job))
+    if as_json:
+        print_json({**plain(found), "checkpoints": [plain(one) for one in checkpoints]})
+        return
+    chosen = found.method.supervised
+    print_facts(
+        (
+            ("id", job_id(found)),
+            ("model", found.model),
+            ("state", state_word(found)),
+            ("", found.state_reason),
+            ("error", found.error.message),
+            ("tuned model", found.fine_tuned_model),
+            ("step", f"{found.step} of {found.total_steps}" if found.total_steps else ""),
+            ("trained tokens", str(found.trained_tokens or "")),
+            ("epochs", str(chosen.hyperparameters.n_epochs or "auto")),
+            ("batch size", str(chosen.hyperparameters.batch_size or "auto")),
+            ("learning rate", f"x {chosen.hyperparameters.learning_rate_multiplier or 'auto'}"),
+            ("LoRA", f"r {chosen.lora.r or 'auto'}, alpha {chosen.lora.lora_alpha or 'auto'}"),
+            ("seed", str(found.seed)),
+            ("training file", found.training_dataset.rsplit("/", 1)[-1]),
+            ("validation file", found.validation_dataset.rsplit("/", 1)[-1]),
+            ("result files", ", ".join(name.rsplit("/", 1)[-1] for name in found.result_files)),
+            (
+                "attempts",
+                f"{found.attempt_count}, {found.lost_lease_count} lost" if found.attempt_count else "",
+            ),
+            ("created", when(found.create_time)),
+            ("finished", when(found.finish_time)),
+            *(("checkpoint", one.model_id) for one in checkpoints),
+        )
+    )
+
+
+@app.command()
+def cancel(context: typer.Context, job: JOB, as_json: JSON = False) -> None:
+    """Stop a job."""
+    with client_of(context) as client:
+        cancelled = client.jobs.cancel(job)
+    if as_json:
+        print_json(cancelled)
+    else:
+        note(f"{job}: {state_word(cancelled)}. {cancelled.state_reason}")
+
+
+@app.command()
+def events(context: typer.Context, job: JOB, as_json: JSON = False) -> None:
+    """Everything that happened to a job, oldest first; one JSON document per line with --json."""
+    with client_of(context) as client:
+        happened = list(client.jobs.events(job))
+    for event in reversed(happened):
+        if as_json:
+            print_json(event)
+        else:
+            text = metrics_line(event.metrics) if event.type == pb.EVENT_TYPE_METRICS else event.message
+            print(f"{when(event.create_time)}  {text}")
+
+
+def job_id(job: pb.Job) -> str:
+    """ftjob-…"""
+    return job.name.rsplit("/", 1)[-1]
+
+
+def _dataset(client: Client, given: str) -> str:
+    """A dataset's name; a path is uploaded and validated first."""
+    if not Path(given).is_file():
+        return given
+    dataset = client.datasets.wait(client.datasets.upload(given).name)
+    if dataset.state == datasets_pb2.DATASET_STATE_ERROR:
+        first = next(iter(dataset.report.findings), None)
+        why = f": line {first.line}: {first.message}" if first is not None else ""
+        raise InvalidArgument(f"{given} cannot be trained on{why} (lathe datasets show {dataset.name})")
+    note(f"Uploaded {given} as {dataset.name.rsplit('/', 1)[-1]}.")
+    return dataset.name
+
+
+def _watch(client: Client, name: str, as_json: bool) -> int:
+    """Watch until the end; the exit code."""
+    job = pb.Job()
+    if as_json:
+        for update in client.jobs.watch(name):
+            job = update.job
+            print_json(update)
+    else:
+        try:
+            with JobView() as view:
+                for update in client.jobs.watch(name):
+                    job = update.job
+                    view.update(update)
+        except KeyboardInterrupt:
+            note(f"The job goes on. Watch it again with: lathe jobs watch {name.rsplit('/', 1)[-1]}")
+            return exits.INTERRUPTED
+    return exits.OK if job.state == pb.JOB_STATE_SUCCEEDED else exits.FAILED
