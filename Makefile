@@ -23,13 +23,13 @@ quickstart: $(VENV)/.engine ## tune a real model on the example data, measure it
 	@$(BIN)/lathe quickstart --data $(DATA)
 
 test: $(VENV)/.dev ## install what the tests need and run all of them (not the cluster ones)
-	$(BIN)/pytest tests/unit
+	$(BIN)/pytest tests/unit -n 2
 	$(BIN)/pytest tests/contract tests/integration
 	$(BIN)/pytest tests/e2e --target=embedded
 	$(BIN)/pytest tests/e2e --target=processes
 
 test-unit: $(VENV)/.dev ## the unit tests alone (seconds)
-	$(BIN)/pytest tests/unit
+	$(BIN)/pytest tests/unit -n 2
 
 lint: $(VENV)/.dev proto-check docs-check ## ruff, mypy, import rules, buf
 	$(BIN)/ruff check .
@@ -54,8 +54,10 @@ proto-check: $(VENV)/.dev ## fail when the committed generated code is not what 
 		--mypy_out=quiet,readable_stubs:build/proto --mypy_grpc_out=quiet:build/proto proto/lathe/v1/*.proto
 	@diff -r -x __init__.py -x __pycache__ build/proto/lathe/v1 services/lathe/v1 || { echo "services/lathe/v1 differs from proto/: run 'make proto' and commit." >&2; exit 1; }
 
-# On main itself the comparison is with the commit before; a first commit has nothing to break.
-BREAKING_AGAINST ?= $(shell git rev-parse -q --verify origin/main 2>/dev/null || git rev-parse -q --verify HEAD~1 2>/dev/null)
+# A branch is compared with main; main itself with what it was before its last change to the contracts.
+BREAKING_AGAINST ?= $(shell main=$$(git rev-parse -q --verify origin/main); \
+	if [ -n "$$main" ] && [ "$$main" != "$$(git rev-parse HEAD)" ]; then echo $$main; \
+	else git rev-parse -q --verify "$$(git log -1 --format=%H -- proto)~1"; fi)
 breaking: $(VENV)/.dev ## fail when proto/ breaks what main promises
 	@if [ -n "$(BREAKING_AGAINST)" ] && git cat-file -e $(BREAKING_AGAINST):proto 2>/dev/null; then \
 		rm -rf build/breaking && mkdir -p build/breaking && git archive $(BREAKING_AGAINST) proto buf.yaml | tar -x -C build/breaking && \
@@ -75,6 +77,15 @@ docs-check: $(VENV)/.dev ## fail when a generated page is out of date
 
 clean: ## remove what the commands above made (not DATA)
 	rm -rf $(VENV) build .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
+
+# --- benchmarks: the last line of each is one JSON object -----------------------------------------------------
+
+.PHONY: bench-engine bench-interleave
+bench-engine: $(VENV)/.dev ## training and sampling beside PEFT and transformers, at SmolLM2's shape
+	PYTHONPATH=services:. $(BIN)/python tests/benchmarks/bench_engine.py
+
+bench-interleave: $(VENV)/.dev ## how long a chat beside a running job waits for its next token
+	PYTHONPATH=services:. $(BIN)/python tests/benchmarks/bench_interleave.py
 
 # --- the environment ---------------------------------------------------------------------------------------
 
@@ -102,6 +113,3 @@ $(VENV)/.dev: requirements/dev.txt pyproject.toml $(VENV)/.torch
 	$(call install,requirements/dev.txt)
 	@touch $(VENV)/.engine
 
-.PHONY: bench-interleave
-bench-interleave: $(VENV)/.dev ## how long a chat beside a running job waits for its next token
-	PYTHONPATH=services:. $(BIN)/python tests/benchmarks/bench_interleave.py
