@@ -9,13 +9,16 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
+from rich.console import Console
+from rich.table import Table
 
 import lathe
+from lathe.cli import output
 from lathe.cli.connection import client_of, connection
-from lathe.cli.output import JSON, console, print_json
+from lathe.cli.output import JSON, print_json
 from lathe.client import Client
 from lathe.client.compare import (
     SCORERS,
@@ -29,9 +32,6 @@ from lathe.client.compare import (
     request_digest,
 )
 from lathe.common.errors import InvalidArgument, NotFound
-
-if TYPE_CHECKING:
-    from rich.table import Table
 
 DEFAULT_ARMS = "base,instruction,few-shot,tuned"
 # Their versions change what is computed, though not a line of ours did.
@@ -74,11 +74,18 @@ def compare(
     folder = connection(context).data
     cache = folder / "cache" / "compare" if reuse and (folder / "cache").is_dir() else None
     with client_of(context) as client:
-        results = measure_arms(client, chosen, examples, Measure(max_tokens, in_flight), cache, quiet=as_json)
+        results = measure_arms(
+            client,
+            chosen,
+            examples,
+            Measure(max_tokens, in_flight),
+            cache,
+            console=None if as_json else Console(stderr=True),
+        )
     if as_json:
         print_json(report(results, scorer))
     else:
-        console().print(table(results, scorer))
+        output.console().print(table(results, scorer))
 
 
 def measure_arms(
@@ -88,7 +95,7 @@ def measure_arms(
     measure: Measure,
     cache: Path | None,
     *,
-    quiet: bool,
+    console: Console | None,
 ) -> list[ArmResult]:
     """Every arm, one after the other; from the cache where nothing that matters has changed."""
     results = []
@@ -98,7 +105,7 @@ def measure_arms(
         digest = request_digest(arm, examples, measure)
         found = store.find(identity, digest) if store is not None and identity else None
         if found is None:
-            with _progress(arm.name, quiet) as progress:
+            with _progress(arm.name, console) as progress:
                 found = measure.run(client, arm, examples, progress)
             if store is not None and identity:
                 store.keep(identity, digest, found)
@@ -179,8 +186,6 @@ def report(results: Sequence[ArmResult], scorer: str) -> dict[str, Any]:
 
 def table(results: Sequence[ArmResult], scorer: str) -> Table:
     """The results for people."""
-    from rich.table import Table
-
     count = results[0].count if results else 0
     what = {"json": "JSON objects equal", "text": "texts equal"}[scorer]
     shown = Table(title=f"{count} held-out examples ({what})", title_justify="left", pad_edge=False)
@@ -209,15 +214,13 @@ def table(results: Sequence[ArmResult], scorer: str) -> Table:
 
 
 @contextmanager
-def _progress(name: str, quiet: bool) -> Iterator[Any]:
-    from rich.console import Console
+def _progress(name: str, console: Console | None) -> Iterator[Any]:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-    err = Console(stderr=True)
-    if quiet or not err.is_terminal:
+    if console is None or not console.is_terminal:
         yield None
         return
     columns = (TextColumn(name), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=err, transient=True) as bar:
+    with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task(name, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)

@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from lathe import __version__
-from lathe.cli import chat, compare, datasets, exits, jobs, keys, models, platform
+from lathe.cli import chat, compare, datasets, exits, jobs, keys, models, platform, quickstart
 from lathe.cli.connection import Connection
 from lathe.cli.output import JSON
 from lathe.common.errors import LatheError
@@ -30,6 +30,7 @@ app.add_typer(jobs.app, name="jobs", rich_help_panel=_USE)
 app.add_typer(keys.app, name="keys", rich_help_panel=_USE)
 app.command(rich_help_panel=_USE)(chat.chat)
 app.command(rich_help_panel=_USE)(compare.compare)
+app.command(rich_help_panel=_RUN)(quickstart.quickstart)
 app.command(rich_help_panel=_RUN)(platform.up)
 app.command(rich_help_panel=_RUN)(platform.serve)
 app.command(rich_help_panel=_RUN)(platform.migrate)
