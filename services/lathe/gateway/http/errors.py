@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import re
 from collections.abc import Iterator, Sequence
@@ -12,6 +11,7 @@ from typing import Any, TypeVar
 
 from lathe.common import errors
 from lathe.common.errors import FieldViolation, InvalidArgument, LatheError, RetryableError, Unimplemented
+from lathe.text.errors import RowError
 
 E = TypeVar("E", bound=LatheError)
 
@@ -82,6 +82,8 @@ def error_answer(error: LatheError) -> ErrorAnswer:
     kind = kind_of(error)
     own_reason = error.reason != type(error).default_reason and not isinstance(error, _ONE_CODE)
     code = error.reason.lower() if own_reason else kind.code
+    if isinstance(error, RowError):
+        code = error.code
     message = _HIDDEN if kind.status == 500 else _RESOURCE.sub("", error.message)
     param = error.violations[0].field if error.violations else None
     headers: dict[str, str] = {}
@@ -103,7 +105,10 @@ def unsupported(field: str, message: str) -> Unimplemented:
 
 def in_door_words(error: E, renames: Sequence[tuple[str, str]]) -> E:
     """The error with gRPC's field paths replaced by OpenAI's: (prefix, replacement), the first that fits."""
-    changed = copy.copy(error)
+    # Some subclasses are built from other arguments than these attributes.
+    changed = type(error).__new__(type(error))
+    changed.__dict__.update(error.__dict__)
+    changed.args = error.args
     changed.violations = tuple(
         FieldViolation(_renamed_path(item.field, renames), _renamed_text(item.description, renames))
         for item in error.violations

@@ -15,9 +15,9 @@ def _auto(value: object) -> object:
     return None if value == "auto" else value
 
 
-Epochs = Annotated[int | None, BeforeValidator(_auto), Field(ge=1, le=50)]
-BatchSize = Annotated[int | None, BeforeValidator(_auto), Field(ge=1, le=256)]
-Multiplier = Annotated[float | None, BeforeValidator(_auto), Field(gt=0)]
+Epochs = Annotated[Annotated[int, Field(ge=1, le=50)] | None, BeforeValidator(_auto)]
+BatchSize = Annotated[Annotated[int, Field(ge=1, le=256)] | None, BeforeValidator(_auto)]
+Multiplier = Annotated[Annotated[float, Field(gt=0)] | None, BeforeValidator(_auto)]
 
 
 class Hyperparameters(Model):
