@@ -399,6 +399,8 @@ async def test_errors_of_the_door_itself(door: Door) -> None:
             assert (answer.status_code, answer.json()["error"]["code"]) == (400, "invalid_json")
         answer = await http.get("/v1/files?limit=0", headers=auth)
         assert answer.json()["error"]["param"] == "limit"
+        answer = await http.get("/v1/files?after=a/b", headers=auth)
+        assert (answer.status_code, answer.json()["error"]["param"]) == (400, "after")
         info = (await http.get("/v1/lathe/info")).json()
         assert info["grpc_port"] > 0 and "files" in info["features"]
         assert [(await http.get(path)).status_code for path in ("/healthz", "/readyz")] == [200, 200]

@@ -10,7 +10,14 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from lathe.common import errors
-from lathe.common.errors import FieldViolation, InvalidArgument, LatheError, RetryableError, Unimplemented
+from lathe.common.errors import (
+    FieldViolation,
+    InvalidArgument,
+    LatheError,
+    NotFound,
+    RetryableError,
+    Unimplemented,
+)
 from lathe.text.errors import RowError
 
 E = TypeVar("E", bound=LatheError)
@@ -124,6 +131,15 @@ def door_words(renames: Sequence[tuple[str, str]]) -> Iterator[None]:
         yield
     except LatheError as error:
         raise in_door_words(error, renames) from error
+
+
+@contextmanager
+def cursor_errors() -> Iterator[None]:
+    """In a list of what a project has, all that can be missing is the item to go on after: a 400 about `after`."""
+    try:
+        yield
+    except NotFound as error:
+        raise invalid("after", f"Invalid value for 'after': {error.message}") from error
 
 
 def _renamed_path(path: str, renames: Sequence[tuple[str, str]]) -> str:

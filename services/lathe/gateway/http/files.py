@@ -16,7 +16,7 @@ from lathe.common.errors import Aborted, LatheError, NotFound
 from lathe.common.names import DATASET, PROJECT
 from lathe.common.rpc.principal import Principal
 from lathe.gateway.gateway import Gateway
-from lathe.gateway.http.errors import door_words, invalid
+from lathe.gateway.http.errors import cursor_errors, door_words, invalid
 from lathe.gateway.http.files_json import FIELDS, RESULTS_PURPOSE, disposition, file_json
 from lathe.gateway.http.idempotency import Begun, Creates, is_retry
 from lathe.gateway.http.multipart import Event, FileForm, file_bytes, parts, read_head
@@ -95,7 +95,7 @@ async def _upload(gateway: Gateway, principal: Principal, head: FileForm, incomi
         raise
     body = json.dumps(file_json(stored)).encode()
     if incoming.begun is not None:
-        await incoming.creates.store.finish(incoming.begun.row_id, 200, body)
+        await incoming.creates.done(incoming.begun, body)
     return body
 
 
@@ -117,7 +117,8 @@ async def list_files(request: Request, gateway: GatewayDep, principal: Principal
     if order not in ("asc", "desc"):
         raise invalid("order", f"Invalid value for 'order': {order[:20]!r} is neither 'asc' nor 'desc'.")
     found: list[pb.Dataset] = []
-    after = resource(DATASET, principal.project, page.after, "file") if page.after else ""
+    with cursor_errors():
+        after = resource(DATASET, principal.project, page.after, "file") if page.after else ""
     while len(found) <= page.limit:
         wanted = pb.ListDatasetsRequest(
             parent=PROJECT.format(principal.project),
@@ -126,7 +127,7 @@ async def list_files(request: Request, gateway: GatewayDep, principal: Principal
             ascending=order == "asc",
             after=after,
         )
-        with door_words(FIELDS):
+        with door_words(FIELDS), cursor_errors():
             answer = await gateway.peers.call(
                 gateway.peers.datasets.ListDatasets, wanted, principal=principal
             )

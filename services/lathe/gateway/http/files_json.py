@@ -57,9 +57,10 @@ def status_details(report: pb.ValidationReport) -> str | None:
 
 
 def _finding(finding: pb.Finding) -> str:
-    where = f"line {finding.line}" if finding.line else "file"
-    field = f", {finding.field}" if finding.field else ""
-    return f"{where}{field}: {finding.message.rstrip('.')}"
+    message = finding.message.rstrip(".")
+    if not finding.line:
+        return message
+    return f"line {finding.line}" + (f", {finding.field}" if finding.field else "") + f": {message}"
 
 
 def disposition(filename: str) -> str:

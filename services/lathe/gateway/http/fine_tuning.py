@@ -8,7 +8,7 @@ from starlette.responses import JSONResponse, Response
 
 from lathe.common.errors import Unimplemented
 from lathe.common.names import JOB, PROJECT
-from lathe.gateway.http.errors import door_words, invalid
+from lathe.gateway.http.errors import cursor_errors, door_words, invalid
 from lathe.gateway.http.fine_tuning_json import (
     JobBody,
     checkpoint_json,
@@ -68,7 +68,7 @@ async def list_jobs(request: Request, gateway: GatewayDep, principal: PrincipalD
         metadata=metadata_filter(request.query_params),
         after=page.after,
     )
-    with door_words((("page_size", "limit"),)):
+    with cursor_errors():
         found = await gateway.peers.call(gateway.peers.jobs.ListJobs, wanted, principal=principal)
     return JSONResponse(
         list_body([job_json(job) for job in found.jobs], has_more=bool(found.next_page_token))

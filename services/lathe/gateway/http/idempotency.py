@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
@@ -13,6 +14,8 @@ from lathe.common.rpc.principal import Principal
 from lathe.gateway.http.errors import kind_of
 from lathe.gateway.model import IdempotencyRow
 from lathe.gateway.ports import IdempotencyStore
+
+log = logging.getLogger(__name__)
 
 RETRY_COUNT = "x-stainless-retry-count"
 _POLL_S = 0.2
@@ -63,8 +66,15 @@ class Creates:
         except LatheError as error:
             await self.failed(begun, error)
             raise
-        await self.store.finish(begun.row_id, 200, body)
+        await self.done(begun, body)
         return body
+
+    async def done(self, begun: Begun, body: bytes) -> None:
+        """Keep the answer. That it cannot be kept is no reason not to give it: the work is done."""
+        try:
+            await self.store.finish(begun.row_id, 200, body)
+        except LatheError as error:
+            log.warning("The answer of %s was not kept for a retry: %s", self.path, error)
 
     async def failed(self, begun: Begun, error: LatheError) -> None:
         """What was refused is forgotten. What may have happened all the same keeps its id for the retry."""
