@@ -33,6 +33,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def _possible(item: pytest.Item, target: str) -> bool:
     if item.get_closest_marker("real_model") or item.get_closest_marker("embedded_only"):
         return target == "embedded"
+    if item.get_closest_marker("processes_only"):
+        return target == "processes"
     return target in ("embedded", "processes") or item.get_closest_marker("kills") is None
 
 

@@ -191,6 +191,8 @@ def test_a_seed_repeats(sdk: openai.OpenAI, base_model: str) -> None:
         )
         return [choice.message.content for choice in completion.choices]
 
+    # Computing a prompt and reusing a cached one differ in bf16's last bits: from the second time on it is cached.
+    sample(7)
     first = sample(7)
     assert first == sample(7)
     assert first != sample(8)
@@ -246,22 +248,15 @@ def test_a_deleted_model_is_gone(sdk: openai.OpenAI, model: str) -> None:
     with pytest.raises(openai.NotFoundError):
         sdk.models.retrieve(model)
     assert model not in {item.id for item in sdk.models.list()}
-    deadline = time.monotonic() + 10
-    while time.monotonic() < deadline:
-        # The gateway may remember for a few seconds what an id means.
-        try:
-            sdk.chat.completions.create(model=model, messages=ask("Hello!"), max_tokens=1)
-        except openai.NotFoundError as error:
-            assert error.code == "model_not_found"
-            return
-        time.sleep(0.5)
-    raise AssertionError("a deleted model still answers")
+    # The gateway may remember for five seconds what a model id means.
+    time.sleep(5.5)
+    with pytest.raises(openai.NotFoundError) as refused:
+        sdk.chat.completions.create(model=model, messages=ask("Hello!"), max_tokens=1)
+    assert refused.value.code == "model_not_found"
 
 
 def test_files_are_listed_page_by_page_and_deleted(sdk: openai.OpenAI) -> None:
-    made = [
-        sdk.files.create(file=(f"{name}.txt", name.encode()), purpose="user_data").id for name in "abc"
-    ]
+    made = [sdk.files.create(file=(f"{name}.txt", name.encode()), purpose="user_data").id for name in "abc"]
     listed = [file.id for file in sdk.files.list(purpose="user_data", limit=2)]
     assert [file for file in listed if file in made] == made[::-1]
     page = sdk.files.list(purpose="user_data", limit=2, order="asc")
@@ -325,9 +320,7 @@ def test_jobs_are_listed_page_by_page_and_by_metadata(
     assert [item.id for item in first.data] == [made[-1]]
 
 
-def test_a_retried_create_makes_one_job(
-    sdk: openai.OpenAI, base_model: str, training_file: str
-) -> None:
+def test_a_retried_create_makes_one_job(sdk: openai.OpenAI, base_model: str, training_file: str) -> None:
     def create(retry: str) -> str:
         # What the SDK sends when it repeats a request by itself.
         job = sdk.fine_tuning.jobs.create(
@@ -361,9 +354,7 @@ def test_a_retried_upload_makes_one_file(sdk: openai.OpenAI) -> None:
     assert create("0") != first
 
 
-def test_a_tuned_model_is_tuned_further(
-    sdk: openai.OpenAI, tuned: jobs_pb2.Job, training_file: str
-) -> None:
+def test_a_tuned_model_is_tuned_further(sdk: openai.OpenAI, tuned: jobs_pb2.Job, training_file: str) -> None:
     created = sdk.fine_tuning.jobs.create(
         model=tuned.fine_tuned_model,
         training_file=training_file,
@@ -375,5 +366,7 @@ def test_a_tuned_model_is_tuned_further(
         time.sleep(0.2)
     assert job.status == "succeeded", job
     # It began where the other had ended, not anew.
-    [first] = [event for event in sdk.fine_tuning.jobs.list_events(job.id) if event.message.startswith("Step 1/")]
+    [first] = [
+        event for event in sdk.fine_tuning.jobs.list_events(job.id) if event.message.startswith("Step 1/")
+    ]
     assert first.data["train_loss"] < 1

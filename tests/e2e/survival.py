@@ -1,0 +1,66 @@
+"""A job that is long enough to be hit, and what must be true of it afterwards. Also for tests/acceptance."""
+
+from __future__ import annotations
+
+import time
+
+from lathe.client import Client
+from lathe.v1 import datasets_pb2, jobs_pb2
+from tests.e2e.data import jsonl, lessons
+from tests.fixtures.platforms import Platform
+
+FILES = ("adapter_model.safetensors", "adapter_config.json")
+STEPS = 400
+ENDED = (jobs_pb2.JOB_STATE_SUCCEEDED, jobs_pb2.JOB_STATE_FAILED, jobs_pb2.JOB_STATE_CANCELLED)
+
+
+def upload_long(client: Client) -> datasets_pb2.Dataset:
+    """200 rows."""
+    return client.datasets.wait(client.datasets.upload(jsonl(lessons(40))).name)
+
+
+def start_long(client: Client, base_model: str, dataset: datasets_pb2.Dataset) -> jobs_pb2.Job:
+    """8 epochs of 50 steps, always with the same seed."""
+    return client.jobs.create(base_model, dataset.name, seed=11, n_epochs=8, batch_size=4)
+
+
+def wait_for_step(client: Client, job: jobs_pb2.Job, step: int, timeout: float = 60.0) -> jobs_pb2.Job:
+    """Until the job has reported `step`."""
+    deadline = time.monotonic() + timeout
+    while (job := client.jobs.get(job.name)).step < step:
+        assert job.state not in ENDED, job
+        assert time.monotonic() < deadline, f"step {step} was not reached: {job}"
+        time.sleep(0.05)
+    return job
+
+
+def wait_for_success(client: Client, job: jobs_pb2.Job, timeout: float = 120.0) -> jobs_pb2.Job:
+    deadline = time.monotonic() + timeout
+    while (job := client.jobs.get(job.name)).state not in ENDED:
+        assert time.monotonic() < deadline, f"it did not end: {job}"
+        time.sleep(0.1)
+    assert job.state == jobs_pb2.JOB_STATE_SUCCEEDED, job
+    return job
+
+
+def check_history(client: Client, job: jobs_pb2.Job) -> None:
+    """Every step is told once and in order, every epoch has its checkpoint, nothing happened twice."""
+    events = list(client.jobs.events(job.name))[::-1]
+    assert [event.sequence for event in events] == list(range(1, len(events) + 1))
+    steps = [event.metrics.step for event in events if event.type == jobs_pb2.EVENT_TYPE_METRICS]
+    assert steps == list(range(1, STEPS + 1))
+    messages = [event.message for event in events if event.type == jobs_pb2.EVENT_TYPE_MESSAGE]
+    for once in ("Fine-tuning job started", f"New fine-tuned model created: {job.fine_tuned_model}"):
+        assert messages.count(once) == 1
+    saved = [message for message in messages if message.startswith("Checkpoint created")]
+    assert saved == [f"Checkpoint created at step {step}" for step in range(50, STEPS + 1, 50)]
+    assert messages[-1] == "The job has successfully completed"
+    assert [one.step for one in client.jobs.checkpoints(job.name)] == [400, 350, 300]
+    assert job.total_steps == job.step == STEPS
+
+
+def final_adapter(platform: Platform, client: Client, job: jobs_pb2.Job) -> dict[str, bytes]:
+    """The files that the job made, by name."""
+    assert platform.read_object is not None
+    prefix = client.adapters.of_model(job.fine_tuned_model).object.prefix.rstrip("/")
+    return {name: platform.read_object(f"{prefix}/{name}") for name in FILES}
