@@ -6,6 +6,7 @@ differently from a cluster.
 
 from __future__ import annotations
 
+import socket
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ import lathe.models.main
 from lathe import __version__
 from lathe.accounts.settings import AccountsSettings
 from lathe.common.db import Database, migrate
-from lathe.common.errors import Unauthenticated
+from lathe.common.errors import FailedPrecondition, Unauthenticated
 from lathe.common.metrics import Metrics
 from lathe.common.rpc.auth import read_token
 from lathe.common.rpc.channel import call, connect
@@ -67,13 +68,14 @@ async def running(folder: DataFolder, options: UpOptions) -> AsyncIterator[Endpo
 
     Raises FailedPrecondition for a port in use or a database of a newer version.
     """
-    for service in SERVICES:
-        await _migrate(folder, service)
+    _check_ports(options)
+    for name in SERVICES:
+        await _migrate(folder, name)
     metrics = Metrics(__version__)
     settings = MetricsSettings(host=options.host, port=options.metrics_port)
     with metrics_endpoint(metrics, settings) as metrics_port:
         async with AsyncExitStack() as stack:
-            addresses: dict[str, str] = {}
+            addresses: dict[str, Any] = {}
             accounts = AccountsSettings(
                 **_common(folder, "accounts"), bootstrap_key=SecretStr(read_token(folder.api_key_file))
             )
@@ -104,6 +106,32 @@ async def running(folder: DataFolder, options: UpOptions) -> AsyncIterator[Endpo
             )
             write_endpoint(folder, endpoints.http, endpoints.grpc)
             yield endpoints
+
+
+def _check_ports(options: UpOptions) -> None:
+    """Raise FailedPrecondition naming the option of a port that is taken, before anything is started."""
+    wanted = {
+        "--http-port": options.http_port,
+        "--grpc-port": options.grpc_port,
+        "--metrics-port": options.metrics_port,
+    }
+    family = socket.AF_INET6 if ":" in options.host else socket.AF_INET
+    for option, port in wanted.items():
+        if not port:
+            continue
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            # Only for what lingers after a close: a listener still excludes another.
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((options.host, port))
+            except OSError as error:
+                why = error.strerror or str(error)
+                raise FailedPrecondition(
+                    f"Port {port} on {options.host} cannot be had ({why}); choose another with {option}, or 0 for a "
+                    "free one.",
+                    reason="PORT_IN_USE",
+                    metadata={"port": str(port)},
+                ) from error
 
 
 async def _key_works(folder: DataFolder, accounts: str) -> bool:
@@ -142,7 +170,7 @@ def _store(folder: DataFolder) -> StoreSettings:
     return StoreSettings(kind="folder", folder=folder.root / "store")
 
 
-def _jobs_settings(folder: DataFolder, options: UpOptions, addresses: dict[str, str]) -> JobsSettings:
+def _jobs_settings(folder: DataFolder, options: UpOptions, addresses: dict[str, Any]) -> JobsSettings:
     engine = {
         "LATHE_ENGINE_STORE__KIND": "folder",
         "LATHE_ENGINE_STORE__FOLDER": str(folder.root / "store"),
@@ -158,7 +186,7 @@ def _jobs_settings(folder: DataFolder, options: UpOptions, addresses: dict[str, 
     return JobsSettings(**_common(folder, "jobs"), **addresses, launcher=launcher)
 
 
-def _gateway_settings(folder: DataFolder, options: UpOptions, addresses: dict[str, str]) -> GatewaySettings:
+def _gateway_settings(folder: DataFolder, options: UpOptions, addresses: dict[str, Any]) -> GatewaySettings:
     common = _common(folder, "gateway", options.grpc_port, options.host)
     common["rpc"] = common["rpc"].model_copy(update={"reflection": options.reflection})
     return GatewaySettings(

@@ -20,17 +20,8 @@ from lathe.cli import output
 from lathe.cli.connection import client_of, connection
 from lathe.cli.output import JSON, print_json
 from lathe.client import Client
-from lathe.client.compare import (
-    SCORERS,
-    Arm,
-    ArmInputs,
-    ArmResult,
-    Example,
-    Measure,
-    make_arms,
-    read_examples,
-    request_digest,
-)
+from lathe.client.arms import Arm, ArmInputs, Example, make_arms, read_examples
+from lathe.client.compare import SCORERS, ArmResult, Measure, request_digest
 from lathe.common.errors import InvalidArgument, NotFound
 
 DEFAULT_ARMS = "base,instruction,few-shot,tuned"

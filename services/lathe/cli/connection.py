@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -62,10 +63,13 @@ class Connection:
 def local_address(data: Path) -> str | None:
     """Where a running `lathe up` on this folder answers gRPC; None when none runs."""
     try:
-        address = json.loads((data / "endpoint.json").read_text())["grpc"]
+        address = str(json.loads((data / "endpoint.json").read_text())["grpc"])
+        host, _, port = address.rpartition(":")
+        # One that was killed has left its file behind.
+        socket.create_connection((host.strip("[]"), int(port)), timeout=2.0).close()
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    return str(address)
+    return address
 
 
 def connection(context: typer.Context) -> Connection:

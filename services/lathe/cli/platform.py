@@ -5,6 +5,7 @@ import json
 import sys
 from enum import StrEnum
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,6 +19,10 @@ if TYPE_CHECKING:
 DATA = Annotated[
     Path, typer.Option("--data", envvar="LATHE_DATA", help="Where the platform keeps everything.")
 ]
+_NO_TORCH = (
+    "torch is not installed here, so no engine can start: files and models can be kept, but nothing can be tuned or "
+    "asked. Install lathe[engine]."
+)
 CONFIG = Annotated[Path | None, typer.Option("--config", help="A YAML file with settings.")]
 
 
@@ -50,6 +55,8 @@ def up(
     from lathe.embedded import UpOptions
 
     configure(log_level)
+    if find_spec("torch") is None:
+        print(_NO_TORCH, file=sys.stderr, flush=True)
     options = UpOptions(
         host=host,
         http_port=http_port,
@@ -68,6 +75,8 @@ async def _up(data: Path, options: "UpOptions", as_json: bool) -> None:
     with opened(data) as folder:
         async with running(folder, options) as endpoints:
             print(_announcement(endpoints, as_json), flush=True)
+            if as_json and not endpoints.key_works:
+                print(f"The key in {folder.api_key_file} was revoked.", file=sys.stderr, flush=True)
             await until_signal()
 
 

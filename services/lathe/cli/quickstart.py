@@ -25,7 +25,8 @@ from lathe.cli.jobview import JobView
 from lathe.cli.models import fetch_wheel, send
 from lathe.cli.output import JSON, print_json
 from lathe.client import Client
-from lathe.client.compare import ArmInputs, Example, Measure, make_arms, read_examples
+from lathe.client.arms import ArmInputs, Example, make_arms, read_examples
+from lathe.client.compare import Measure
 from lathe.common.errors import FailedPrecondition, Internal, NotFound
 from lathe.v1 import jobs_pb2, models_pb2
 
@@ -49,7 +50,7 @@ def quickstart(
     as_json: JSON = False,
 ) -> None:
     """Start a platform, tune SmolLM2 on the example data, measure it, chat with it, and stop the platform again."""
-    run = Quickstart(Console(stderr=as_json, highlight=False), _folder(examples), data)
+    run = Quickstart(_console(as_json), _folder(examples), data)
     summary = run.run(n_epochs, arms, engine_threads)
     if as_json:
         print_json(summary)
@@ -172,7 +173,7 @@ class Quickstart:
         self.console.print(f"  [dim]>[/dim] {example.prompt[-1]['content']}", markup=True)
         self.console.print(answer, style="green", markup=False)
         self.console.print("  The same with OpenAI's SDK:", style="dim")
-        self.console.print(_sdk_code(tuned), style="dim", markup=False)
+        self.console.print(_sdk_code(tuned), style="dim", markup=False, soft_wrap=True)
 
     def farewell(self, summary: dict[str, Any]) -> None:
         """The times, and what to try next."""
@@ -182,12 +183,19 @@ class Quickstart:
             out.print(f"  {seconds:7.1f} s  {name}")
         out.print(f"  {summary['seconds']:7.1f} s  in all")
         out.print("\n[bold]Try next[/bold] (the platform is stopped; the models stay)")
-        out.print(f"  lathe up --data {self.data}", markup=False)
-        out.print(f"  lathe --data {self.data} chat {summary['tuned_model']}", markup=False, soft_wrap=True)
-        out.print(
-            f"  lathe --data {self.data} jobs create --model {summary['model']} --train yours.jsonl --watch"
-        )
-        out.print(f"  lathe --data {self.data} jobs show {summary['job']}")
+        on = f"lathe --data {self.data}"
+        for command in (
+            f"lathe up --data {self.data}",
+            f"{on} chat {summary['tuned_model']}",
+            f"{on} jobs create --model {summary['model']} --train yours.jsonl --watch",
+            f"{on} jobs show {summary['job']}",
+        ):
+            out.print(f"  {command}", markup=False, soft_wrap=True)
+
+
+def _console(as_json: bool) -> Console:
+    console = Console(stderr=as_json, highlight=False)
+    return console if console.is_terminal else Console(stderr=as_json, highlight=False, width=120)
 
 
 def _folder(given: Path | None) -> Path:
