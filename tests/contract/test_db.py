@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 import sqlite3
+import time
 import uuid
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta, timezone
@@ -158,6 +161,24 @@ async def test_a_postgres_that_comes_back_is_used_again(postgres: PostgresEndpoi
         async with db.read() as connection:
             await connection.execute(sa.text("SELECT pg_terminate_backend(pg_backend_pid())"))
     await db.check()
+    await db.close()
+
+
+async def test_a_postgres_that_stands_still_is_unavailable(postgres: PostgresEndpoint) -> None:
+    db = Database(postgres.new_database(f"test_{uuid.uuid4().hex[:12]}"), pool_size=1, answer_timeout_s=0.5)
+    stopped: list[int] = []
+    started = time.monotonic()
+    try:
+        with pytest.raises(Unavailable) as caught:
+            async with db.read() as connection:
+                stopped.append((await connection.execute(sa.text("SELECT pg_backend_pid()"))).scalar_one())
+                os.kill(stopped[0], signal.SIGSTOP)
+                await connection.execute(sa.text("SELECT 1"))
+        await db.check()
+    finally:
+        os.kill(stopped[0], signal.SIGCONT)
+    assert caught.value.retry_after == 1.0
+    assert time.monotonic() - started < 3
     await db.close()
 
 

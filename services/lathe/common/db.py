@@ -30,6 +30,8 @@ SchemaState = Literal["current", "behind", "ahead"]
 _WRITE = "lathe_write"
 _BUSY_TIMEOUT_MS = 10_000
 _UNIQUE_SQLSTATE = "23505"
+# Below the deadline of a call between services (10 s), so that its answer is Unavailable.
+ANSWER_TIMEOUT_S = 5.0
 # SQLite's OperationalError also covers wrong SQL; only these primary codes are outages.
 _SQLITE_OUTAGES = {
     sqlite3.SQLITE_BUSY: "is locked by another process",
@@ -64,12 +66,19 @@ class UtcDateTime(TypeDecorator[datetime]):
 class Database:
     """A service's database.
 
-    url: `sqlite+aiosqlite:///path` or `postgresql+psycopg://user:password@host/name`.
+    url: `sqlite+aiosqlite:///path` or `postgresql+psycopg://user:password@host/name`. answer_timeout_s: how long
+    PostgreSQL may take for one statement before it counts as away.
     """
 
-    def __init__(self, url: str, pool_size: int = 5) -> None:
+    def __init__(
+        self, url: str, pool_size: int = 5, *, answer_timeout_s: float = ANSWER_TIMEOUT_S
+    ) -> None:
         self._sqlite = make_url(url).get_backend_name() == "sqlite"
-        self._engine = _sqlite_engine(url, pool_size) if self._sqlite else _postgres_engine(url, pool_size)
+        self._engine = (
+            _sqlite_engine(url, pool_size)
+            if self._sqlite
+            else _postgres_engine(url, pool_size, answer_timeout_s)
+        )
         event.listen(self._engine.sync_engine, "before_execute", _refuse_write_in_read)
         # SQLite has one writer at a time; waiting here costs nothing, waiting in the driver polls.
         self._writer = asyncio.Lock() if self._sqlite else nullcontext()
@@ -146,21 +155,24 @@ def _sqlite_engine(url: str, pool_size: int) -> AsyncEngine:
     return engine
 
 
-def _postgres_engine(url: str, pool_size: int) -> AsyncEngine:
+def _postgres_engine(url: str, pool_size: int, answer_timeout_s: float) -> AsyncEngine:
+    from lathe.common.postgres import connector
+
     return create_async_engine(
         url,
         pool_size=pool_size,
         max_overflow=0,
         pool_pre_ping=True,
-        pool_timeout=10,
+        pool_timeout=5,
         connect_args={
+            "async_creator_fn": connector(answer_timeout_s),
             "connect_timeout": 5,
             # A peer that vanished without a word is noticed within seconds, not hours.
             "keepalives_idle": 10,
             "keepalives_interval": 5,
             "keepalives_count": 2,
             "tcp_user_timeout": 15_000,
-            "options": "-c statement_timeout=30000 -c timezone=UTC",
+            "options": f"-c statement_timeout={round(answer_timeout_s * 1000)} -c timezone=UTC",
         },
     )
 
