@@ -44,6 +44,10 @@ class FakeClock:
             if not waiter.done():
                 waiter.set_result(None)
 
+    def leap(self, seconds: float) -> None:
+        """Move the wall clock alone, as after a sleep of the machine or a correction."""
+        self._start += timedelta(seconds=seconds)
+
     async def advance(self, seconds: float) -> None:
         """Move the time, stopping at each sleeper on the way so that it may sleep again."""
         end = self._elapsed + seconds

@@ -12,7 +12,8 @@ from lathe.common.errors import Unavailable
 class Contact:
     """An engine cannot renew a lease while jobs or its database is away, so silence proves nothing then.
 
-    Trusted once a whole lease term has passed without a failure, a start or a pause of this process.
+    Trusted once a whole lease term has passed without a failure, a start or a pause of this process, and without a
+    leap of the wall clock: leases end by that one, and a machine that slept finds them all past.
     """
 
     def __init__(self, clock: Clock, lease_term_s: float) -> None:
@@ -20,13 +21,15 @@ class Contact:
         self._term_s = lease_term_s
         self._since: float | None = None
         self._last = 0.0
+        self._offset = 0.0
 
     def seen(self) -> None:
         """The database answered."""
         now = self._clock.monotonic()
         # A gap means that this process stood still, and heartbeats may be waiting in its sockets.
-        if self._since is None or now - self._last > self._term_s / 2:
+        if self._since is None or now - self._last > self._term_s / 2 or self._leapt():
             self._since = now
+            self._offset = self._wall_offset()
         self._last = now
 
     def lost(self) -> None:
@@ -36,7 +39,14 @@ class Contact:
     def trusted(self) -> bool:
         """Whether a lease that was not renewed in time may be taken away."""
         now = self._clock.monotonic()
-        return self._since is not None and now - self._since >= self._term_s
+        return self._since is not None and now - self._since >= self._term_s and not self._leapt()
+
+    def _leapt(self) -> bool:
+        return abs(self._wall_offset() - self._offset) > self._term_s / 2
+
+    def _wall_offset(self) -> float:
+        """Seconds from the monotonic clock to the wall clock; steady while neither leaps."""
+        return self._clock.now().timestamp() - self._clock.monotonic()
 
     @asynccontextmanager
     async def watched(self) -> AsyncIterator[None]:
