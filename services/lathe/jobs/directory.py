@@ -65,14 +65,15 @@ class EngineDirectory:
 
     async def ensure(self, base_id: str) -> bool:
         """Ask for at least one engine of this base; True if one is there. Raises NotFound for an unknown base."""
-        for engine in await self.serving():
-            if engine.base.id == base_id and not engine.draining:
-                await self._demand(Pool(engine.base))
-                return True
-        resolved = await self.models.resolve(_ANY_PROJECT, f"baseModels/{base_id}")
-        await self._demand(Pool(resolved.base))
-        self.changes.ring()
-        return False
+        # By digest: an id may stand for other weights than it did when an engine that still runs was started.
+        base = (await self.models.resolve(_ANY_PROJECT, f"baseModels/{base_id}")).base
+        await self._demand(Pool(base))
+        ready = any(
+            engine.base.digest == base.digest and not engine.draining for engine in await self.serving()
+        )
+        if not ready:
+            self.changes.ring()
+        return ready
 
     async def _demand(self, wanted: Pool) -> None:
         now = self.clock.now()
