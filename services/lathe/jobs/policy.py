@@ -264,7 +264,7 @@ def _words(picture: Snapshot) -> list[Decision]:
         before = ahead.get(digest, 0)
         pool = pools.get(digest)
         serving = [e for e in _of(picture.engines, digest) if is_serving(e, picture.now, picture.limits)]
-        if not serving and pool is not None and pool.start_failures >= MAX_START_FAILURES:
+        if not serving and pool is not None and _gave_up(job, pool):
             decisions.append(
                 Refuse(
                     job.id,
@@ -279,6 +279,16 @@ def _words(picture: Snapshot) -> list[Decision]:
         if reason != job.state_reason:
             decisions.append(Explain(job.id, reason))
     return decisions
+
+
+def _gave_up(job: Job, pool: Pool) -> bool:
+    """Whether starts failed too often, one of them at least while this job waited."""
+    if pool.start_failures < MAX_START_FAILURES:
+        return False
+    if pool.next_launch_time is None or job.queue_time is None:
+        return True
+    last_failure = pool.next_launch_time - timedelta(seconds=backoff_s(pool.start_failures))
+    return job.queue_time <= last_failure
 
 
 def _of(engines: Collection[EngineRecord], digest: str) -> list[EngineRecord]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from datetime import timedelta
 
 from lathe.common.clock import Clock
-from lathe.common.errors import Aborted, LatheError
+from lathe.common.errors import Aborted, LatheError, RetryableError
 from lathe.common.ids import IdFactory
 from lathe.common.metrics import Metrics
 from lathe.jobs import lifecycle, policy
@@ -157,7 +157,8 @@ class Reconciler:
             # A kill from outside says nothing about whether the next start will work.
             killed = process is None or process.killed
             if current.state is EngineState.LAUNCHING:
-                await self._note_failure(session, engine.base, said or status, counts=not killed)
+                why = "" if killed else said or status
+                await self._note_failure(session, engine.base, why, counts=not killed)
         log.warning("Engine %s ended (%s). %s", engine.id, status, said)
         await self._forget(engine.id)
         return True
@@ -228,9 +229,11 @@ class Reconciler:
             await self.launcher.start(engine.id, base.name, base.digest)
         except LatheError as error:
             log.warning("Engine %s could not be started: %s", engine.id, error)
+            # A launcher that is away says nothing about the engine: jobs wait for it.
+            counts = not isinstance(error, RetryableError)
             async with self.store.write() as session:
                 await session.delete_engine(engine.id)
-                await self._note_failure(session, base, error.message, counts=True)
+                await self._note_failure(session, base, error.message, counts=counts)
         return True
 
     async def _stop(self, decision: StopEngine) -> bool:
@@ -279,6 +282,7 @@ class Reconciler:
         await session.delete_engine(engine.id)
 
     async def _note_failure(self, session: JobSession, base: BaseRef, said: str, *, counts: bool) -> None:
+        """said: shown to those who wait; empty leaves what was said before."""
         pool = await _pool(session, base.digest)
         old = pool or Pool(base)
         failures = old.start_failures + (1 if counts else 0)
@@ -289,7 +293,7 @@ class Reconciler:
                 old,
                 start_failures=failures,
                 next_launch_time=self.clock.now() + wait,
-                last_error=said[-500:] if counts else old.last_error,
+                last_error=said[-500:] or old.last_error,
             ),
         )
 

@@ -5,10 +5,10 @@ from dataclasses import replace
 
 import pytest
 
-from lathe.common.errors import NotFound, Unavailable
+from lathe.common.errors import FailedPrecondition, NotFound, Unavailable
 from lathe.jobs.model import EngineState, JobState, Outcome
 from lathe.jobs.workers import Beat
-from tests.fakes.jobs import World
+from tests.fakes.jobs import BASE, World
 
 
 async def engines(world: World) -> list[tuple[str, EngineState]]:
@@ -83,6 +83,22 @@ async def test_no_lease_expires_before_a_whole_term_of_contact(world: World) -> 
     assert (await world.job(lease.job.id)).state is JobState.QUEUED
 
 
+async def test_a_leap_of_the_wall_clock_takes_no_lease(world: World) -> None:
+    lease = await world.leased()
+    await world.pass_time(10)
+    await world.workers.heartbeat(Beat("eng-a", [(lease.attempt.id, lease.attempt.lease_token)]))
+    await world.pass_time(10)
+    # A laptop that slept: its monotonic clock stood still.
+    world.clock.leap(3600)
+    await world.pass_time(3)
+    assert (await world.job(lease.job.id)).state is JobState.STARTING
+    await world.workers.heartbeat(Beat("eng-a", [(lease.attempt.id, lease.attempt.lease_token)]))
+    await world.pass_time(13)
+    assert (await world.job(lease.job.id)).state is JobState.STARTING
+    await world.pass_time(20)
+    assert (await world.job(lease.job.id)).state is JobState.QUEUED
+
+
 async def test_an_outage_of_the_database_starts_the_term_anew(world: World) -> None:
     lease = await world.leased()
     await world.pass_time(14)
@@ -114,11 +130,38 @@ async def test_failing_starts_back_off_and_then_fail_the_job(world: World) -> No
 
 async def test_a_launcher_that_cannot_start_counts_too(world: World) -> None:
     job = await world.queued()
-    world.launcher.fails = Unavailable("No such file.")
+    world.launcher.fails = FailedPrecondition("No such file.")
     await world.pass_time(2)
     assert "No such file." in (await world.job(job.id)).state_reason
     await world.pass_time(120, step=5)
     assert (await world.job(job.id)).state is JobState.FAILED
+
+
+async def test_a_launcher_that_is_away_fails_no_job(world: World) -> None:
+    job = await world.queued()
+    world.launcher.fails = Unavailable("Ray does not answer.")
+    await world.pass_time(300, step=5)
+    waiting = await world.job(job.id)
+    assert waiting.state is JobState.QUEUED
+    assert "Ray does not answer." in waiting.state_reason
+    world.launcher.fails = None
+    await world.pass_time(3)
+    assert len(world.launcher.processes) == 1
+
+
+async def test_a_job_is_not_refused_for_starts_that_failed_before_it_came(world: World) -> None:
+    for _ in range(24):
+        await world.directory.ensure("tiny")
+        await world.pass_time(5, step=5)
+        for engine_id, process in list(world.launcher.processes.items()):
+            if process.running:
+                world.launcher.die(engine_id)
+    await world.pass_time(1)
+    job = await world.queued()
+    await world.pass_time(1)
+    assert (await world.job(job.id)).state is JobState.QUEUED
+    await world.pass_time(60)
+    assert len(world.launcher.processes) == 1
 
 
 async def test_kills_from_outside_never_fail_a_job(world: World) -> None:
@@ -166,6 +209,14 @@ async def test_sampling_gets_an_engine_started(world: World) -> None:
     assert [engine.id for engine in await world.directory.serving()] == [engine_id]
     with pytest.raises(NotFound):
         await world.directory.ensure("unknown")
+
+
+async def test_an_engine_of_other_weights_under_the_same_id_does_not_do(world: World) -> None:
+    old = replace(BASE, digest="0" * 64)
+    await world.register("eng-old", old)
+    assert not await world.directory.ensure("tiny")
+    await world.reconciler.run_once()
+    assert len(world.launcher.processes) == 1
 
 
 async def test_the_list_of_engines_is_told_at_once_and_on_change(world: World) -> None:
