@@ -174,11 +174,12 @@ class WorkersService:
         expire = now + timedelta(seconds=self.terms.lease_term_s)
         directives: list[tuple[str, Action]] = []
         async with self.contact.watched(), self.store.write() as session:
+            # The engine before its attempts, as whoever removes an engine locks them: no deadlock between the two.
+            engine = await session.engine(beat.engine_id, lock=True)
             for attempt_id, token in beat.leases:
                 action = await _renew(session, beat.engine_id, attempt_id, token, expire)
                 if action is not None:
                     directives.append((attempt_id, action))
-            engine = await session.engine(beat.engine_id, lock=True)
             if engine is not None:
                 busy = bool(beat.leases) or beat.active_sequences > 0
                 await session.put_engine(
@@ -274,10 +275,15 @@ class WorkersService:
         return Lease(attempt, saved, [one.prefix for one in earlier])
 
     async def report(self, progress: Progress) -> None:
-        """Keep metrics, checkpoints and the plan. Safe to repeat. Raises Aborted for a stale token."""
+        """Keep metrics, checkpoints and the plan. Safe to repeat.
+
+        Raises Aborted for a stale token, InvalidArgument for a checkpoint that lies outside the job's folder.
+        """
         now = self.clock.now()
         async with self.store.write() as session:
             attempt, job = await _current(session, progress.attempt_id, progress.lease_token)
+            for checkpoint in progress.checkpoints:
+                _check_place(checkpoint.object, job.output_prefix, "checkpoints.object.prefix")
             changed, events = _progressed(job, attempt, progress)
             measured = [*progress.metrics, *(c.metrics for c in progress.checkpoints if c.metrics)]
             fresh = await session.put_metrics(job.id, measured)
@@ -313,7 +319,7 @@ class WorkersService:
     async def complete(self, completion: Completion) -> None:
         """Record how the attempt ended. Safe to repeat.
 
-        Raises Aborted for a stale token, InvalidArgument for a success without an adapter.
+        Raises Aborted for a stale token, InvalidArgument for a success without an adapter in the attempt's folder.
         """
         if completion.outcome is Outcome.SUCCEEDED and completion.final_adapter is None:
             path = "final_adapter"
@@ -329,6 +335,8 @@ class WorkersService:
             ):
                 return
             attempt, job = await _current(session, completion.attempt_id, completion.lease_token)
+            if completion.final_adapter is not None:
+                _check_place(completion.final_adapter, attempt.prefix, "final_adapter.prefix")
             done = replace(
                 attempt,
                 outcome=completion.outcome,
@@ -386,6 +394,13 @@ def _check_registration(engine: Registration) -> None:
         if not value:
             text = f"{field} is required."
             raise InvalidArgument(text, violations=[FieldViolation(field, text)])
+
+
+def _check_place(made: AdapterObject, folder: str, field: str) -> None:
+    """An engine may hand over what is its own only: deleting an adapter deletes its folder."""
+    if not made.prefix.startswith(folder) or ".." in made.prefix.split("/"):
+        text = f"{field} is {made.prefix!r}, which is not below {folder}."
+        raise InvalidArgument(text, violations=[FieldViolation(field, text)])
 
 
 async def _registered(session: JobSession, engine_id: str) -> EngineRecord:

@@ -185,6 +185,17 @@ async def test_success_needs_an_adapter(world: World) -> None:
         await world.complete(lease, Outcome.SUCCEEDED, final_adapter=None)
 
 
+async def test_an_adapter_from_elsewhere_is_refused(world: World) -> None:
+    lease = await world.leased()
+    for prefix in ("jobs/ftjob-other/att-1/final", f"{lease.attempt.prefix}../../ftjob-other/att-1/final"):
+        foreign = AdapterObject(prefix, "f" * 64)
+        with pytest.raises(InvalidArgument):
+            await world.complete(lease, Outcome.SUCCEEDED, final_adapter=foreign)
+        with pytest.raises(InvalidArgument):
+            await world.report(lease, 1, checkpoints=[ReportedCheckpoint(1, foreign)])
+    assert (await world.job(lease.job.id)).state is JobState.STARTING
+
+
 async def test_registration_waits_for_models_and_survives_a_restart(world: World) -> None:
     lease = await world.leased()
     await world.report(lease, 1)
