@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from lathe.common.errors import Unavailable
+from lathe.common.errors import FailedPrecondition
 from lathe.jobs.launchers.subprocess import SubprocessLauncher
 from lathe.jobs.ports import LaunchedEngine, Launcher
 from tests.fakes.jobs import FakeLauncher
@@ -118,6 +118,14 @@ async def test_an_engine_gets_its_own_settings_and_nobody_elses(tmp_path: Path) 
 
 async def test_a_command_that_is_not_there(tmp_path: Path) -> None:
     launcher = subprocesses(tmp_path, (str(tmp_path / "missing"),))
-    with pytest.raises(Unavailable):
+    with pytest.raises(FailedPrecondition, match="missing"):
         await launcher.start("eng-1", "baseModels/tiny", "d" * 64)
     assert not await launcher.list()
+
+
+async def test_a_process_that_ended_before_it_was_noted_is_no_survivor(tmp_path: Path) -> None:
+    launcher = subprocesses(tmp_path)
+    process = await asyncio.create_subprocess_exec("true")
+    await process.wait()
+    launcher._note("eng-1", process.pid)
+    assert not launcher._list()[0].running

@@ -176,7 +176,10 @@ class Launcher(Protocol):
     """What starts engines. Only jobs retries; a launcher never does."""
 
     async def start(self, engine_id: str, base_model: str, base_digest: str) -> None:
-        """Start one engine process. Safe to repeat for the same id. Raises Unavailable if it cannot be started now."""
+        """Start one engine process. Safe to repeat for the same id.
+
+        Raises Unavailable if it cannot be started now, FailedPrecondition if it never can.
+        """
         ...
 
     async def list(self) -> Sequence[LaunchedEngine]:

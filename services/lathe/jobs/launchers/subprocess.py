@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import logging
 import os
@@ -11,19 +12,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from lathe.common.errors import Unavailable
+from lathe.common.errors import FailedPrecondition, Unavailable
 from lathe.jobs.launchers.processes import engine_variables, inherited
 from lathe.jobs.ports import LaunchedEngine
 
 log = logging.getLogger(__name__)
 
 _LOG_TAIL_BYTES = 8192
-# Engines share the machine with each other and with the control services: each picks free ports.
-_FREE_PORTS = {
-    "LATHE_ENGINE_RPC__PORT": "0",
-    "LATHE_ENGINE_RPC__HEALTH_PORT": "0",
-    "LATHE_ENGINE_METRICS__PORT": "0",
-}
+# A command that is missing or cannot be run; a full disk or process table may pass.
+_NEVER = (errno.ENOENT, errno.EACCES, errno.EPERM, errno.ENOEXEC, errno.ENOTDIR)
 # Several engines share this machine with whoever started them: no fixed ports, unless they are given.
 _FREE_PORTS = {
     "LATHE_ENGINE_RPC__PORT": "0",
@@ -71,7 +68,10 @@ class SubprocessLauncher:
             self._children[engine_id] = process
             await asyncio.to_thread(self._note, engine_id, process.pid)
         except OSError as error:
-            raise Unavailable(f"The engine's process cannot be started: {error}.") from error
+            message = f"The engine's process cannot be started: {error}."
+            if error.errno in _NEVER:
+                raise FailedPrecondition(message) from error
+            raise Unavailable(message) from error
 
     async def list(self) -> Sequence[LaunchedEngine]:
         return await asyncio.to_thread(self._list)
@@ -150,8 +150,9 @@ class SubprocessLauncher:
             pid, started = int(noted["pid"]), str(noted["started"])
         except (OSError, ValueError, KeyError, TypeError):
             return None
-        # The same pid may be another process by now; its start says which it is.
-        return pid if _start_mark(pid) == started else None
+        # The same pid may be another process by now; its start says which it is. One that had ended before it was
+        # noted has none.
+        return pid if started and _start_mark(pid) == started else None
 
     def _last_line(self, engine_id: str) -> str:
         try:
