@@ -1,0 +1,233 @@
+"""What commands print, which platform they take, and how they end."""
+
+import io
+import json
+import os
+import socket
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from typer.testing import CliRunner
+
+from lathe.cli import exits, main
+from lathe.cli.compare import ResultCache, report, table
+from lathe.cli.connection import Connection
+from lathe.cli.jobview import JobView, metrics_line, sparkline
+from lathe.cli.output import plain, size
+from lathe.client.compare import ArmResult
+from lathe.common import errors
+from lathe.v1 import datasets_pb2, jobs_pb2
+
+RESULTS = [
+    ArmResult("base", "m", 60, {"json": 0, "text": 0}, 74, 0, 138, 46.1, 4.92, ("a",)),
+    ArmResult("tuned", "ft:m", 60, {"json": 54, "text": 53}, 74, 16, 52, 17.8, 2.21, ("b",), reused=True),
+]
+
+
+def shown(renderable: object) -> str:
+    out = io.StringIO()
+    Console(file=out, width=200).print(renderable)
+    return out.getvalue()
+
+
+# --- which platform ---
+
+
+@pytest.fixture
+def listening():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield f"127.0.0.1:{server.getsockname()[1]}"
+
+
+def local_platform(folder: Path, address: str) -> Path:
+    (folder / "endpoint.json").write_text(json.dumps({"http": "http://x", "grpc": address}))
+    (folder / "api_key").write_text("sk-lathe-local\n")
+    return folder
+
+
+def test_a_local_platform_is_found_by_its_folder(tmp_path: Path, listening: str) -> None:
+    data = local_platform(tmp_path, listening)
+    assert Connection(data=data).resolved() == (listening, "sk-lathe-local")
+    assert Connection(api_key="sk-other", data=data).resolved() == (listening, "sk-other")
+    assert Connection("far:1", "sk-far", data).resolved() == ("far:1", "sk-far")
+
+
+def test_the_local_key_is_never_sent_elsewhere(tmp_path: Path, listening: str) -> None:
+    with pytest.raises(errors.Unauthenticated, match="--api-key"):
+        Connection("far:1", data=local_platform(tmp_path, listening)).resolved()
+
+
+def test_a_platform_that_was_killed_is_not_believed(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        gone = f"127.0.0.1:{server.getsockname()[1]}"
+    with pytest.raises(errors.Unavailable, match="lathe up"):
+        Connection(data=local_platform(tmp_path, gone)).resolved()
+
+
+def test_options_win_over_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Connection] = []
+    monkeypatch.setattr(Connection, "client", lambda self: seen.append(self) or _stop())
+    monkeypatch.setenv("LATHE_ADDRESS", "env:1")
+    monkeypatch.setenv("LATHE_API_KEY", "sk-env")
+    runner = CliRunner()
+    runner.invoke(main.app, ["jobs", "list"])
+    runner.invoke(main.app, ["--address", "option:1", "jobs", "list"])
+    assert [(one.address, one.api_key) for one in seen] == [("env:1", "sk-env"), ("option:1", "sk-env")]
+
+
+def _stop() -> None:
+    raise errors.Cancelled("far enough")
+
+
+# --- exit codes ---
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (errors.NotFound("x"), 3),
+        (errors.InvalidArgument("x"), 3),
+        (errors.Unavailable("x"), 4),
+        (errors.DeadlineExceeded("x"), 4),
+        (errors.Unauthenticated("x"), 5),
+        (errors.PermissionDenied("x"), 5),
+        (errors.FailedPrecondition("x"), 1),
+        (errors.Internal("x"), 1),
+    ],
+)
+def test_each_kind_of_error_has_its_exit_code(error: errors.LatheError, code: int) -> None:
+    assert exits.exit_code(error) == code
+
+
+def test_wrong_usage_ends_with_2() -> None:
+    assert CliRunner().invoke(main.app, ["jobs", "nonsense"]).exit_code == exits.USAGE
+    assert CliRunner().invoke(main.app, ["models", "import"]).exit_code == exits.USAGE
+
+
+# --- what is printed ---
+
+
+def test_json_has_words_for_states_numbers_for_sizes_and_null_for_what_is_absent() -> None:
+    dataset = datasets_pb2.Dataset(
+        name="projects/p/datasets/f", state=datasets_pb2.DATASET_STATE_READY, size_bytes=7
+    )
+    dataset.create_time.FromJsonString("2026-01-02T03:04:05Z")
+    value = plain(dataset)
+    assert (value["state"], value["size_bytes"], value["report"], value["expire_time"]) == (
+        "ready",
+        7,
+        None,
+        None,
+    )
+    assert value["create_time"] == "2026-01-02T03:04:05Z"
+    job = plain(
+        jobs_pb2.Job(metadata={"a": "b"}, result_files=["x"], state=jobs_pb2.JOB_STATE_VALIDATING_FILES)
+    )
+    assert (job["metadata"], job["result_files"], job["seed"]) == ({"a": "b"}, ["x"], None)
+    assert job["state"] == "validating_files"
+
+
+def test_sizes_are_readable() -> None:
+    assert [size(7), size(30_284), size(270_000_000)] == ["7 B", "30.3 kB", "270.0 MB"]
+
+
+def test_a_falling_loss_falls_in_the_sparkline() -> None:
+    assert sparkline([]) == ""
+    assert sparkline([2.0]) == "▁"
+    assert sparkline([3, 2, 1, 0]) == "█▆▃▁"
+    assert len(sparkline(list(range(1000)), 40)) == 40
+
+
+def job_update(step: int, loss: float) -> jobs_pb2.WatchJobResponse:
+    metrics = jobs_pb2.StepMetrics(step=step, total_steps=4, train_loss=loss, tokens_per_second=1234, epoch=1)
+    event = jobs_pb2.JobEvent(type=jobs_pb2.EVENT_TYPE_METRICS, metrics=metrics)
+    job = jobs_pb2.Job(state=jobs_pb2.JOB_STATE_RUNNING, state_reason="Training.")
+    return jobs_pb2.WatchJobResponse(job=job, events=[event])
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_job_is_shown_on_a_terminal_and_off_it(terminal: bool) -> None:
+    out = io.StringIO()
+    with JobView(Console(file=out, force_terminal=terminal, width=120)) as view:
+        view.update(job_update(1, 2.5))
+        view.update(job_update(2, 1.25))
+    text = out.getvalue()
+    assert ("2.500 → 1.250" in text) is terminal
+    assert ("step 2/4, loss 1.250" in text) is not terminal
+    assert "1,234 tokens/s" in text
+
+
+def test_a_step_in_words_has_the_validation_loss_when_there_is_one() -> None:
+    metrics = jobs_pb2.StepMetrics(step=1, total_steps=2, train_loss=1, full_valid_loss=0.5)
+    assert "validation loss 0.500" in metrics_line(metrics)
+
+
+def test_the_table_has_shares_intervals_tokens_seconds_and_what_was_reused() -> None:
+    text = shown(table(RESULTS, "json"))
+    assert "60 held-out examples" in text
+    tuned = next(line for line in text.splitlines() if "tuned" in line)
+    for part in ("90.0%", "80% to 95%", "74", "52", "17.8", "2.21", "reused"):
+        assert part in tuned
+    assert "reused" not in shown(table(RESULTS[:1], "json"))
+
+
+def test_the_report_has_the_same_for_programs() -> None:
+    document = report(RESULTS, "json")
+    assert [arm["exact_match"] for arm in document["arms"]] == [0.0, 0.9]
+    assert "answers" not in document["arms"][0]
+    json.dumps(document)
+
+
+def test_results_are_reused_only_for_the_same_weights_requests_and_code(tmp_path: Path) -> None:
+    cache = ResultCache(tmp_path, "code")
+    cache.keep("weights", "requests", RESULTS[0])
+    found = cache.find("weights", "requests")
+    assert found is not None
+    assert found.reused
+    assert (found.scores, found.answers) == (RESULTS[0].scores, RESULTS[0].answers)
+    assert cache.find("other", "requests") is None
+    assert cache.find("weights", "other") is None
+    assert ResultCache(tmp_path, "newer").find("weights", "requests") is None
+    for file in tmp_path.iterdir():
+        file.write_text("{")
+    assert cache.find("weights", "requests") is None
+
+
+# --- what is imported ---
+
+
+def test_commands_for_a_remote_platform_import_nothing_heavy(tmp_path: Path) -> None:
+    script = (
+        "import sys\n"
+        "from typer.testing import CliRunner\n"
+        "from lathe.cli.main import app\n"
+        "result = CliRunner().invoke(app, ['--data', sys.argv[1], 'jobs', 'list'])\n"
+        "assert 'Unavailable' in repr(result.exception), result\n"
+        "heavy = {'torch', 'transformers', 'sqlalchemy', 'fastapi', 'pydantic_settings', 'lathe.embedded'}\n"
+        "print(sorted(heavy & set(sys.modules)))\n"
+    )
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path)], env=env, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "[]", done.stdout
+
+
+def test_the_data_folder_keeps_its_secrets_and_refuses_a_second_user(tmp_path: Path) -> None:
+    from lathe.datafolder import opened
+
+    with opened(tmp_path / "d") as folder:
+        for file in (folder.api_key_file, folder.service_token_file, folder.engine_token_file):
+            assert stat.S_IMODE(file.stat().st_mode) == 0o600
+        key = folder.api_key_file.read_text()
+        with pytest.raises(errors.FailedPrecondition, match="Another"), opened(tmp_path / "d"):
+            pass
+    with opened(tmp_path / "d") as folder:
+        assert folder.api_key_file.read_text() == key
+    (tmp_path / "d" / "VERSION").write_text("99\n")
+    with pytest.raises(errors.FailedPrecondition, match="newer"), opened(tmp_path / "d"):
+        pass
