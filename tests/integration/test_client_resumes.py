@@ -1,0 +1,148 @@
+"""What the public client does when connections break, against a server that breaks them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import grpc
+import pytest
+
+from lathe.client import Client
+from lathe.client.datasets import CHUNK_BYTES
+from lathe.common.errors import FailedPrecondition, Unavailable
+from lathe.common.rpc.status import to_rpc_status
+from lathe.v1 import accounts_pb2, accounts_pb2_grpc, datasets_pb2, datasets_pb2_grpc, jobs_pb2, jobs_pb2_grpc
+
+DATA = bytes(range(256)) * (CHUNK_BYTES // 256 * 3) + b"end"
+NAME = "projects/p/datasets/file-1"
+
+
+class Accounts(accounts_pb2_grpc.AccountsServiceServicer):
+    def GetCaller(self, request: Any, context: Any) -> accounts_pb2.Caller:
+        return accounts_pb2.Caller(project="projects/p")
+
+
+class Datasets(datasets_pb2_grpc.DatasetsServiceServicer):
+    """Keeps what it got; `breaks` says after how many bytes each stream ends with UNAVAILABLE."""
+
+    def __init__(self, breaks: list[int], *, lose_answer: bool = False) -> None:
+        self.breaks, self.lose_answer = breaks, lose_answer
+        self.stored, self.done, self.request_ids = bytearray(), False, list[str]()
+
+    def CreateDataset(self, request: Any, context: Any) -> datasets_pb2.Dataset:
+        self.request_ids.append(request.request_id)
+        if len(self.request_ids) == 1:
+            away(context)
+        return datasets_pb2.Dataset(name=NAME)
+
+    def UploadDataset(self, requests: Iterator[Any], context: Any) -> datasets_pb2.Dataset:
+        limit = self.breaks.pop(0) if self.breaks else None
+        got = 0
+        for message in requests:
+            assert message.write_offset == len(self.stored)
+            self.stored += message.data
+            got += len(message.data)
+            if message.finish_write:
+                assert message.sha256 == hashlib.sha256(self.stored).hexdigest()
+                self.done = True
+                if self.lose_answer:
+                    away(context)
+                return self.GetDataset(None, context)
+            if limit is not None and got >= limit:
+                away(context)
+        raise AssertionError("the stream ended early")
+
+    def GetDatasetUpload(self, request: Any, context: Any) -> datasets_pb2.DatasetUpload:
+        if self.done:
+            refuse(context, FailedPrecondition("complete", reason="UPLOAD_COMPLETE"))
+        return datasets_pb2.DatasetUpload(committed_size=len(self.stored))
+
+    def GetDataset(self, request: Any, context: Any) -> datasets_pb2.Dataset:
+        return datasets_pb2.Dataset(
+            name=NAME, state=datasets_pb2.DATASET_STATE_READY, sha256=hashlib.sha256(self.stored).hexdigest()
+        )
+
+    def DownloadDataset(self, request: Any, context: Any) -> Iterator[datasets_pb2.DownloadDatasetResponse]:
+        end = request.read_offset + CHUNK_BYTES
+        yield datasets_pb2.DownloadDatasetResponse(data=DATA[request.read_offset : end])
+        if end < len(DATA):
+            away(context)
+
+
+class Jobs(jobs_pb2_grpc.JobsServiceServicer):
+    """Two events a stream, then it breaks; six make the job."""
+
+    def WatchJob(self, request: Any, context: Any) -> Iterator[jobs_pb2.WatchJobResponse]:
+        first = request.after_sequence + 1
+        for sequence in (first, first + 1):
+            state = jobs_pb2.JOB_STATE_SUCCEEDED if sequence == 6 else jobs_pb2.JOB_STATE_RUNNING
+            yield jobs_pb2.WatchJobResponse(
+                job=jobs_pb2.Job(state=state), events=[jobs_pb2.JobEvent(sequence=sequence)]
+            )
+        if first + 1 < 6:
+            away(context)
+
+
+def refuse(context: Any, error: FailedPrecondition | Unavailable) -> None:
+    code, message, metadata = to_rpc_status(error)
+    context.set_trailing_metadata(metadata)
+    context.abort(code, message)
+
+
+def away(context: Any) -> None:
+    refuse(context, Unavailable("away", retry_after=0.01))
+
+
+@pytest.fixture
+def serve() -> Iterator[Any]:
+    server = grpc.server(ThreadPoolExecutor(4))
+    clients: list[Client] = []
+
+    def start(datasets: Datasets) -> Client:
+        accounts_pb2_grpc.add_AccountsServiceServicer_to_server(Accounts(), server)
+        datasets_pb2_grpc.add_DatasetsServiceServicer_to_server(datasets, server)
+        jobs_pb2_grpc.add_JobsServiceServicer_to_server(Jobs(), server)
+        port = server.add_insecure_port("127.0.0.1:0")
+        server.start()
+        clients.append(Client(f"127.0.0.1:{port}", "sk-lathe-x", timeout=5))
+        return clients[0]
+
+    yield start
+    for client in clients:
+        client.close()
+    server.stop(0)
+
+
+def test_an_upload_goes_on_where_it_broke(serve: Any) -> None:
+    datasets = Datasets([CHUNK_BYTES, CHUNK_BYTES])
+    sent: list[int] = []
+    dataset = serve(datasets).datasets.upload(DATA, progress=lambda done, total: sent.append(done))
+    assert (bytes(datasets.stored), dataset.name) == (DATA, NAME)
+    assert sent[-1] == len(DATA)
+    # The create was repeated under one request_id.
+    assert len(datasets.request_ids) == 2
+    assert len(set(datasets.request_ids)) == 1
+
+
+def test_an_upload_whose_answer_was_lost_is_complete(serve: Any) -> None:
+    datasets = Datasets([], lose_answer=True)
+    assert serve(datasets).datasets.upload(DATA).sha256 == hashlib.sha256(DATA).hexdigest()
+
+
+def test_an_empty_file_is_sent_as_one_empty_message(serve: Any) -> None:
+    datasets = Datasets([])
+    serve(datasets).datasets.upload(b"")
+    assert datasets.done
+    assert not datasets.stored
+
+
+def test_a_download_goes_on_where_it_broke(serve: Any) -> None:
+    assert b"".join(serve(Datasets([])).datasets.download("file-1")) == DATA
+
+
+def test_a_watch_shows_every_event_once(serve: Any) -> None:
+    updates = list(serve(Datasets([])).jobs.watch("ftjob-1"))
+    assert [event.sequence for update in updates for event in update.events] == [1, 2, 3, 4, 5, 6]
