@@ -36,6 +36,19 @@ class FakeJob:
     final: AdapterRef | None = None
     error: AttemptError | None = None
     prefixes: list[str] = field(default_factory=list)
+    # Steps and checkpoints in the order in which a user's events tell them.
+    told: list[int | str] = field(default_factory=list)
+
+    def tell(self, progress: Progress) -> None:
+        """As jobs does it: a checkpoint's own metrics count as its step's; within a report all go by step."""
+        rows = [*progress.metrics, *(item.metrics for item in progress.checkpoints if item.metrics)]
+        fresh = {row.step for row in rows} - set(self.metrics)
+        saved = {item.step for item in progress.checkpoints} - set(self.checkpoints)
+        for step in sorted(fresh | saved):
+            self.told += [step] if step in fresh else []
+            self.told += [f"checkpoint {step}"] if step in saved else []
+        self.metrics |= {row.step: row for row in rows}
+        self.checkpoints |= {item.step: item for item in progress.checkpoints}
 
 
 class FakeJobs:
@@ -98,8 +111,7 @@ class FakeJobs:
         self._reachable()
         self._check(lease)
         self.reports += 1
-        self.job.metrics |= {row.step: row for row in progress.metrics}
-        self.job.checkpoints |= {item.step: item for item in progress.checkpoints}
+        self.job.tell(progress)
         self.job.plan = self.job.plan or progress.slice_plan
         self.job.total_steps = self.job.total_steps or progress.total_steps
 

@@ -67,6 +67,7 @@ class AttemptSettings:
     report_interval_s: float = 0.5
     checkpoint_interval_s: float = 60.0
     retry_max_s: float = 15.0
+    report_rows: int = REPORT_ROWS
 
 
 class AttemptRunner:
@@ -325,8 +326,10 @@ class AttemptRunner:
 
     async def _report(self) -> None:
         while self._pending():
-            rows = tuple(self._metrics)[:REPORT_ROWS]
-            checkpoints = tuple(self._checkpoints)
+            rows, checkpoints = tuple(self._metrics)[: self._settings.report_rows], tuple(self._checkpoints)
+            if len(rows) < len(self._metrics):
+                # A checkpoint brings its step's metrics: it must not come before the steps that lead to it.
+                checkpoints = tuple(item for item in checkpoints if item.step <= rows[-1].step)
             first = self._first or Progress()
             await self._jobs.report(
                 self._lease, Progress(rows, checkpoints, first.slice_plan, first.total_steps)

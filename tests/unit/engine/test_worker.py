@@ -63,7 +63,7 @@ class Bench:
         self.parent_dead = False
         self._tasks: list[asyncio.Task[Left]] = []
 
-    def start(self, max_attempts: int = 1) -> None:
+    def start(self, max_attempts: int = 1, report_rows: int = 200) -> None:
         self.engine = FakeEngine()
         self.loop = ModelLoop(self.engine, self.clock, LoopLimits())  # type: ignore[arg-type]
         registration = Registration(
@@ -76,7 +76,9 @@ class Bench:
             jobs=self.jobs,
             store=self.store,
             clock=self.clock,
-            attempts=AttemptSettings(self.folder / "work", self.folder / "cache", PLAN, read_rows),
+            attempts=AttemptSettings(
+                self.folder / "work", self.folder / "cache", PLAN, read_rows, report_rows=report_rows
+            ),
             settings=WorkerSettings(600.0, lambda: self.parent_dead),
         )
         self.task = asyncio.create_task(self.worker.run())
@@ -198,6 +200,18 @@ async def test_what_was_stored_but_never_reported_is_reported_by_the_next_attemp
     assert sorted(bench.jobs.job.metrics) == [1, 2, 3, 4, 5, 6]
     assert bench.jobs.job.checkpoints[3].ref.prefix.startswith("jobs/ftjob-1/att-1/")
     assert bench.weights() == expected
+
+
+async def test_a_checkpoint_is_not_told_before_the_steps_that_lead_to_it(bench: Bench) -> None:
+    """After an outage there is more to tell than fits into one report."""
+    bench.jobs.offer(attempt())
+    bench.start(report_rows=1)
+    await bench.until(lambda: 1 in bench.jobs.job.metrics)
+    bench.jobs.outage = Unavailable("away")
+    await bench.until(lambda: _stored(bench, TOTAL))
+    bench.jobs.outage = None
+    await bench.until(lambda: bool(bench.jobs.job.outcomes), seconds=5.0)
+    assert bench.jobs.job.told == [1, 2, 3, "checkpoint 3", 4, 5, 6, "checkpoint 6"]
 
 
 async def test_cancel(bench: Bench) -> None:
