@@ -58,6 +58,8 @@ class FakeJobs:
         self._clock = clock
         self._terms = terms or Terms(3.0, 15.0)
         self.outage: LatheError | None = None
+        # What every report is answered with while it is set.
+        self.refusal: LatheError | None = None
         self.job = FakeJob()
         self.waiting: list[Attempt] = []
         self.directives: dict[str, Action] = {}
@@ -110,6 +112,8 @@ class FakeJobs:
     async def report(self, lease: HeldLease, progress: Progress) -> None:
         self._reachable()
         self._check(lease)
+        if self.refusal is not None:
+            raise self.refusal
         self.reports += 1
         self.job.tell(progress)
         self.job.plan = self.job.plan or progress.slice_plan

@@ -12,7 +12,19 @@ from shutil import rmtree
 from typing import TypeVar
 
 from lathe.common.clock import Clock
-from lathe.common.errors import Aborted, DataLoss, DeadlineExceeded, LatheError, NotFound, Unavailable
+from lathe.common.errors import (
+    Aborted,
+    DataLoss,
+    DeadlineExceeded,
+    FailedPrecondition,
+    Internal,
+    InvalidArgument,
+    LatheError,
+    NotFound,
+    OutOfRange,
+    Unavailable,
+    Unimplemented,
+)
 from lathe.common.objectstore.base import ObjectStore
 from lathe.engine.basecache import ensure_adapter
 from lathe.engine.checkpoints import (
@@ -30,6 +42,7 @@ from lathe.engine.loop import ModelLoop
 from lathe.engine.model import (
     AdapterRef,
     Attempt,
+    AttemptError,
     AttemptEvent,
     CheckpointReport,
     Ended,
@@ -49,6 +62,9 @@ from lathe.engine.recipes.sft import SftData, SftRun, Start
 logger = logging.getLogger(__name__)
 
 AWAY = (Unavailable, DeadlineExceeded)
+# Answers of jobs that will most likely be the same the next time.
+REFUSALS = (InvalidArgument, FailedPrecondition, NotFound, OutOfRange, Unimplemented, Internal)
+MAX_REFUSALS = 5
 REPORT_ROWS = 200
 T = TypeVar("T")
 
@@ -97,6 +113,8 @@ class AttemptRunner:
         self._final: AdapterRef | None = None
         self._ended: Ended | None = None
         self._uploaded = False
+        self._refusals = 0
+        self._gave_up = False
         self._preparing: asyncio.Task[SftRun] | None = None
         self._wanted: Outcome | None = None
         self._abandoned = False
@@ -113,7 +131,11 @@ class AttemptRunner:
         self._wanted = outcome
         if self._preparing is not None and not self._preparing.done():
             self._preparing.cancel()
-        elif outcome is Outcome.CANCELLED:
+        else:
+            self._end_in_loop(outcome)
+
+    def _end_in_loop(self, outcome: Outcome) -> None:
+        if outcome is Outcome.CANCELLED:
             self._loop.cancel_attempt(self._attempt.attempt_id)
         else:
             self._loop.release_attempt(self._attempt.attempt_id)
@@ -142,6 +164,11 @@ class AttemptRunner:
             if recipe is not None:
                 deliver = self._deliver(asyncio.get_running_loop())
                 self._loop.start(self._attempt.attempt_id, recipe, deliver)
+                # What was said before the loop knew the attempt went past it.
+                if not self._may_report.is_set():
+                    self._loop.suspend_attempt(self._attempt.attempt_id, True)
+                if self._wanted is not None:
+                    self._end_in_loop(self._wanted)
                 uploads = asyncio.create_task(self._upload_all())
             await self._report_all()
         finally:
@@ -155,6 +182,8 @@ class AttemptRunner:
         return lambda event: _call_in(io, self._take, event)
 
     def _take(self, event: AttemptEvent) -> None:
+        if self._gave_up:
+            return
         if isinstance(event, StepMetrics):
             self._metrics.append(event)
         elif isinstance(event, Snapshot):
@@ -314,12 +343,35 @@ class AttemptRunner:
                     await self._complete(self._ended)
                     return
                 wait = self._settings.report_interval_s
+                self._refusals = 0
             except Aborted:
                 raise
             except LatheError as error:
+                if isinstance(error, REFUSALS):
+                    self._refused(error)
                 logger.warning("attempt %s: report not taken: %s", self._attempt.attempt_id, error)
                 wait = min(max(wait, 0.5) * 2, self._settings.retry_max_s)
             await self._clock.sleep(wait)
+
+    def _refused(self, error: LatheError) -> None:
+        """After several in a row nothing will change: end the attempt, or jobs would renew its lease for ever.
+
+        Raises the error when even that is not taken; the lease runs out then.
+        """
+        self._refusals += 1
+        if self._refusals < MAX_REFUSALS:
+            return
+        if self._gave_up:
+            raise error
+        step = self._metrics[-1].step if self._metrics else 0
+        said = f"jobs refuses the reports of this attempt: {error.message}"
+        self._loop.drop_attempt(self._attempt.attempt_id)
+        self._gave_up, self._refusals, self._first = True, 0, None
+        self._metrics.clear()
+        self._checkpoints.clear()
+        self._snapshots.clear()
+        self._ended = Ended(Outcome.RETRYABLE, step, 0, AttemptError("server_error", said))
+        self._changed.set()
 
     def _pending(self) -> bool:
         return bool(self._metrics or self._checkpoints or self._first is not None)

@@ -7,11 +7,12 @@ import hashlib
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from lathe.common.errors import Unavailable
-from lathe.engine.attempts import AttemptSettings
+from lathe.common.errors import InvalidArgument, Unavailable
+from lathe.engine.attempts import AttemptRunner, AttemptSettings
 from lathe.engine.engine import TrainRow
 from lathe.engine.loop import LoopLimits, ModelLoop
 from lathe.engine.model import (
@@ -103,7 +104,7 @@ class Bench:
             await self.io(seconds)
 
     async def until(self, condition: Callable[[], bool], seconds: float = 0.25) -> None:
-        for _ in range(TURNS * 4):
+        for _ in range(TURNS * 20):
             if condition():
                 return
             await self.turns(1, seconds)
@@ -355,3 +356,40 @@ async def test_heartbeats_come_at_the_interval_with_or_without_work(bench: Bench
     gaps = [b - a for a, b in zip(bench.jobs.heartbeats, bench.jobs.heartbeats[1:], strict=False)]
     assert len(gaps) >= 3
     assert all(gap == pytest.approx(3.0) for gap in gaps)
+
+
+async def test_a_cancel_between_the_preparation_and_the_start_is_not_lost(bench: Bench) -> None:
+    bench.start(max_attempts=0)
+    bench.jobs.offer(attempt())
+    leased = await bench.jobs.lease("eng-1")
+    assert leased is not None
+    runner = AttemptRunner(
+        attempt=leased,
+        engine=bench.engine,  # type: ignore[arg-type]
+        loop=bench.loop,
+        jobs=bench.jobs,
+        store=bench.store,
+        clock=bench.clock,
+        settings=AttemptSettings(bench.folder / "work", bench.folder / "cache", PLAN, read_rows),
+    )
+    start = bench.loop.start
+
+    def told_just_before(*args: Any) -> None:
+        runner.stop(Outcome.CANCELLED)
+        start(*args)
+
+    bench.loop.start = told_just_before  # type: ignore[method-assign]
+    task = asyncio.create_task(runner.run())
+    await bench.until(task.done)
+    assert bench.jobs.job.outcomes == [Outcome.CANCELLED]
+
+
+async def test_reports_that_are_refused_for_good_end_the_attempt(bench: Bench) -> None:
+    bench.jobs.offer(attempt())
+    bench.jobs.refusal = InvalidArgument("metrics.step is wrong.")
+    bench.start()
+    await bench.until(lambda: bool(bench.jobs.job.outcomes), seconds=1.0)
+    assert bench.jobs.job.outcomes == [Outcome.RETRYABLE]
+    assert bench.jobs.job.error is not None
+    assert "metrics.step is wrong." in bench.jobs.job.error.message
+    assert not bench.worker.attempts
