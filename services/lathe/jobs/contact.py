@@ -26,8 +26,7 @@ class Contact:
     def seen(self) -> None:
         """The database answered."""
         now = self._clock.monotonic()
-        # A gap means that this process stood still, and heartbeats may be waiting in its sockets.
-        if self._since is None or now - self._last > self._term_s / 2 or self._leapt():
+        if self._since is None or self._stood_still(now) or self._leapt():
             self._since = now
             self._offset = self._wall_offset()
         self._last = now
@@ -39,7 +38,13 @@ class Contact:
     def trusted(self) -> bool:
         """Whether a lease that was not renewed in time may be taken away."""
         now = self._clock.monotonic()
-        return self._since is not None and now - self._since >= self._term_s and not self._leapt()
+        if self._since is None or self._stood_still(now) or self._leapt():
+            return False
+        return now - self._since >= self._term_s
+
+    def _stood_still(self, now: float) -> bool:
+        """A gap since the database last answered: heartbeats may be waiting in this process's sockets."""
+        return now - self._last > self._term_s / 2
 
     def _leapt(self) -> bool:
         return abs(self._wall_offset() - self._offset) > self._term_s / 2
