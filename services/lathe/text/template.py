@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextvars import ContextVar
 from datetime import datetime
 from functools import cached_property
 from typing import Any
@@ -20,6 +22,9 @@ from lathe.text.errors import TemplateError
 MAX_TEMPLATE_CHARS = 1 << 20
 MAX_RENDERED_CHARS = 64 << 20
 _MAX_REPEAT = 1 << 20
+# Turns of all loops and calls of all macros in one rendering: some thousand times what a real row needs.
+MAX_STEPS = 1_000_000
+MAX_SECONDS = 20.0
 # Unicode noncharacters mark what `{% generation %}` encloses: no text may hold them in interchange.
 _START, _END = "\ufdd0", "\ufdd1"
 
@@ -45,10 +50,51 @@ class _MarkedGeneration(_Generation):
     marked = True
 
 
+class _Budget:
+    """What one rendering may still spend. now: monotonic seconds."""
+
+    def __init__(self, now: Callable[[], float]) -> None:
+        self._now = now
+        self._end = now() + MAX_SECONDS
+        self._steps = MAX_STEPS
+
+    def spend(self) -> None:
+        """One step. Raises TemplateError when there is nothing left."""
+        self._steps -= 1
+        if self._steps < 0:
+            raise TemplateError(f"the chat template takes too many steps; {MAX_STEPS} are allowed")
+        if self._now() > self._end:
+            raise TemplateError(f"the chat template takes longer than {MAX_SECONDS:.0f} seconds")
+
+
+# Of the rendering that runs in this thread or task: compiled templates are shared by many.
+_BUDGET: ContextVar[_Budget] = ContextVar("lathe_template_budget")
+
+
 class _Environment(ImmutableSandboxedEnvironment):
-    """The sandbox, with `*` and `**` bounded so that one expression cannot fill the memory."""
+    """The sandbox, with `*` and `**` bounded so that one expression cannot fill the memory, and with every turn of
+    a loop and every call of a macro counted: the sandbox bounds one range, not loops within loops."""
 
     intercepted_binops = frozenset({"*", "**"})
+
+    def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
+        tree = super()._parse(source, name, filename)
+        for loop in tree.find_all(nodes.For):
+            loop.body.insert(0, nodes.ExprStmt(_tick(), lineno=loop.lineno))
+            if loop.test is not None:
+                # What a condition leaves out never reaches the body.
+                loop.test = nodes.And(_tick(), loop.test, lineno=loop.lineno)
+        for macro in tree.find_all(nodes.Macro):
+            macro.body.insert(0, nodes.ExprStmt(_tick(), lineno=macro.lineno))
+        for block in tree.find_all(nodes.CallBlock):
+            block.body.insert(0, nodes.ExprStmt(_tick(), lineno=block.lineno))
+        tree.set_environment(self)
+        return tree
+
+    def tick(self) -> bool:
+        """Count one step of the running rendering; compiled into every loop and macro."""
+        _BUDGET.get().spend()
+        return True
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
         if operator == "**" and (abs(left) > 1_000_000 or abs(right) > 64):
@@ -58,6 +104,10 @@ class _Environment(ImmutableSandboxedEnvironment):
                 if isinstance(value, str | list | tuple) and len(value) * max(times, 0) > _MAX_REPEAT:
                     raise TemplateError("the chat template repeats a text too often")
         return super().call_binop(context, operator, left, right)
+
+
+def _tick() -> nodes.Call:
+    return nodes.Call(nodes.EnvironmentAttribute("tick"), [], [], None, None)
 
 
 class _TemplateDict:
@@ -123,7 +173,7 @@ class ChatTemplate:
 
     source: the Jinja source; tool_source: the one for conversations with tools, where a model has two.
     special_tokens: what the template sees beside the messages (`bos_token`, `eos_token`, …).
-    now: what `strftime_now` reads (transformers reads the local clock).
+    now: what `strftime_now` reads (transformers reads the local clock). monotonic: seconds, to stop what does not end.
     Raises TemplateError when the source does not compile or is longer than MAX_TEMPLATE_CHARS.
     """
 
@@ -136,8 +186,10 @@ class ChatTemplate:
         special_tokens: Mapping[str, str] | None = None,
         tool_source: str | None = None,
         now: NowFn = datetime.now,
+        monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
         self.source = source
+        self._monotonic = monotonic
         self.tool_source = tool_source
         self.now: NowFn = now
         self._variables: dict[str, str] = dict(special_tokens or {})
@@ -227,6 +279,7 @@ class ChatTemplate:
         }
         pieces: list[str] = []
         size = 0
+        outer = _BUDGET.set(_Budget(self._monotonic))
         try:
             for piece in template.generate(variables):
                 size += len(piece)
@@ -240,6 +293,8 @@ class ChatTemplate:
         except Exception as error:
             # A template is a program: what it trips over (a missing key, a wrong type) is in the row.
             raise TemplateError(f"the chat template failed on this conversation: {error}") from error
+        finally:
+            _BUDGET.reset(outer)
         return "".join(pieces)
 
 

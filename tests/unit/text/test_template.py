@@ -66,3 +66,25 @@ def test_generation_blocks() -> None:
     assert template.render([USER]) == "<hi>"
     with pytest.raises(TemplateError, match="noncharacters"):
         template.render_marked([{"content": "\ufdd0"}])
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+        "{% for a in range(999) %}{% for b in range(99999) if false %}{% endfor %}{% endfor %}",
+        "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}",
+        "{% for a in [[0] * 99] * 99 recursive %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+    ],
+)
+def test_a_template_that_works_without_end_is_stopped(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lathe.text.template.MAX_STEPS", 5_000)
+    with pytest.raises(TemplateError, match="too many steps"):
+        ChatTemplate(source).render([{"role": "user", "content": "x"}])
+
+
+def test_a_template_that_takes_too_long_is_stopped() -> None:
+    time = iter(range(0, 10_000, 7))
+    template = ChatTemplate("{% for a in range(9) %}{{ a }}{% endfor %}", monotonic=lambda: float(next(time)))
+    with pytest.raises(TemplateError, match="20 seconds"):
+        template.render([{"role": "user", "content": "x"}])
