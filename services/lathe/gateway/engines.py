@@ -10,7 +10,7 @@ from contextlib import aclosing
 from dataclasses import dataclass
 
 from lathe.common.clock import Clock
-from lathe.common.errors import LatheError, Unavailable
+from lathe.common.errors import DeadlineExceeded, LatheError, Unavailable
 from lathe.gateway.model import EngineInfo, SampleCall, SampleEvent
 from lathe.gateway.ports import EngineConnector, EngineFeed
 from lathe.gateway.routing import Situation, pick_engine
@@ -137,7 +137,7 @@ class EngineDirectory:
     async def _ensure(self, base_model: str) -> None:
         try:
             await self._feed.ensure(base_model)
-        except Unavailable as error:
+        except (Unavailable, DeadlineExceeded) as error:
             log.warning("jobs could not be asked for an engine of %s: %s", base_model, error)
 
     async def _wait_for_change(self, seconds: float) -> None:

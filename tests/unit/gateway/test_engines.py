@@ -5,7 +5,7 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from lathe.common.errors import Unavailable
+from lathe.common.errors import DeadlineExceeded, LatheError, Unavailable
 from lathe.gateway.engines import EngineDirectory
 from lathe.gateway.model import EngineInfo, SampleCall, SampledToken, SampleEvent
 from tests.fakes.clock import FakeClock
@@ -40,6 +40,20 @@ async def test_a_listed_engine_is_found_at_once(world: World) -> None:
 
 
 async def test_an_engine_is_asked_for_and_waited_for(world: World) -> None:
+    wait = asyncio.create_task(world.directory.engine_for("d1", "baseModels/b", deadline=120))
+    await world.clock.advance(11)
+    assert world.feed.wishes == ["baseModels/b"] * 3
+    world.feed.publish([ENGINE])
+    await world.clock.advance(0)
+    assert (await wait).info == ENGINE
+
+
+@pytest.mark.parametrize("error", [Unavailable("away"), DeadlineExceeded("slow")])
+async def test_jobs_that_cannot_be_asked_is_asked_again(world: World, error: LatheError) -> None:
+    def away(base_model: str) -> None:
+        raise error
+
+    world.feed.on_ensure = away
     wait = asyncio.create_task(world.directory.engine_for("d1", "baseModels/b", deadline=120))
     await world.clock.advance(11)
     assert world.feed.wishes == ["baseModels/b"] * 3
