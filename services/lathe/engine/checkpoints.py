@@ -27,6 +27,8 @@ OPTIMIZER = "optimizer.safetensors"
 # One may be damaged or half deleted; the one before it is then the start.
 RESUME_KEPT = 2
 _VERSION = 1
+# What an engine writes; a path would let a manifest reach out of the folder it is fetched into.
+_FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 _MANIFEST_KEY = re.compile(r"checkpoints/step-\d+/manifest\.json$")
 
 
@@ -75,6 +77,9 @@ class Manifest:
             content["metrics"] = StepMetrics(**metrics) if metrics is not None else None
             content["unreported"] = tuple(StepMetrics(**row) for row in content["unreported"])
             content["halvings"] = {int(step): int(n) for step, n in content["halvings"].items()}
+            for entry in content["files"]:
+                if not _FILE_NAME.fullmatch(entry.path):
+                    raise ValueError(f"{entry.path!r} is no plain file name")
             unknown = set(content) - {item.name for item in fields(cls)}
             if unknown:
                 raise ValueError(f"unknown fields {sorted(unknown)}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 from collections.abc import AsyncIterable
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -176,6 +177,14 @@ def test_a_manifest_is_read_back_and_is_always_the_same_bytes(tmp_path: Path) ->
 def test_what_is_no_manifest_is_data_loss(data: bytes) -> None:
     with pytest.raises(DataLoss):
         Manifest.from_bytes(data)
+
+
+@pytest.mark.parametrize("path", ["../x", "/x", "a/b", "..", ".", "", "a\\b"])
+def test_a_manifest_names_files_of_its_own_folder_only(path: str, tmp_path: Path) -> None:
+    manifest = describe(snapshot(tmp_path, 3, SnapshotKind.EPOCH), PLAN)
+    foreign = replace(manifest, files=(replace(manifest.files[0], path=path),))
+    with pytest.raises(DataLoss, match="no plain file name"):
+        Manifest.from_bytes(foreign.to_bytes())
 
 
 def test_the_last_two_resume_checkpoints_stay() -> None:
