@@ -31,8 +31,8 @@ from lathe.v1.deployments_pb2_grpc import DeploymentsServiceStub
 from lathe.v1.jobs_pb2_grpc import JobsServiceStub
 from tests.e2e.conftest import BASE, Upload
 from tests.e2e.data import BY_HEART, LESSONS, ask, jsonl, lessons
-from tests.e2e.relay import relay
 from tests.fixtures.platforms import Platform
+from tests.fixtures.relay import relay
 
 QUESTION, ANSWER = LESSONS[0]
 

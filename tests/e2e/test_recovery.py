@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager
 
 import pytest
 
 from lathe.client import Client
-from lathe.common.errors import Unavailable
 from lathe.v1 import datasets_pb2, jobs_pb2
 from tests.e2e.data import LESSONS, ask
 from tests.e2e.survival import (
@@ -105,22 +102,4 @@ def test_every_other_service_is_killed_while_a_job_runs(
         platform.start(name)
     job = check_same(platform, client, running, undisturbed)
     # Training needs none of them.
-    assert job.attempt_count == 1
-
-
-@pytest.mark.processes_only
-@pytest.mark.parametrize("what", ["database", "store"])
-def test_the_database_or_the_store_goes_away_for_a_while(
-    platform: Platform, client: Client, running: jobs_pb2.Job, undisturbed: dict[str, bytes], what: str
-) -> None:
-    outage: Callable[[], AbstractContextManager[None]] = platform.outages[what]
-    with outage(), Client(platform.grpc, platform.api_key, timeout=1.0) as impatient:
-        with pytest.raises(Unavailable) as refused:
-            if what == "database":
-                impatient.jobs.get(running.name)
-            else:
-                list(impatient.datasets.download(running.training_dataset))
-        assert refused.value.retry_after
-        time.sleep(4)
-    job = check_same(platform, client, running, undisturbed)
     assert job.attempt_count == 1
