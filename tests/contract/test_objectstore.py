@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import os
+import time
 import uuid
 from collections.abc import AsyncIterator
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,6 +19,7 @@ from lathe.common.objectstore.base import ObjectStore
 from lathe.common.objectstore.folder import FolderStore
 from lathe.common.objectstore.s3 import S3Config, S3Store
 from tests.fakes.objectstore import MemoryObjectStore
+from tests.fixtures.outages import store_server
 from tests.fixtures.servers import S3Endpoint
 
 MIB = 1024 * 1024
@@ -28,7 +33,13 @@ def store(request: pytest.FixtureRequest, tmp_path: Path) -> ObjectStore:
         return FolderStore(tmp_path / "store")
     s3: S3Endpoint = request.getfixturevalue("seaweedfs")
     bucket = s3.new_bucket(f"test-{uuid.uuid4().hex[:12]}")
-    return S3Store(S3Config(s3.endpoint, bucket, s3.access_key, s3.secret_key, secure=False))
+    return s3_store(s3, bucket)
+
+
+def s3_store(s3: S3Endpoint, bucket: str = "ready", **options: float) -> S3Store:
+    """`ready` is there in every SeaweedFS that was started."""
+    config = S3Config(s3.endpoint, bucket, s3.access_key, s3.secret_key, secure=False)
+    return S3Store(config, **options)  # type: ignore[arg-type]
 
 
 async def chunks(*parts: bytes) -> AsyncIterator[bytes]:
@@ -205,6 +216,28 @@ async def test_an_s3_that_is_away_is_unavailable() -> None:
     store = S3Store(config, connect_timeout_s=0.5, retries=0)
     for attempt in (store.get("a"), store.put("a", b"x"), store.check(), store.put("a", chunks(b"x"))):
         with pytest.raises(Unavailable):
+            await attempt
+
+
+async def test_an_s3_that_stands_still_is_unavailable_and_blocks_nobody(seaweedfs: S3Endpoint) -> None:
+    store = s3_store(seaweedfs, read_timeout_s=0.5)
+    await store.put("staging/a", b"x")
+    with store_server(seaweedfs, ExitStack()).still():
+        started = time.monotonic()
+        many = [asyncio.ensure_future(store.get("staging/a")) for _ in range(32)]
+        await asyncio.sleep(0.1)
+        await asyncio.to_thread(lambda: None)
+        assert time.monotonic() - started < 0.45
+        for refused in await asyncio.gather(*many, store.put("staging/b", b"x"), return_exceptions=True):
+            assert isinstance(refused, Unavailable), refused
+        assert time.monotonic() - started < 3
+    await store.check()
+
+
+async def test_an_s3_that_refuses_us_is_unavailable(seaweedfs: S3Endpoint) -> None:
+    store = s3_store(replace(seaweedfs, secret_key="wrong"))
+    for attempt in (store.get("a"), store.check()):
+        with pytest.raises(Unavailable, match="secret_key"):
             await attempt
 
 

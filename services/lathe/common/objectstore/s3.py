@@ -20,7 +20,7 @@ from minio.commonconfig import ComposeSource, CopySource
 from minio.deleteobjects import DeleteError, DeleteObject
 from minio.error import InvalidResponseError, S3Error, ServerError
 
-from lathe.common.errors import AlreadyExists, FailedPrecondition, NotFound, Unavailable
+from lathe.common.errors import AlreadyExists, NotFound, Unavailable
 from lathe.common.objectstore.base import (
     CHUNK_SIZE,
     ObjectInfo,
@@ -36,8 +36,12 @@ T = TypeVar("T")
 PART_SIZE = 8 * 1024 * 1024
 # S3 joins parts by itself only if all but the last have this size at least.
 _MIN_COMPOSE_PART = 5 * 1024 * 1024
-_CONNECT_S, _READ_S, _RETRIES = 5.0, 30.0, 2
+# A store that stands still must be Unavailable before a caller's deadline has passed.
+_CONNECT_S, _READ_S, _RETRIES = 3.0, 8.0, 2
+# The store itself moves gigabytes then, and answers at the end.
+_COPY_S = 120.0
 _LIST_BATCH = 1000
+_THREADS = 32
 _UPLOAD_THREADS = 16
 _MISSING = frozenset({"NoSuchKey", "NoSuchObject", "NotFound"})
 _REFUSED = frozenset({"AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "NoSuchBucket"})
@@ -70,26 +74,11 @@ class S3Store:
         read_timeout_s: float = _READ_S,
         retries: int = _RETRIES,
     ) -> None:
-        self._config = config
         self._bucket = config.bucket
-        pool = urllib3.PoolManager(
-            timeout=urllib3.Timeout(connect=connect_timeout_s, read=read_timeout_s),
-            maxsize=32,
-            retries=urllib3.Retry(
-                total=retries,
-                backoff_factor=0.2,
-                status_forcelist=(500, 502, 503, 504),
-                raise_on_status=False,
-            ),
-        )
-        self._client = Minio(
-            config.endpoint,
-            access_key=config.access_key,
-            secret_key=config.secret_key,
-            region=config.region,
-            secure=config.secure,
-            http_client=pool,
-        )
+        self._client = _client(config, connect_timeout_s, read_timeout_s, retries)
+        self._copier = _client(config, connect_timeout_s, max(read_timeout_s, _COPY_S), retries)
+        # Not the loop's own threads: a store that stands still would take them all, and everybody else waits.
+        self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="s3")
         # An upload keeps its thread while its source is read, and the source may need a thread too: with one
         # common pool, enough uploads would wait for each other for ever.
         self._uploads = ThreadPoolExecutor(_UPLOAD_THREADS, thread_name_prefix="s3-upload")
@@ -212,7 +201,7 @@ class S3Store:
         # minio joins parts by itself above S3's limit of 5 GiB for one copy.
         await self._run(
             source,
-            lambda: self._client.copy_object(self._bucket, target, CopySource(self._bucket, source)),
+            lambda: self._copier.copy_object(self._bucket, target, CopySource(self._bucket, source)),
         )
 
     async def compose(self, sources: Sequence[str], target: str) -> None:
@@ -225,7 +214,7 @@ class S3Store:
             sizes.append(info.size)
         if sources and sizes[-1] and all(size >= _MIN_COMPOSE_PART for size in sizes[:-1]):
             parts = [ComposeSource(self._bucket, source) for source in sources]
-            await self._run(target, lambda: self._client.compose_object(self._bucket, target, parts))
+            await self._run(target, lambda: self._copier.compose_object(self._bucket, target, parts))
         else:
             await self.put(target, self._joined(sources))
 
@@ -253,10 +242,7 @@ class S3Store:
         return tuple(self._client.remove_objects(self._bucket, batch))
 
     async def check(self) -> None:
-        try:
-            found = await self._run("check", lambda: self._client.bucket_exists(self._bucket))
-        except FailedPrecondition as error:
-            raise Unavailable(error.message, reason=error.reason, retry_after=5.0) from error
+        found = await self._run("check", lambda: self._client.bucket_exists(self._bucket))
         if not found:
             raise Unavailable(
                 f"The store has no bucket {self._bucket!r}; create it.", reason="NO_BUCKET", retry_after=5.0
@@ -275,7 +261,30 @@ class S3Store:
 
     async def _run(self, key: str, work: Callable[[], T]) -> T:
         with _outages(key):
-            return await asyncio.to_thread(work)
+            return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+
+
+def _client(config: S3Config, connect_timeout_s: float, read_timeout_s: float, retries: int) -> Minio:
+    pool = urllib3.PoolManager(
+        timeout=urllib3.Timeout(connect=connect_timeout_s, read=read_timeout_s),
+        maxsize=_THREADS,
+        retries=urllib3.Retry(
+            total=retries,
+            # Who was not answered in time would not be answered the next time either.
+            read=0,
+            backoff_factor=0.2,
+            status_forcelist=(500, 502, 503, 504),
+            raise_on_status=False,
+        ),
+    )
+    return Minio(
+        config.endpoint,
+        access_key=config.access_key,
+        secret_key=config.secret_key,
+        region=config.region,
+        secure=config.secure,
+        http_client=pool,
+    )
 
 
 class _Reader:
@@ -338,9 +347,11 @@ def _outages(key: str) -> Iterator[None]:
         if error.code in _MISSING:
             raise not_found(key) from error
         if error.code in _REFUSED:
-            raise FailedPrecondition(
+            # No fault of the request; some stores also say this while they start.
+            raise Unavailable(
                 f"The object store refuses us ({error.code}); check bucket, access_key and secret_key.",
                 reason="STORE_REFUSED",
+                retry_after=5.0,
             ) from error
         raise _away(error.code or "error") from error
     except (ServerError, InvalidResponseError, urllib3.exceptions.HTTPError, OSError) as error:
