@@ -53,6 +53,17 @@ def test_every_error_survives_the_wire(cls: type[LatheError]) -> None:
         assert received.retry_after == 1.5
 
 
+def test_what_is_away_always_says_when_to_try_again() -> None:
+    for error, wait in (
+        (errors.Unavailable("away"), 1.0),
+        (errors.Unavailable("away", retry_after=7), 7.0),
+        (errors.ResourceExhausted("the quota is used up"), None),
+    ):
+        received = from_rpc_error(as_rpc_error(error))
+        assert isinstance(received, RetryableError)
+        assert received.retry_after == wait
+
+
 def test_every_grpc_code_but_ok_and_unknown_has_one_class() -> None:
     assert set(STATUS_CODES.values()) == set(grpc.StatusCode) - {grpc.StatusCode.OK, grpc.StatusCode.UNKNOWN}
     assert len(set(STATUS_CODES.values())) == len(STATUS_CODES)

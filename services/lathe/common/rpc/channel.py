@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import grpc
 
-from lathe.common.errors import FailedPrecondition
+from lathe.common.errors import DeadlineExceeded, FailedPrecondition, Unavailable
 from lathe.common.rpc.auth import AUTHORIZATION_KEY
 from lathe.common.rpc.principal import PRINCIPAL_KEY, Principal
 from lathe.common.rpc.status import from_rpc_error
@@ -101,9 +101,22 @@ async def call(
     principal: Principal | None = None,
     timeout: float = DEFAULT_TIMEOUT_S,
 ) -> R:
-    """Call once, for `principal` if given. Raises LatheErrors; never retries by itself."""
-    with rpc_errors():
-        return await method(request, timeout=timeout, metadata=_metadata(principal))
+    """Call once, for `principal` if given. Raises LatheErrors; never retries by itself.
+
+    A peer that does not answer within `timeout` is Unavailable: the deadline is ours, not that of who called us.
+    """
+    try:
+        with rpc_errors():
+            return await method(request, timeout=timeout, metadata=_metadata(principal))
+    except DeadlineExceeded as error:
+        raise peer_is_silent() from error
+
+
+def peer_is_silent() -> Unavailable:
+    """For a deadline of our own that has passed."""
+    return Unavailable(
+        "A part of the platform did not answer in time; try again.", reason="PEER_TIMEOUT", retry_after=1.0
+    )
 
 
 async def stream(

@@ -40,6 +40,7 @@ _ERRORS = {code: error for error, code in STATUS_CODES.items()}
 # gRPC refuses metadata above 8 KiB by default; the message is in it twice, so long ones are cut.
 _MAX_MESSAGE = 1500
 _MAX_VIOLATIONS = 20
+_RETRY_AFTER_S = 1.0
 
 Metadata = tuple[tuple[str, str | bytes], ...]
 
@@ -69,11 +70,21 @@ def to_rpc_status(error: LatheError) -> tuple[grpc.StatusCode, str, Metadata]:
         for violation in error.violations[:_MAX_VIOLATIONS]:
             bad.field_violations.add(field=violation.field, description=_cut(violation.description, 200))
         status.details.add().Pack(bad)
-    if isinstance(error, RetryableError) and error.retry_after is not None:
+    wait = _retry_after(error)
+    if wait is not None:
         retry = error_details_pb2.RetryInfo()
-        retry.retry_delay.FromNanoseconds(round(error.retry_after * 1e9))
+        retry.retry_delay.FromNanoseconds(round(wait * 1e9))
         status.details.add().Pack(retry)
     return code, message, ((DETAILS_KEY, status.SerializeToString()),)
+
+
+def _retry_after(error: LatheError) -> float | None:
+    """Seconds. What is away may always be tried again, also where nobody thought of saying when."""
+    if not isinstance(error, RetryableError):
+        return None
+    if error.retry_after is None and isinstance(error, errors.Unavailable):
+        return _RETRY_AFTER_S
+    return error.retry_after
 
 
 def from_rpc_error(error: grpc.RpcError) -> LatheError:
