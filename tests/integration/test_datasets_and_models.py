@@ -26,6 +26,7 @@ from lathe.v1.models_pb2_grpc import ModelsInternalServiceStub, ModelsServiceStu
 from tests.fixtures.models import tiny_folder
 from tests.unit.datasets.conftest import GOOD, jsonl, row
 
+OPERATOR = Principal("default", "admin", "key_0")
 ADMIN = Principal("acme", "admin", "key_1")
 VIEWER = Principal("acme", "viewer", "key_2")
 STRANGER = Principal("other", "admin", "key_3")
@@ -77,9 +78,15 @@ async def import_tiny(models, store):
     request = mpb.CreateBaseModelRequest(
         base_model_id="tiny", base_model=mpb.BaseModel(files=files, license="mit"), request_id="r1"
     )
-    with pytest.raises(PermissionDenied):
-        await call(public.CreateBaseModel, request, principal=VIEWER)
-    created = await call(public.CreateBaseModel, request, principal=ADMIN)
+    # Every project uses base models: no project's own admin may make or delete them.
+    for user in (VIEWER, ADMIN, Principal("default", "member", "key_4")):
+        with pytest.raises(PermissionDenied):
+            await call(public.CreateBaseModel, request, principal=user)
+        with pytest.raises(PermissionDenied):
+            await call(
+                public.DeleteBaseModel, mpb.DeleteBaseModelRequest(name="baseModels/tiny"), principal=user
+            )
+    created = await call(public.CreateBaseModel, request, principal=OPERATOR)
     for file in created.files:
         assert file.object_key == ""
         await store.put("staging/up", folder.contents[file.path])
@@ -90,8 +97,10 @@ async def import_tiny(models, store):
             size_bytes=file.size_bytes,
             sha256=file.sha256,
         )
-        assert (await call(internal.CommitModelFile, commit, principal=ADMIN)).object_key
-    return await call(public.CommitBaseModel, mpb.CommitBaseModelRequest(name=created.name), principal=ADMIN)
+        assert (await call(internal.CommitModelFile, commit, principal=OPERATOR)).object_key
+    return await call(
+        public.CommitBaseModel, mpb.CommitBaseModelRequest(name=created.name), principal=OPERATOR
+    )
 
 
 async def commit(datasets, store, content, request_id):

@@ -9,7 +9,6 @@ from datetime import datetime
 
 from lathe.common.errors import FieldViolation, InvalidArgument
 
-DEFAULT_PROJECT = "default"
 SECRET_PREFIX = "sk-lathe-"
 ROLES = ("viewer", "member", "admin")
 

@@ -12,6 +12,7 @@ from lathe.accounts.ports import AccountStore
 from lathe.common.clock import Clock
 from lathe.common.errors import Aborted, NotFound, Unauthenticated
 from lathe.common.ids import IdFactory
+from lathe.common.rpc.principal import DEFAULT_PROJECT
 
 log = logging.getLogger(__name__)
 
@@ -33,12 +34,12 @@ class AccountsService:
         """
         now = self.clock.now()
         await self.store.add_project(
-            Project(model.DEFAULT_PROJECT, "Default project", Quota(), now), request_id="bootstrap"
+            Project(DEFAULT_PROJECT, "Default project", Quota(), now), request_id="bootstrap"
         )
         if secret is None:
             return
         model.check_bootstrap_key(secret)
-        key = ApiKey(model.DEFAULT_PROJECT, self.ids.new("key"), "First key", "admin", secret[-4:], now)
+        key = ApiKey(DEFAULT_PROJECT, self.ids.new("key"), "First key", "admin", secret[-4:], now)
         if await self.store.add_first_key(key, model.hash_secret(secret)):
             log.info("The first API key was made from the bootstrap key.")
         elif await self.store.find_secret(model.hash_secret(secret)) is None:

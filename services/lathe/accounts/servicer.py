@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from datetime import UTC
 from typing import TypeVar
 
-from lathe.accounts.model import DEFAULT_PROJECT, ApiKey, Project, Quota
+from lathe.accounts.model import ApiKey, Project, Quota
 from lathe.accounts.service import AccountsService
 from lathe.common import names
 from lathe.common.errors import InvalidArgument, PermissionDenied
 from lathe.common.pages import coerce_page_size, decode_page_token, encode_page_token
 from lathe.common.rpc.context import ServicerContext
-from lathe.common.rpc.principal import current_caller, require_project, require_role
+from lathe.common.rpc.principal import current_caller, is_operator, require_project, require_role
 from lathe.v1 import accounts_pb2 as pb
 from lathe.v1 import accounts_pb2_grpc as pb_grpc
 
@@ -128,8 +128,7 @@ class AccountsInternalServicer(pb_grpc.AccountsInternalServiceServicer):
 
 
 def _is_operator() -> bool:
-    principal = current_caller().principal
-    return principal is None or (principal.project == DEFAULT_PROJECT and principal.role == "admin")
+    return is_operator(current_caller().principal)
 
 
 def _visible_project(name: str, field: str) -> str:

@@ -21,7 +21,7 @@ from lathe.common.errors import (
 from lathe.common.ids import IdFactory
 from lathe.common.metrics import Metrics
 from lathe.common.objectstore.base import ObjectStore
-from lathe.common.rpc.principal import Principal, Role
+from lathe.common.rpc.principal import Principal, Role, require_operator
 from lathe.gateway.auth import demand_role
 from lathe.gateway.model import StoredUpload
 from lathe.gateway.ports import DatasetOwner, ModelOwner
@@ -234,8 +234,8 @@ class ModelUploads(Generic[Committed]):
         self, principal: Principal, base_model: str, path: str, chunks: AsyncIterable[bytes]
     ) -> Committed:
         """Upload one file of an import. Raises NotFound for a file that the import did not name,
-        InvalidArgument for bytes other than announced, PermissionDenied below admin, Unavailable."""
-        demand_role(principal, Role.ADMIN)
+        InvalidArgument for bytes other than announced, PermissionDenied to others than operators, Unavailable."""
+        require_operator(principal, "upload base models")
         await self._owner.check(principal, base_model, path)
         key = f"staging/{self._ids.token(32)}"
         digest = Digest(None, self._metrics)

@@ -11,7 +11,7 @@ from lathe.common import names
 from lathe.common.errors import InvalidArgument, Unimplemented
 from lathe.common.pages import coerce_page_size, decode_page_token, encode_page_token
 from lathe.common.rpc.context import ServicerContext
-from lathe.common.rpc.principal import current_caller, require_project, require_role
+from lathe.common.rpc.principal import current_caller, require_operator, require_project, require_role
 from lathe.models import protos
 from lathe.models.service import ModelsService
 from lathe.v1 import models_pb2 as pb
@@ -27,7 +27,7 @@ class ModelsServicer(pb_grpc.ModelsServiceServicer):
     async def CreateBaseModel(
         self, request: pb.CreateBaseModelRequest, context: ServicerContext
     ) -> pb.BaseModel:
-        require_role("admin")
+        _require_operator()
         key = _request_key(request.request_id)
         return protos.base_model_pb(
             await self._service.create_base_model(protos.new_base_model(request), key)
@@ -41,7 +41,7 @@ class ModelsServicer(pb_grpc.ModelsServiceServicer):
     async def CommitBaseModel(
         self, request: pb.CommitBaseModelRequest, context: ServicerContext
     ) -> pb.BaseModel:
-        require_role("admin")
+        _require_operator()
         (base_model,) = names.BASE_MODEL.parse(request.name)
         return protos.base_model_pb(await self._service.commit_base_model(base_model))
 
@@ -60,7 +60,7 @@ class ModelsServicer(pb_grpc.ModelsServiceServicer):
         return pb.ListBaseModelsResponse(base_models=page, next_page_token=token)
 
     async def DeleteBaseModel(self, request: pb.DeleteBaseModelRequest, context: ServicerContext) -> Empty:
-        require_role("admin")
+        _require_operator()
         (base_model,) = names.BASE_MODEL.parse(request.name)
         await self._service.delete_base_model(base_model)
         return Empty()
@@ -100,7 +100,7 @@ class ModelsInternalServicer(pb_grpc.ModelsInternalServiceServicer):
     async def CommitModelFile(
         self, request: pb.CommitModelFileRequest, context: ServicerContext
     ) -> pb.ModelFile:
-        require_role("admin")
+        _require_operator()
         (base_model,) = names.BASE_MODEL.parse(request.base_model, field="base_model")
         file = await self._service.commit_file(
             base_model, request.path, request.staging_key, request.size_bytes, request.sha256
@@ -132,6 +132,11 @@ class ModelsInternalServicer(pb_grpc.ModelsInternalServiceServicer):
 
 # A base model lists its files and its template: a page must stay below gRPC's 4 MiB.
 _MAX_BASE_MODELS = 50
+
+
+def _require_operator() -> None:
+    # Base models belong to no project: one tenant's admin must not change what the others use.
+    require_operator(current_caller().principal, "import, change or delete base models")
 
 
 def _request_key(request_id: str) -> str:

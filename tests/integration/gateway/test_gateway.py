@@ -40,13 +40,18 @@ from tests.fixtures.tiny import build_tiny_tokenizer
 TOKEN = "service-token"
 KEY = grpc.aio.Metadata(("authorization", "Bearer sk-alice"))
 OTHER = grpc.aio.Metadata(("api-key", "sk-eve"))
+OPERATOR = grpc.aio.Metadata(("api-key", "sk-root"))
 
 
 @pytest.fixture
 async def owners(tmp_path: Path) -> AsyncIterator[Owners]:
     folder = build_tiny_tokenizer(tmp_path / "tokenizer")
     store = FolderStore(tmp_path / "store")
-    keys = {"sk-alice": Principal("acme", "admin", "key_1"), "sk-eve": Principal("other", "member", "key_2")}
+    keys = {
+        "sk-alice": Principal("acme", "admin", "key_1"),
+        "sk-eve": Principal("other", "member", "key_2"),
+        "sk-root": Principal("default", "admin", "key_3"),
+    }
     owners = Owners(store, Tokenizer.from_folder(folder), keys)
     for path in sorted(folder.iterdir()):
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
@@ -219,13 +224,14 @@ async def test_a_model_file_goes_in(channel: grpc.aio.Channel, owners: Owners) -
         for offset in range(0, len(data), 1_000_000):
             yield models_pb2.UploadModelFileRequest(data=data[offset : offset + 1_000_000])
 
-    error = await refused(stub.UploadModelFile(messages(b"other", "model.safetensors"), metadata=KEY))
+    error = await refused(stub.UploadModelFile(messages(b"other", "model.safetensors"), metadata=OPERATOR))
     assert isinstance(error, InvalidArgument)
-    error = await refused(stub.UploadModelFile(messages(weights, "unknown.bin"), metadata=KEY))
+    error = await refused(stub.UploadModelFile(messages(weights, "unknown.bin"), metadata=OPERATOR))
     assert error.reason == "NOT_FOUND"
-    error = await refused(stub.UploadModelFile(messages(weights, "model.safetensors"), metadata=OTHER))
-    assert error.reason == "ROLE_TOO_LOW"
-    done = await stub.UploadModelFile(messages(weights, "model.safetensors"), metadata=KEY)
+    for user in (KEY, OTHER):
+        error = await refused(stub.UploadModelFile(messages(weights, "model.safetensors"), metadata=user))
+        assert error.reason == "OPERATOR_REQUIRED"
+    done = await stub.UploadModelFile(messages(weights, "model.safetensors"), metadata=OPERATOR)
     assert done.file.object_key == f"blobs/{sha256}"
     assert [info.key async for info in owners.store.list("staging/")] == []
 

@@ -12,6 +12,8 @@ from lathe.common.errors import NotFound, PermissionDenied, Unauthenticated
 from lathe.common.names import project_of
 
 PRINCIPAL_KEY = "lathe-principal"
+# The project that accounts makes at its first start; its admins run the platform.
+DEFAULT_PROJECT = "default"
 
 
 class Role(IntEnum):
@@ -122,4 +124,20 @@ def require_role(minimum: Role | str) -> None:
             f"Use a key with a higher role.",
             reason="ROLE_TOO_LOW",
             metadata={"required_role": needed.name.lower(), "role": principal.role},
+        )
+
+
+def is_operator(principal: Principal | None) -> bool:
+    """Whether a caller may change what all projects share: an admin of the default project, or a service that acts
+    for itself (None)."""
+    return principal is None or (
+        principal.project == DEFAULT_PROJECT and principal.role == Role.ADMIN.name.lower()
+    )
+
+
+def require_operator(principal: Principal | None, what: str) -> None:
+    """Raise PermissionDenied unless `is_operator`. what: an infinitive such as `change base models`."""
+    if not is_operator(principal):
+        raise PermissionDenied(
+            f"Only an admin of the project {DEFAULT_PROJECT} may {what}.", reason="OPERATOR_REQUIRED"
         )
