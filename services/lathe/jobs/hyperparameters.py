@@ -31,10 +31,10 @@ def auto_batch_size(examples: int) -> int:
 def base_learning_rate(parameter_count: int) -> float:
     """The peak learning rate of LoRA (alpha = 2 r) with a multiplier of 1.
 
-    1e-3 at a billion parameters, and with the inverse square root of the size around it, at most 3e-3: 2.7e-3 at 135
-    million (there 3e-3 beat 2e-3, and 1e-3 was far off, on docs/examples/tickets), 3.5e-4 at 8 billion.
+    1.1e-3 at a billion parameters, and with the inverse square root of the size around it, at most 3e-3: that at 135
+    million (there 3e-3 beat 2e-3, and 1e-3 was far off, on docs/examples/tickets), 3.9e-4 at 8 billion.
     """
-    return min(3e-3, 1e-3 * math.sqrt(1e9 / max(1, parameter_count)))
+    return min(3e-3, 1.1e-3 * math.sqrt(1e9 / max(1, parameter_count)))
 
 
 def resolve(spec: SupervisedSpec, base: BaseRef, examples: int) -> Hyperparameters:

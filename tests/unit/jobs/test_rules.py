@@ -91,7 +91,7 @@ def test_given_hyperparameters_stand() -> None:
 
 
 @pytest.mark.parametrize(
-    ("parameters", "rate"), [(0, 3e-3), (135_000_000, 2.72e-3), (10**9, 1e-3), (8 * 10**9, 3.54e-4)]
+    ("parameters", "rate"), [(0, 3e-3), (135_000_000, 2.99e-3), (10**9, 1.1e-3), (8 * 10**9, 3.89e-4)]
 )
 def test_larger_models_learn_with_smaller_steps(parameters: int, rate: float) -> None:
     assert hyperparameters.base_learning_rate(parameters) == pytest.approx(rate, rel=0.01)
