@@ -93,11 +93,6 @@ def slice_plan(
     return TrainPlan(tuple(lengths), n_epochs, batch_size, seed, max_tokens_per_slice)
 
 
-def eval_slices(lengths: Sequence[int], max_tokens_per_slice: int) -> tuple[Slice, ...]:
-    """All rows in their own order, cut as training slices are."""
-    return cut(range(len(lengths)), lengths, max_tokens_per_slice)
-
-
 def cut(rows: Sequence[int], lengths: Sequence[int], max_tokens: int) -> tuple[Slice, ...]:
     """Cuts rows, order kept, into slices of at most `max_tokens`; a longer row is a slice by itself."""
     slices: list[Slice] = []

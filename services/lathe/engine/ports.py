@@ -50,10 +50,6 @@ class SampleVerbs(Protocol):
     def memory(self) -> EngineMemory: ...
 
 
-class Verbs(TrainVerbs, SampleVerbs, Protocol):
-    """The whole numerical core."""
-
-
 class Jobs(Protocol):
     """What an engine says to jobs. Raises Unavailable or DeadlineExceeded while jobs is away, and Aborted for
     a lease token that is not valid any more."""

@@ -134,10 +134,6 @@ class Tokenizer:
         return self._template is not None
 
     @property
-    def special_ids(self) -> frozenset[int]:
-        return self._special_ids
-
-    @property
     def anchor_ids(self) -> frozenset[int]:
         """Added tokens: text is split at them before all else, so the two sides of one do not influence each
         other's tokens."""

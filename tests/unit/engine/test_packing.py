@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lathe.common.errors import InvalidArgument
-from lathe.engine.packing import Slice, eval_slices, halve, slice_plan
+from lathe.engine.packing import Slice, cut, halve, slice_plan
 
 FIRST = (4, 2, 6, 3, 0, 5, 1, 7)
 SECOND = (7, 1, 4, 0, 3, 5, 6, 2)
@@ -53,7 +53,7 @@ def test_the_order_is_fixed_for_ever() -> None:
 
 
 def test_evaluation_keeps_the_rows_own_order() -> None:
-    assert eval_slices([3, 4, 9, 1], 8) == (Slice((0, 1)), Slice((2,)), Slice((3,)))
+    assert cut(range(4), [3, 4, 9, 1], 8) == (Slice((0, 1)), Slice((2,)), Slice((3,)))
 
 
 def test_halving() -> None:
