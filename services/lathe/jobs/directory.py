@@ -6,9 +6,10 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, replace
 
 from lathe.common.clock import Clock
+from lathe.common.errors import DeadlineExceeded, Unavailable
 from lathe.jobs.changes import Changes
 from lathe.jobs.contact import Contact
-from lathe.jobs.model import EngineRecord, EngineState, Pool
+from lathe.jobs.model import BaseRef, EngineRecord, EngineState, Pool
 from lathe.jobs.policy import Limits, is_serving
 from lathe.jobs.ports import JobStore, Models
 
@@ -65,8 +66,7 @@ class EngineDirectory:
 
     async def ensure(self, base_id: str) -> bool:
         """Ask for at least one engine of this base; True if one is there. Raises NotFound for an unknown base."""
-        # By digest: an id may stand for other weights than it did when an engine that still runs was started.
-        base = (await self.models.resolve(_ANY_PROJECT, f"baseModels/{base_id}")).base
+        base = await self._base(base_id)
         await self._demand(Pool(base))
         ready = any(
             engine.base.digest == base.digest and not engine.draining for engine in await self.serving()
@@ -74,6 +74,17 @@ class EngineDirectory:
         if not ready:
             self.changes.ring()
         return ready
+
+    async def _base(self, base_id: str) -> BaseRef:
+        """By digest: an id may stand for other weights than when an engine that still runs was started."""
+        try:
+            return (await self.models.resolve(_ANY_PROJECT, f"baseModels/{base_id}")).base
+        except (Unavailable, DeadlineExceeded):
+            # While models is away, what an engine serves is the best that is known.
+            for engine in await self.serving():
+                if engine.base.id == base_id:
+                    return engine.base
+            raise
 
     async def _demand(self, wanted: Pool) -> None:
         now = self.clock.now()

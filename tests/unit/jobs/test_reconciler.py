@@ -211,6 +211,14 @@ async def test_sampling_gets_an_engine_started(world: World) -> None:
         await world.directory.ensure("unknown")
 
 
+async def test_while_models_is_away_an_engine_there_is_enough(world: World) -> None:
+    world.models.down = Unavailable("models is away.")
+    with pytest.raises(Unavailable):
+        await world.directory.ensure("tiny")
+    await world.register()
+    assert await world.directory.ensure("tiny")
+
+
 async def test_an_engine_of_other_weights_under_the_same_id_does_not_do(world: World) -> None:
     old = replace(BASE, digest="0" * 64)
     await world.register("eng-old", old)
