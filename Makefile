@@ -14,7 +14,7 @@ LOCK := $(BIN)/uv pip compile -q pyproject.toml --universal --python-version 3.1
 	--override requirements/overrides.txt --no-emit-package torch
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-unit lint format proto proto-check breaking lock docs docs-check clean
+.PHONY: help quickstart test test-unit acceptance-kill lint format proto proto-check breaking lock docs docs-check clean
 
 help: ## list the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sort | awk -F':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
@@ -30,6 +30,9 @@ test: $(VENV)/.dev ## install what the tests need and run all of them (not the c
 
 test-unit: $(VENV)/.dev ## the unit tests alone (seconds)
 	$(BIN)/pytest tests/unit -n 2
+
+acceptance-kill: $(VENV)/.dev ## kill each process ten times during a job; the adapter must be the same, bit for bit
+	PYTHONPATH=services:. $(BIN)/python -m tests.acceptance.kill_each_process
 
 lint: $(VENV)/.dev proto-check docs-check ## ruff, mypy, import rules, buf
 	$(BIN)/ruff check .

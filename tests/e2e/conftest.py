@@ -35,7 +35,8 @@ def _possible(item: pytest.Item, target: str) -> bool:
         return target == "embedded"
     if item.get_closest_marker("processes_only"):
         return target == "processes"
-    return target in ("embedded", "processes") or item.get_closest_marker("kills") is None
+    ours = item.get_closest_marker("kills") or item.get_closest_marker("own_platform")
+    return target in ("embedded", "processes") or not ours
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,8 @@ from tests.e2e.data import jsonl, lessons
 from tests.fixtures.platforms import Platform
 
 FILES = ("adapter_model.safetensors", "adapter_config.json")
-STEPS = 400
+STEPS_PER_EPOCH = 50
+N_EPOCHS = 8
 ENDED = (jobs_pb2.JOB_STATE_SUCCEEDED, jobs_pb2.JOB_STATE_FAILED, jobs_pb2.JOB_STATE_CANCELLED)
 
 
@@ -19,9 +20,11 @@ def upload_long(client: Client) -> datasets_pb2.Dataset:
     return client.datasets.wait(client.datasets.upload(jsonl(lessons(40))).name)
 
 
-def start_long(client: Client, base_model: str, dataset: datasets_pb2.Dataset) -> jobs_pb2.Job:
-    """8 epochs of 50 steps, always with the same seed."""
-    return client.jobs.create(base_model, dataset.name, seed=11, n_epochs=8, batch_size=4)
+def start_long(
+    client: Client, base_model: str, dataset: datasets_pb2.Dataset, n_epochs: int = N_EPOCHS
+) -> jobs_pb2.Job:
+    """Epochs of 50 steps, always with the same seed."""
+    return client.jobs.create(base_model, dataset.name, seed=11, n_epochs=n_epochs, batch_size=4)
 
 
 def wait_for_step(client: Client, job: jobs_pb2.Job, step: int, timeout: float = 60.0) -> jobs_pb2.Job:
@@ -45,18 +48,20 @@ def wait_for_success(client: Client, job: jobs_pb2.Job, timeout: float = 120.0) 
 
 def check_history(client: Client, job: jobs_pb2.Job) -> None:
     """Every step is told once and in order, every epoch has its checkpoint, nothing happened twice."""
+    total = job.method.supervised.hyperparameters.n_epochs * STEPS_PER_EPOCH
+    epochs = list(range(STEPS_PER_EPOCH, total + 1, STEPS_PER_EPOCH))
     events = list(client.jobs.events(job.name))[::-1]
     assert [event.sequence for event in events] == list(range(1, len(events) + 1))
     steps = [event.metrics.step for event in events if event.type == jobs_pb2.EVENT_TYPE_METRICS]
-    assert steps == list(range(1, STEPS + 1))
+    assert steps == list(range(1, total + 1))
     messages = [event.message for event in events if event.type == jobs_pb2.EVENT_TYPE_MESSAGE]
     for once in ("Fine-tuning job started", f"New fine-tuned model created: {job.fine_tuned_model}"):
         assert messages.count(once) == 1
     saved = [message for message in messages if message.startswith("Checkpoint created")]
-    assert saved == [f"Checkpoint created at step {step}" for step in range(50, STEPS + 1, 50)]
+    assert saved == [f"Checkpoint created at step {step}" for step in epochs]
     assert messages[-1] == "The job has successfully completed"
-    assert [one.step for one in client.jobs.checkpoints(job.name)] == [400, 350, 300]
-    assert job.total_steps == job.step == STEPS
+    assert [one.step for one in client.jobs.checkpoints(job.name)] == epochs[:-4:-1]
+    assert job.total_steps == job.step == total
 
 
 def final_adapter(platform: Platform, client: Client, job: jobs_pb2.Job) -> dict[str, bytes]:
