@@ -23,6 +23,7 @@ _NO_TORCH = (
     "torch is not installed here, so no engine can start: files and models can be kept, but nothing can be tuned or "
     "asked. Install lathe[engine]."
 )
+_MIGRATION_S = 1800.0
 CONFIG = Annotated[Path | None, typer.Option("--config", help="A YAML file with settings.")]
 
 
@@ -128,7 +129,9 @@ async def _migrate(service: str, wait: bool, timeout: float, config: Path | None
     from lathe.common.db import Database, check_schema, migrate
 
     clock = SystemClock()
-    db = Database(_settings_class(service).load(config).db.url.get_secret_value())
+    # A change of a large table takes long, and other replicas may be at it.
+    url = _settings_class(service).load(config).db.url.get_secret_value()
+    db = Database(url, answer_timeout_s=_MIGRATION_S)
     deadline = clock.monotonic() + timeout
     try:
         while True:

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import grpc
 
-from lathe.common.errors import FailedPrecondition, ResourceExhausted, Unavailable
+from lathe.common.errors import DeadlineExceeded, FailedPrecondition, ResourceExhausted, Unavailable
 from lathe.common.rpc.status import from_rpc_error
 
 MAX_MESSAGE_BYTES = 4 * 1024 * 1024
@@ -116,10 +116,15 @@ class Transport:
 def retrying(once: Callable[[], T], deadline: float) -> T:
     """Repeat `once` while it raises Unavailable or ResourceExhausted with a hint, until `deadline` (monotonic)."""
     wait = _FIRST_WAIT_S
+    refused: Unavailable | None = None
     while True:
         try:
             return once()
+        except DeadlineExceeded as error:
+            # It was the last try's own little time: why all of them failed was said before.
+            raise refused or error from error
         except Unavailable as error:
+            refused = error
             pause = error.retry_after if error.retry_after is not None else wait
             if time.monotonic() + pause >= deadline:
                 raise

@@ -16,7 +16,7 @@ from google.protobuf.descriptor import FileDescriptor
 
 from lathe.common.errors import Unavailable
 from lathe.common.rpc.auth import AUTHORIZATION_KEY
-from lathe.common.rpc.channel import principal_metadata
+from lathe.common.rpc.channel import peer_is_silent, principal_metadata
 from lathe.common.rpc.context import ServicerContext
 from lathe.common.rpc.principal import current_caller
 from lathe.common.rpc.status import DETAILS_KEY
@@ -114,6 +114,8 @@ class Forwarder(grpc.GenericRpcHandler):
                 context.set_trailing_metadata(_returning(await call.trailing_metadata()))
                 return answer
             except grpc.aio.AioRpcError as error:
+                if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED and context.time_remaining() is None:
+                    raise peer_is_silent() from error
                 await _pass_error(owner, error, context)
             finally:
                 call.cancel()

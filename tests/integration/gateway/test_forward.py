@@ -11,7 +11,7 @@ from typing import Any
 import grpc
 import pytest
 
-from lathe.common.errors import FieldViolation, InvalidArgument, Unauthenticated
+from lathe.common.errors import FieldViolation, InvalidArgument, Unauthenticated, Unavailable
 from lathe.common.metrics import Metrics
 from lathe.common.rpc.auth import ServiceAuthenticator, ServiceCredentials
 from lathe.common.rpc.channel import connect
@@ -86,10 +86,13 @@ async def owner_server(jobs: JobsDouble) -> AsyncIterator[int]:
 
 
 @asynccontextmanager
-async def gateway_server(owner_port: int) -> AsyncIterator[int]:
+async def gateway_server(owner_port: int, default_timeout_s: float = 60.0) -> AsyncIterator[int]:
     channel = connect(f"127.0.0.1:{owner_port}", TOKEN)
     forwarder = Forwarder(
-        {"lathe.v1.JobsService": channel}, methods_of(jobs_pb2.DESCRIPTOR, "JobsService"), {}
+        {"lathe.v1.JobsService": channel},
+        methods_of(jobs_pb2.DESCRIPTOR, "JobsService"),
+        {},
+        default_timeout_s,
     )
     keys = Authenticator(FakeKeys({"sk-alice": ALICE}), FakeClock())
     server = build_server([], RPC, MetadataAuthenticator(keys), Metrics(), handlers=[forwarder])
@@ -144,6 +147,20 @@ async def test_unary_call_carries_principal_and_other_metadata_both_ways(stub: A
 async def test_a_call_without_deadline_gets_one(stub: Any, jobs: JobsDouble) -> None:
     await stub.GetJob(jobs_pb2.GetJobRequest(name="job"), metadata=KEY)
     assert jobs.time_left is not None and jobs.time_left <= 61
+
+
+async def test_an_owner_that_is_silent_is_unavailable_to_who_set_no_deadline(jobs: JobsDouble) -> None:
+    async with (
+        owner_server(jobs) as owner,
+        gateway_server(owner, default_timeout_s=0.2) as port,
+        grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel,
+    ):
+        stub = jobs_pb2_grpc.JobsServiceStub(channel)
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await stub.GetJob(jobs_pb2.GetJobRequest(name="slow"), metadata=KEY)
+    error = from_rpc_error(caught.value)
+    assert isinstance(error, Unavailable)
+    assert error.retry_after
 
 
 async def test_error_details_pass_through(stub: Any) -> None:
