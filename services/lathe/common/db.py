@@ -30,8 +30,8 @@ SchemaState = Literal["current", "behind", "ahead"]
 _WRITE = "lathe_write"
 _BUSY_TIMEOUT_MS = 10_000
 _UNIQUE_SQLSTATE = "23505"
-# Below the deadline of a call between services (10 s), so that its answer is Unavailable.
-ANSWER_TIMEOUT_S = 5.0
+# With the time for a new connection it stays below the deadline of a call between services (10 s).
+ANSWER_TIMEOUT_S = 4.0
 # SQLite's OperationalError also covers wrong SQL; only these primary codes are outages.
 _SQLITE_OUTAGES = {
     sqlite3.SQLITE_BUSY: "is locked by another process",
@@ -70,9 +70,7 @@ class Database:
     PostgreSQL may take for one statement before it counts as away.
     """
 
-    def __init__(
-        self, url: str, pool_size: int = 5, *, answer_timeout_s: float = ANSWER_TIMEOUT_S
-    ) -> None:
+    def __init__(self, url: str, pool_size: int = 5, *, answer_timeout_s: float = ANSWER_TIMEOUT_S) -> None:
         self._sqlite = make_url(url).get_backend_name() == "sqlite"
         self._engine = (
             _sqlite_engine(url, pool_size)
@@ -163,10 +161,10 @@ def _postgres_engine(url: str, pool_size: int, answer_timeout_s: float) -> Async
         pool_size=pool_size,
         max_overflow=0,
         pool_pre_ping=True,
-        pool_timeout=5,
+        pool_timeout=3,
         connect_args={
             "async_creator_fn": connector(answer_timeout_s),
-            "connect_timeout": 5,
+            "connect_timeout": 3,
             # A peer that vanished without a word is noticed within seconds, not hours.
             "keepalives_idle": 10,
             "keepalives_interval": 5,
