@@ -54,6 +54,7 @@ from lathe.engine.model import (
     SnapshotKind,
     StepMetrics,
     TokenRef,
+    is_disk_full,
     outcome_of,
 )
 from lathe.engine.ports import Jobs, TrainVerbs
@@ -215,7 +216,7 @@ class AttemptRunner:
 
     async def _prepare(self) -> SftRun:
         attempt = self._attempt
-        await asyncio.to_thread(self._folder.mkdir, parents=True, exist_ok=True)
+        await self._patiently(lambda: asyncio.to_thread(self._folder.mkdir, parents=True, exist_ok=True))
         training = await self._patiently(lambda: self._rows(attempt.training))
         validation: Sequence[TrainRow] = ()
         if attempt.validation is not None:
@@ -280,12 +281,14 @@ class AttemptRunner:
         return folder
 
     async def _patiently(self, work: Callable[[], Awaitable[T]]) -> T:
-        """Repeat while the store is away."""
+        """Repeat while the store is away or the disk is full."""
         wait = 0.5
         while True:
             try:
                 return await work()
-            except AWAY as error:
+            except (*AWAY, OSError) as error:
+                if isinstance(error, OSError) and not is_disk_full(error):
+                    raise
                 logger.warning("attempt %s waits: %s", self._attempt.attempt_id, error)
                 await self._clock.sleep(wait)
                 wait = min(wait * 2, self._settings.retry_max_s)

@@ -22,7 +22,7 @@ from lathe.common.metrics import Metrics
 from lathe.engine.engine import SequenceState
 from lathe.engine.model import AttemptEvent, Ended, Outcome, Share, Snapshot, StepMetrics, choose, outcome_of
 from lathe.engine.ports import SampleVerbs
-from lathe.engine.recipes.sft import RecipeEvent, SliceDone
+from lathe.engine.recipes.sft import Blocked, RecipeEvent, SliceDone
 from lathe.engine.sampling import SamplingParams
 from lathe.engine.streams import StreamFinished, StreamStarted, TokenStream
 
@@ -85,6 +85,7 @@ class _Training:
     order: int
     consumed: int
     suspended: bool = False
+    blocked_until: float = float("-inf")
 
 
 class ModelLoop:
@@ -194,9 +195,11 @@ class ModelLoop:
         return sampled or trained
 
     def _wait(self) -> None:
-        suspended = any(entry.suspended_at is not None for entry in self._active)
+        waiting = any(entry.suspended_at is not None for entry in self._active) or any(
+            training.blocked_until > self._clock.monotonic() for training in self._attempts
+        )
         try:
-            self._inbox.get(timeout=TICK_S if suspended else None)()
+            self._inbox.get(timeout=TICK_S if waiting else None)()
         except queue.Empty:
             return
 
@@ -319,7 +322,8 @@ class ModelLoop:
         self._attempts.append(_Training(attempt_id, recipe, recipe.turns(), emit, self._arrivals, consumed))
 
     def _train(self) -> bool:
-        runnable = [training for training in self._attempts if not training.suspended]
+        now = self._clock.monotonic()
+        runnable = [item for item in self._attempts if not item.suspended and item.blocked_until <= now]
         if not runnable:
             return False
         training = runnable[choose([Share(item.order, item.consumed) for item in runnable])]
@@ -338,6 +342,9 @@ class ModelLoop:
         elif isinstance(event, SliceDone):
             training.consumed += event.tokens
             self._metrics.engine_tokens.labels("train").inc(event.tokens)
+        elif isinstance(event, Blocked):
+            logger.warning("attempt %s waits: %s", training.attempt_id, event.reason)
+            training.blocked_until = now + event.seconds
         else:
             if isinstance(event, StepMetrics):
                 self._metrics.engine_step_seconds.observe(event.step_seconds)

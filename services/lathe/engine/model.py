@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -232,6 +233,11 @@ def choose(shares: Sequence[Share]) -> int:
     With equal slices this is: the oldest job's next slice, then the others', each in turn.
     """
     return min(range(len(shares)), key=lambda index: (shares[index].consumed, shares[index].order))
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Whether a file could not be written for want of room: that passes, and is no fault of a job."""
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 def outcome_of(error: BaseException) -> tuple[Outcome, AttemptError]:

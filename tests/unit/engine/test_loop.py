@@ -18,7 +18,7 @@ from lathe.common.errors import (
 from lathe.engine.adapters import LoraSpec
 from lathe.engine.loop import LoopLimits, ModelLoop
 from lathe.engine.model import AttemptEvent, Ended, Outcome, Share, Snapshot, choose
-from lathe.engine.recipes.sft import RecipeEvent, SliceDone
+from lathe.engine.recipes.sft import Blocked, RecipeEvent, SliceDone
 from lathe.engine.sampling import Sampled, SamplingParams
 from lathe.engine.streams import StreamFinished, StreamStarted, TokenStream
 from tests.fakes.clock import FakeClock
@@ -215,6 +215,33 @@ def test_a_suspended_attempt_stops_at_the_next_slice_and_goes_on_when_told(loop:
     loop.suspend_attempt("a", False)
     loop.run_once()
     assert len(calls) == 2
+
+
+class Waits(Slices):
+    """A recipe that has to wait before its second slice."""
+
+    def turns(self) -> Generator[RecipeEvent, None, None]:
+        yield from super().turns()
+        yield Blocked(5.0, "The disk is full.")
+        yield from super().turns()
+
+
+def test_a_blocked_attempt_is_let_alone_and_tried_again(
+    loop: ModelLoop, engine: FakeEngine, clock: FakeClock
+) -> None:
+    events: list[AttemptEvent] = []
+    loop.start("att-1", Waits(engine.calls, "waits", 1), events.append)
+    assert loop.run_once()
+    assert loop.run_once()
+    assert not loop.run_once()
+    loop.start("att-2", Slices(engine.calls, "other", 1), events.append)
+    assert loop.run_once()
+    assert engine.calls == ["waits", "other"]
+    clock.tick(5)
+    while loop.run_once():
+        pass
+    assert engine.calls == ["waits", "other", "waits"]
+    assert [event.outcome for event in events if isinstance(event, Ended)] == [Outcome.SUCCEEDED] * 2
 
 
 def test_cancel_and_drop(loop: ModelLoop) -> None:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from lathe.common.errors import DataLoss, FailedPrecondition, InvalidArgument
 from lathe.engine.engine import TrainRow, TrainSlice
 from lathe.engine.model import SlicePlan, Snapshot, SnapshotKind, StepMetrics, TrainingConfig
-from lathe.engine.recipes.sft import RecipeEvent, SftData, SftRun, SliceDone, Start
+from lathe.engine.recipes.sft import Blocked, RecipeEvent, SftData, SftRun, SliceDone, Start
 from tests.fakes.clock import FakeClock
 from tests.fakes.engine import FakeEngine
 
@@ -175,6 +177,40 @@ def test_out_of_memory_halves_the_slices_and_a_replay_cuts_the_same(tmp_path: Pa
     big = Bench(tmp_path / "big")
     start = Start(snapshots[0].folder, 3, 60, tuple((step, 1) for step in range(6)))
     assert weights(snapshots_of(list(big.run(start=start).turns()))[-1]) == weights(snapshots[-1])
+
+
+class FullDisk(FakeEngine):
+    """An engine whose disk has no room for a while."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.full = False
+
+    def save(self, *args: Any, **options: Any) -> tuple[str, ...]:
+        if self.full:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return super().save(*args, **options)
+
+
+def test_a_full_disk_makes_it_wait_at_an_epoch_and_skip_what_is_not_needed(tmp_path: Path) -> None:
+    whole = snapshots_of(list(Bench(tmp_path / "whole").run().turns()))
+    engine = FullDisk()
+    bench = Bench(tmp_path / "full", engine)
+    engine.full = True
+    events: list[RecipeEvent] = []
+    for event in bench.run().turns():
+        events.append(event)
+        if isinstance(event, StepMetrics):
+            bench.clock.tick(35)
+        if sum(isinstance(item, Blocked) for item in events) == 3:
+            engine.full = False
+    blocked = [index for index, event in enumerate(events) if isinstance(event, Blocked)]
+    assert len(blocked) == 3
+    # It trained on past the resume checkpoint of step 2, and waited for that of the epoch, of step 3.
+    assert [item.step for item in metrics_of(events[: blocked[0]])] == [1, 2, 3]
+    saved = snapshots_of(events)
+    assert (saved[0].kind, saved[0].step) == (SnapshotKind.EPOCH, 3)
+    assert weights(saved[-1]) == weights(whole[-1])
 
 
 def test_a_row_that_never_fits_fails_the_job(tmp_path: Path) -> None:

@@ -18,13 +18,14 @@ from lathe.common.clock import Clock
 from lathe.common.errors import DataLoss, FailedPrecondition, InvalidArgument
 from lathe.engine.adapters import LoraSpec, read_spec
 from lathe.engine.engine import SliceResult, TrainRow, TrainSlice, trained_tokens
-from lathe.engine.model import SlicePlan, Snapshot, SnapshotKind, StepMetrics, TrainingConfig
+from lathe.engine.model import SlicePlan, Snapshot, SnapshotKind, StepMetrics, TrainingConfig, is_disk_full
 from lathe.engine.optim import Schedule
 from lathe.engine.packing import Slice, Step, cut, halve, slice_plan
 from lathe.engine.ports import TrainVerbs
 
 # Between full validations (one an epoch), one batch is validated about this often over the whole job.
 VALIDATIONS_PER_JOB = 20
+DISK_FULL_WAIT_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +35,15 @@ class SliceDone:
     tokens: int
 
 
-RecipeEvent = SliceDone | StepMetrics | Snapshot
+@dataclass(frozen=True, slots=True)
+class Blocked:
+    """Nothing can be done for this attempt now; go on with it in `seconds`."""
+
+    seconds: float
+    reason: str
+
+
+RecipeEvent = SliceDone | StepMetrics | Snapshot | Blocked
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,10 +130,10 @@ class SftRun:
             self._metrics = metrics
             yield metrics
             if step.ends_epoch:
-                yield self._save(SnapshotKind.EPOCH)
+                yield from self._saved(SnapshotKind.EPOCH)
             elif self._clock.monotonic() - self._saved_at >= self._interval:
-                yield self._save(SnapshotKind.RESUME)
-        yield self._save(SnapshotKind.FINAL)
+                yield from self._saved(SnapshotKind.RESUME)
+        yield from self._saved(SnapshotKind.FINAL)
 
     def snapshot(self) -> Snapshot | None:
         """Save the last whole step for a later attempt; None when it is saved already or nothing was done."""
@@ -254,6 +263,22 @@ class SftRun:
             results.append(self._engine.evaluate(self._key, TrainSlice(part, max(1, tokens))))
             yield SliceDone(results[-1].input_tokens)
         return _sum(results)
+
+    def _saved(self, kind: SnapshotKind) -> Generator[RecipeEvent, None, None]:
+        """The snapshot. While the disk is full it waits, but for a resume checkpoint, which is left out."""
+        while True:
+            try:
+                snapshot = self._save(kind)
+            except OSError as error:
+                if not is_disk_full(error):
+                    raise
+            else:
+                yield snapshot
+                return
+            if kind is SnapshotKind.RESUME:
+                self._saved_at = self._clock.monotonic()
+                return
+            yield Blocked(DISK_FULL_WAIT_S, "the engine's disk is full")
 
     def _save(self, kind: SnapshotKind) -> Snapshot:
         folder = self._folder(kind, self.step)
