@@ -16,11 +16,8 @@ _ENGINES = "LATHE_ENGINE_"
 def engine_variables(
     engine_id: str, base_model: str, base_digest: str, jobs_address: str, given: Mapping[str, str]
 ) -> dict[str, str]:
-    """The variables of one engine's process; `given` may replace the first, what the launcher knows wins over it."""
+    """The LATHE_ENGINE_… variables of one engine; what the launcher knows wins over what is given."""
     return {
-        # A thread that spins at OpenMP's barrier takes the core that the other one waits for. On a machine with other
-        # work that made training 4 to 10 times slower, and an idle one trains as fast without.
-        "OMP_WAIT_POLICY": "passive",
         **given,
         "LATHE_ENGINE_ENGINE_ID": engine_id,
         "LATHE_ENGINE_BASE_MODEL": base_model,
