@@ -40,8 +40,18 @@ class Metrics:
     def __init__(self, version: str = "", registry: CollectorRegistry | None = None) -> None:
         # `…_created` series double the output and trip promtool.
         prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call]
-        self.registry = reg = registry if registry is not None else CollectorRegistry()
+        self.registry = registry if registry is not None else CollectorRegistry()
+        self._declare_grpc(self.registry)
+        self._declare_control(self.registry)
+        self._declare_engine(self.registry)
+        self._declare_gateway(self.registry)
+        self.build_info = Gauge(
+            "lathe_build_info", "Always 1; the version is in the label.", ("version",), registry=self.registry
+        )
+        if version:
+            self.build_info.labels(version=version).set(1)
 
+    def _declare_grpc(self, reg: CollectorRegistry) -> None:
         self.grpc_started = Counter(
             "grpc_server_started_total", "Calls started on the server.", _GRPC_LABELS, registry=reg
         )
@@ -59,6 +69,7 @@ class Metrics:
             buckets=_GRPC_SECONDS,
         )
 
+    def _declare_control(self, reg: CollectorRegistry) -> None:
         self.jobs = Gauge("lathe_jobs", "Jobs by state.", ("state",), registry=reg)
         self.engines = Gauge("lathe_engines", "Engines by state.", ("state",), registry=reg)
         self.job_queue_wait_seconds = Histogram(
@@ -72,6 +83,7 @@ class Metrics:
             "lathe_upload_bytes_total", "Bytes taken in by uploads of every door.", registry=reg
         )
 
+    def _declare_engine(self, reg: CollectorRegistry) -> None:
         self.engine_step_seconds = Histogram(
             "lathe_engine_step_seconds",
             "Time of one optimizer step, all its slices together.",
@@ -93,6 +105,7 @@ class Metrics:
             "lathe_engine_adapters_loaded", "Adapters in the engine's memory.", registry=reg
         )
 
+    def _declare_gateway(self, reg: CollectorRegistry) -> None:
         self.http_requests = Counter(
             "lathe_http_requests_total",
             "HTTP requests, by route template, method and status code.",
@@ -125,12 +138,6 @@ class Metrics:
             ("kind",),
             registry=reg,
         )
-
-        self.build_info = Gauge(
-            "lathe_build_info", "Always 1; the version is in the label.", ("version",), registry=reg
-        )
-        if version:
-            self.build_info.labels(version=version).set(1)
 
     def declared(self) -> Iterable[MetricWrapperBase]:
         """Every metric, in the order of declaration."""
