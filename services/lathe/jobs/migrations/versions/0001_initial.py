@@ -15,6 +15,14 @@ depends_on = None
 
 
 def upgrade() -> None:
+    _engines()
+    _jobs()
+    _projects_and_pools()
+    _attempts()
+    _reports()
+
+
+def _engines() -> None:
     op.create_table(
         "engines",
         sa.Column("id", sa.String(length=64), nullable=False),
@@ -37,6 +45,9 @@ def upgrade() -> None:
         sa.Column("stop_time", UtcDateTime(), nullable=True),
         sa.PrimaryKeyConstraint("id"),
     )
+
+
+def _jobs() -> None:
     op.create_table(
         "jobs",
         sa.Column("id", sa.String(length=64), nullable=False),
@@ -53,6 +64,9 @@ def upgrade() -> None:
     )
     op.create_index("jobs_by_project", "jobs", ["project", "create_time", "id"], unique=False)
     op.create_index("jobs_by_state", "jobs", ["state"], unique=False)
+
+
+def _projects_and_pools() -> None:
     op.create_table(
         "pools",
         sa.Column("base_digest", sa.String(length=64), nullable=False),
@@ -70,6 +84,9 @@ def upgrade() -> None:
         sa.Column("lock_count", sa.BigInteger(), nullable=False),
         sa.PrimaryKeyConstraint("project"),
     )
+
+
+def _attempts() -> None:
     op.create_table(
         "attempts",
         sa.Column("id", sa.String(length=64), nullable=False),
@@ -97,6 +114,9 @@ def upgrade() -> None:
         sa.UniqueConstraint("job_id", "number", name="attempts_number"),
     )
     op.create_index("attempts_by_engine", "attempts", ["engine_id"], unique=False)
+
+
+def _reports() -> None:
     op.create_table(
         "checkpoints",
         sa.Column("id", sa.String(length=64), nullable=False),
