@@ -12,11 +12,15 @@ import pytest
 
 from lathe.common.errors import FailedPrecondition
 from lathe.jobs.launchers.subprocess import SubprocessLauncher
-from lathe.jobs.ports import LaunchedEngine, Launcher
+from lathe.jobs.ports import EngineLaunch, LaunchedEngine, Launcher
 from tests.fakes.jobs import FakeLauncher
 
 SLEEPER = (sys.executable, "-c", "import os, time; print(dict(os.environ), flush=True); time.sleep(60)")
 BROKEN = (sys.executable, "-c", "import sys; print('first'); sys.exit('no weights here')")
+
+
+def launch(engine_id: str = "eng-1") -> EngineLaunch:
+    return EngineLaunch(engine_id, "baseModels/tiny", "d" * 64, "default")
 
 
 async def one(launcher: Launcher, engine_id: str = "eng-1") -> LaunchedEngine | None:
@@ -57,8 +61,8 @@ async def launcher(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncItera
 
 async def test_an_engine_runs_until_it_is_stopped(launcher: Launcher) -> None:
     assert not await launcher.list()
-    await launcher.start("eng-1", "baseModels/tiny", "d" * 64)
-    await launcher.start("eng-1", "baseModels/tiny", "d" * 64)
+    await launcher.start(launch("eng-1"))
+    await launcher.start(launch("eng-1"))
     assert await launcher.list() == [LaunchedEngine("eng-1", running=True)]
     await launcher.stop("eng-1")
     await launcher.stop("eng-1")
@@ -67,7 +71,7 @@ async def test_an_engine_runs_until_it_is_stopped(launcher: Launcher) -> None:
 
 async def test_an_engine_that_ends_says_why(tmp_path: Path) -> None:
     launcher = subprocesses(tmp_path, BROKEN)
-    await launcher.start("eng-1", "baseModels/tiny", "d" * 64)
+    await launcher.start(launch("eng-1"))
     found = await until(launcher, lambda engine: engine is not None and not engine.running)
     assert found == LaunchedEngine("eng-1", False, "exit code 1", False, "no weights here")
     await launcher.close()
@@ -75,7 +79,7 @@ async def test_an_engine_that_ends_says_why(tmp_path: Path) -> None:
 
 async def test_a_kill_from_outside_is_seen_as_one(tmp_path: Path) -> None:
     launcher = subprocesses(tmp_path)
-    await launcher.start("eng-1", "baseModels/tiny", "d" * 64)
+    await launcher.start(launch("eng-1"))
     os.kill(launcher._children["eng-1"].pid, signal.SIGKILL)
     found = await until(launcher, lambda engine: engine is not None and not engine.running)
     assert found is not None and found.killed and found.exit_status == "killed by signal 9"
@@ -84,12 +88,12 @@ async def test_a_kill_from_outside_is_seen_as_one(tmp_path: Path) -> None:
 
 async def test_a_successor_knows_what_still_lives(tmp_path: Path) -> None:
     first = subprocesses(tmp_path)
-    await first.start("eng-1", "baseModels/tiny", "d" * 64)
+    await first.start(launch("eng-1"))
     second = subprocesses(tmp_path)
     assert await second.list() == [LaunchedEngine("eng-1", running=True)]
     await second.stop("eng-1")
     assert not await second.list()
-    await first.start("eng-2", "baseModels/tiny", "d" * 64)
+    await first.start(launch("eng-2"))
     os.kill(first._children["eng-2"].pid, signal.SIGKILL)
     await first._children["eng-2"].wait()
     third = subprocesses(tmp_path)
@@ -99,7 +103,7 @@ async def test_a_successor_knows_what_still_lives(tmp_path: Path) -> None:
 
 async def test_an_engine_gets_its_own_settings_and_nobody_elses(tmp_path: Path) -> None:
     launcher = subprocesses(tmp_path)
-    await launcher.start("eng-1", "baseModels/tiny", "d" * 64)
+    await launcher.start(launch("eng-1"))
     log = tmp_path / "logs" / "eng-1.log"
     text = await asyncio.to_thread(written, log)
     for expected in (
@@ -119,7 +123,7 @@ async def test_an_engine_gets_its_own_settings_and_nobody_elses(tmp_path: Path) 
 async def test_a_command_that_is_not_there(tmp_path: Path) -> None:
     launcher = subprocesses(tmp_path, (str(tmp_path / "missing"),))
     with pytest.raises(FailedPrecondition, match="missing"):
-        await launcher.start("eng-1", "baseModels/tiny", "d" * 64)
+        await launcher.start(launch("eng-1"))
     assert not await launcher.list()
 
 
@@ -129,3 +133,11 @@ async def test_a_process_that_ended_before_it_was_noted_is_no_survivor(tmp_path:
     await process.wait()
     launcher._note("eng-1", process.pid)
     assert not launcher._list()[0].running
+
+
+async def test_a_launcher_tells_the_doctor_whether_it_can_start_engines(
+    launcher: Launcher, tmp_path: Path
+) -> None:
+    assert all(finding.ok for finding in await launcher.check())
+    [finding] = await subprocesses(tmp_path, (str(tmp_path / "missing"),)).check()
+    assert not finding.ok and "missing" in finding.message and finding.advice

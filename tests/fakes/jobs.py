@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 from lathe.common.db import Database
+from lathe.common.diagnosis import Finding
 from lathe.common.errors import LatheError, NotFound
 from lathe.common.metrics import Metrics
 from lathe.jobs.changes import Changes
@@ -21,6 +22,7 @@ from lathe.jobs.ports import (
     AuditState,
     DatasetInfo,
     DatasetState,
+    EngineLaunch,
     LaunchedEngine,
     Quota,
     ResolvedModel,
@@ -124,13 +126,16 @@ class FakeLauncher:
     """Processes that live until a test (or `stop`) ends them. `fails` makes every start raise it."""
 
     processes: dict[str, LaunchedEngine] = dataclasses.field(default_factory=dict)
+    # Every start that there ever was.
+    launches: dict[str, EngineLaunch] = dataclasses.field(default_factory=dict)
     fails: LatheError | None = None
     down: LatheError | None = None
 
-    async def start(self, engine_id: str, base_model: str, base_digest: str) -> None:
+    async def start(self, launch: EngineLaunch) -> None:
         if self.fails is not None:
             raise self.fails
-        self.processes.setdefault(engine_id, LaunchedEngine(engine_id, running=True))
+        self.launches[launch.engine_id] = launch
+        self.processes.setdefault(launch.engine_id, LaunchedEngine(launch.engine_id, running=True))
 
     async def list(self) -> list[LaunchedEngine]:
         if self.down is not None:
@@ -139,6 +144,11 @@ class FakeLauncher:
 
     async def stop(self, engine_id: str) -> None:
         self.processes.pop(engine_id, None)
+
+    async def check(self) -> list[Finding]:
+        if self.down is not None:
+            return [Finding("launcher", False, self.down.message, "Start it.")]
+        return [Finding("launcher", True, "Engines can start.")]
 
     async def close(self) -> None:
         self.processes.clear()

@@ -9,6 +9,7 @@ from datetime import datetime
 from enum import StrEnum
 from typing import Protocol
 
+from lathe.common.diagnosis import Finding
 from lathe.jobs.model import (
     AdapterObject,
     Attempt,
@@ -161,8 +162,25 @@ class Accounts(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class EngineLaunch:
+    """The engine that a launcher is to start.
+
+    base_model: `baseModels/<id>`. engine_class: one of the operator's. job_id: set if it is for that job alone.
+    """
+
+    engine_id: str
+    base_model: str
+    base_digest: str
+    engine_class: str
+    job_id: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class LaunchedEngine:
-    """A process that the launcher knows. exit_status: in words, once it has ended."""
+    """A process that the launcher knows. exit_status: in words, once it has ended.
+
+    waiting_for: one sentence while it has not started, such as that no node has a free GPU; it counts as running.
+    """
 
     engine_id: str
     running: bool
@@ -170,12 +188,13 @@ class LaunchedEngine:
     # Ended by a signal from outside, not by itself.
     killed: bool = False
     last_log_line: str = ""
+    waiting_for: str = ""
 
 
 class Launcher(Protocol):
     """What starts engines. Only jobs retries; a launcher never does."""
 
-    async def start(self, engine_id: str, base_model: str, base_digest: str) -> None:
+    async def start(self, launch: EngineLaunch) -> None:
         """Start one engine process. Safe to repeat for the same id.
 
         Raises Unavailable if it cannot be started now, FailedPrecondition if it never can.
@@ -188,6 +207,10 @@ class Launcher(Protocol):
 
     async def stop(self, engine_id: str) -> None:
         """End it if it runs, and forget it. Safe to repeat."""
+        ...
+
+    async def check(self) -> Sequence[Finding]:
+        """For `lathe doctor`: whether what it starts engines with is there. Never raises."""
         ...
 
     async def close(self) -> None:

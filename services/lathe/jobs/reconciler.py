@@ -26,7 +26,7 @@ from lathe.jobs.model import (
     Pool,
 )
 from lathe.jobs.policy import Explain, Launch, Limits, Refuse, Snapshot, StopEngine
-from lathe.jobs.ports import JobSession, JobStore, LaunchedEngine, Launcher
+from lathe.jobs.ports import EngineLaunch, JobSession, JobStore, LaunchedEngine, Launcher
 from lathe.jobs.quotas import Quotas
 from lathe.jobs.transitions import Trigger
 from lathe.jobs.workers import lose
@@ -226,7 +226,7 @@ class Reconciler:
             await session.put_engine(engine)
         log.info("Starting engine %s for %s.", engine.id, base.id)
         try:
-            await self.launcher.start(engine.id, base.name, base.digest)
+            await self.launcher.start(EngineLaunch(engine.id, base.name, base.digest, "default"))
         except LatheError as error:
             log.warning("Engine %s could not be started: %s", engine.id, error)
             # A launcher that is away says nothing about the engine: jobs wait for it.

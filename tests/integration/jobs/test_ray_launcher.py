@@ -8,13 +8,17 @@ import pytest
 
 from lathe.common.errors import Unavailable
 from lathe.jobs.launchers.ray import RayLauncher
-from lathe.jobs.ports import LaunchedEngine
+from lathe.jobs.ports import EngineLaunch, LaunchedEngine
 from tests.fixtures.servers import free_ports
 
 _SLEEPER = (
     "python -c \"import os, time; print(os.environ['LATHE_ENGINE_ENGINE_ID'], flush=True); time.sleep(300)\""
 )
 _BROKEN = "python -c \"import sys; print('first'); sys.exit('no weights here')\""
+
+
+def launch(engine_id: str = "eng-1") -> EngineLaunch:
+    return EngineLaunch(engine_id, "baseModels/tiny", "d" * 64, "default")
 
 
 async def until(
@@ -36,8 +40,8 @@ async def until(
 
 async def test_an_engine_is_a_ray_job_until_it_is_stopped(dashboard: str) -> None:
     launcher = RayLauncher(dashboard, _SLEEPER, "127.0.0.1:1", num_cpus=0.5)
-    await launcher.start("eng-1", "baseModels/tiny", "d" * 64)
-    await launcher.start("eng-1", "baseModels/tiny", "d" * 64)
+    await launcher.start(launch("eng-1"))
+    await launcher.start(launch("eng-1"))
     # Other tests have jobs on this Ray too.
     assert (await launcher.list()).count(LaunchedEngine("eng-1", running=True)) == 1
     await launcher.stop("eng-1")
@@ -50,7 +54,7 @@ async def test_an_engine_is_a_ray_job_until_it_is_stopped(dashboard: str) -> Non
 
 async def test_an_engine_that_ends_says_why(dashboard: str) -> None:
     launcher = RayLauncher(dashboard, _BROKEN, "127.0.0.1:1", num_cpus=0.5)
-    await launcher.start("eng-2", "baseModels/tiny", "d" * 64)
+    await launcher.start(launch("eng-2"))
     found = await until(launcher, "eng-2", lambda engine: engine is not None and not engine.running)
     assert found is not None and not found.killed
     assert "FAILED" in found.exit_status

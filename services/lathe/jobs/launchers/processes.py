@@ -7,21 +7,20 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import lathe
+from lathe.jobs.ports import EngineLaunch
 
 ENGINE_MODULE = "lathe.engine.main"
 _OURS = "LATHE_"
 _ENGINES = "LATHE_ENGINE_"
 
 
-def engine_variables(
-    engine_id: str, base_model: str, base_digest: str, jobs_address: str, given: Mapping[str, str]
-) -> dict[str, str]:
+def engine_variables(launch: EngineLaunch, jobs_address: str, given: Mapping[str, str]) -> dict[str, str]:
     """The LATHE_ENGINE_… variables of one engine; what the launcher knows wins over what is given."""
     return {
         **given,
-        "LATHE_ENGINE_ENGINE_ID": engine_id,
-        "LATHE_ENGINE_BASE_MODEL": base_model,
-        "LATHE_ENGINE_BASE_DIGEST": base_digest,
+        "LATHE_ENGINE_ENGINE_ID": launch.engine_id,
+        "LATHE_ENGINE_BASE_MODEL": launch.base_model,
+        "LATHE_ENGINE_BASE_DIGEST": launch.base_digest,
         "LATHE_ENGINE_JOBS_ADDRESS": jobs_address,
     }
 

@@ -10,9 +10,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from lathe.common.errors import Unavailable
+from lathe.common.diagnosis import Finding
+from lathe.common.errors import LatheError, Unavailable
 from lathe.jobs.launchers.processes import engine_variables
-from lathe.jobs.ports import LaunchedEngine
+from lathe.jobs.ports import EngineLaunch, LaunchedEngine
 
 _RUNNING = ("PENDING", "RUNNING")
 _MARK = "lathe_engine"
@@ -33,17 +34,17 @@ class RayLauncher:
     num_gpus: float = 0.0
     timeout_s: float = 5.0
 
-    async def start(self, engine_id: str, base_model: str, base_digest: str) -> None:
-        variables = engine_variables(engine_id, base_model, base_digest, self.jobs_address, self.engine_env)
+    async def start(self, launch: EngineLaunch) -> None:
+        variables = engine_variables(launch, self.jobs_address, self.engine_env)
         body = {
             "entrypoint": self.entrypoint,
-            "submission_id": engine_id,
+            "submission_id": launch.engine_id,
             "runtime_env": {"env_vars": variables},
-            "metadata": {_MARK: base_model},
+            "metadata": {_MARK: launch.base_model},
             "entrypoint_num_cpus": self.num_cpus,
             "entrypoint_num_gpus": self.num_gpus,
         }
-        if await self._find(engine_id) is None:
+        if await self._find(launch.engine_id) is None:
             # Ray answers a submission only when its agent has taken it, which may need a process to start.
             await self._call("POST", "/api/jobs/", body, timeout_s=60.0)
 
@@ -64,6 +65,15 @@ class RayLauncher:
             # Ray forgets only jobs that have ended; the next call does that.
             return
         await self._call("DELETE", f"/api/jobs/{engine_id}")
+
+    async def check(self) -> Sequence[Finding]:
+        try:
+            version = await self._call("GET", "/api/version")
+        except LatheError as error:
+            advice = "Start Ray there, or correct jobs' launcher.ray_address."
+            return [Finding("ray", False, error.message, advice)]
+        named = str((version or {}).get("ray_version") or "of an unknown version")
+        return [Finding("ray", True, f"Ray {named} answers at {self.address}.")]
 
     async def close(self) -> None:
         """Nothing to do: the engines belong to the cluster and outlive this process."""

@@ -7,14 +7,16 @@ import errno
 import json
 import logging
 import os
+import shutil
 import signal
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from lathe.common.diagnosis import Finding
 from lathe.common.errors import FailedPrecondition, Unavailable
 from lathe.jobs.launchers.processes import engine_variables, inherited
-from lathe.jobs.ports import LaunchedEngine
+from lathe.jobs.ports import EngineLaunch, LaunchedEngine
 
 log = logging.getLogger(__name__)
 
@@ -45,11 +47,12 @@ class SubprocessLauncher:
     stop_grace_s: float = 10.0
     _children: dict[str, asyncio.subprocess.Process] = field(default_factory=dict)
 
-    async def start(self, engine_id: str, base_model: str, base_digest: str) -> None:
+    async def start(self, launch: EngineLaunch) -> None:
+        engine_id = launch.engine_id
         if engine_id in self._children or await asyncio.to_thread(self._survivor, engine_id) is not None:
             return
         env = inherited(self.environ) | engine_variables(
-            engine_id, base_model, base_digest, self.jobs_address, {**_FREE_PORTS, **self.engine_env}
+            launch, self.jobs_address, {**_FREE_PORTS, **self.engine_env}
         )
         env["LATHE_ENGINE_PARENT_PID"] = str(os.getpid())
         try:
@@ -87,6 +90,13 @@ class SubprocessLauncher:
             if survivor is not None:
                 _signal(survivor, signal.SIGKILL)
         await asyncio.to_thread(self._record(engine_id).unlink, missing_ok=True)
+
+    async def check(self) -> Sequence[Finding]:
+        program = self.command[0]
+        if await asyncio.to_thread(shutil.which, program) is None:
+            advice = "Install Lathe with its engine (`make install`), so that jobs can start engines."
+            return [Finding("launcher", False, f"Engines cannot start: there is no {program}.", advice)]
+        return [Finding("launcher", True, "Engines start as processes of this machine.")]
 
     async def close(self) -> None:
         await asyncio.gather(*(self.stop(engine_id) for engine_id in list(self._children)))
