@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -145,7 +145,7 @@ class FakeLauncher:
     async def stop(self, engine_id: str) -> None:
         self.processes.pop(engine_id, None)
 
-    async def check(self) -> list[Finding]:
+    async def check(self) -> Sequence[Finding]:
         if self.down is not None:
             return [Finding("launcher", False, self.down.message, "Start it.")]
         return [Finding("launcher", True, "Engines can start.")]
