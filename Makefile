@@ -13,6 +13,8 @@ BIN := $(VENV)/bin
 LOCK := $(BIN)/uv pip compile -q pyproject.toml --universal --python-version 3.11 --generate-hashes --no-annotate --no-header \
 	--override requirements/overrides.txt --no-emit-package torch
 
+LOCK_GROUP := $(subst pyproject.toml,,$(LOCK))
+
 .DEFAULT_GOAL := help
 .PHONY: help quickstart test test-unit acceptance-kill lint format proto proto-check breaking lock docs docs-check clean
 
@@ -71,6 +73,10 @@ lock: $(VENV)/.dev ## write requirements/*.txt anew from pyproject.toml
 	$(LOCK) --all-extras --group dev -o requirements/dev.txt
 	$(LOCK) --extra cli --extra server --extra postgres --extra engine -c requirements/dev.txt -o requirements/engine.txt
 	$(LOCK) --extra cli --extra server --extra postgres -c requirements/dev.txt -o requirements/control.txt
+	$(LOCK) --extra cli --extra server --extra postgres --extra engine --extra ray --group image-torch -c requirements/dev.txt \
+		-o requirements/engine-image.txt
+	$(LOCK_GROUP) --group image-build -c requirements/dev.txt -o requirements/build.txt
+	$(LOCK_GROUP) --group tryout -c requirements/dev.txt -o requirements/tryout.txt
 
 docs: $(VENV)/.dev ## write the generated pages
 	$(BIN)/python tools/generated_docs.py
