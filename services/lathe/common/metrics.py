@@ -31,6 +31,7 @@ _OUTPUT_TOKEN_SECONDS = (
     *(0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0),
     *(20.0, 40.0, 80.0),
 )
+ENGINE_ENDS = ("stopped", "failed", "died", "lost")
 _GRPC_LABELS = ("grpc_type", "grpc_service", "grpc_method")
 
 
@@ -77,6 +78,27 @@ class Metrics:
             "Time from queued to the first lease.",
             registry=reg,
             buckets=_WAIT_SECONDS,
+        )
+        self.job_oldest_wait_seconds = Gauge(
+            "lathe_job_oldest_wait_seconds",
+            "How long the job that waits longest has been queued; 0 while none waits.",
+            registry=reg,
+        )
+        self.engine_ends = Counter(
+            "lathe_engine_ends_total",
+            "Engines that are no more, by why: stopped (no longer needed), failed (it did not start), died "
+            "(while it served) or lost (not heard of in time).",
+            ("why",),
+            registry=reg,
+        )
+        # Nobody sees a counter's first increase if there was no zero before it.
+        for why in ENGINE_ENDS:
+            self.engine_ends.labels(why)
+        self.dependency_up = Gauge(
+            "lathe_dependency_up",
+            "1 while a service reaches what it depends on (database or store), 0 while it does not.",
+            ("service", "dependency"),
+            registry=reg,
         )
         self.datasets = Gauge("lathe_datasets", "Datasets by state.", ("state",), registry=reg)
         self.upload_bytes = Counter(
