@@ -10,8 +10,10 @@ from lathe.accounts.service import AccountsService
 from lathe.accounts.servicer import AccountsInternalServicer, AccountsServicer
 from lathe.accounts.settings import AccountsSettings
 from lathe.accounts.store import SqlAccountStore
+from lathe.common.background import in_background
 from lathe.common.clock import Clock, SystemClock
 from lathe.common.db import Database, check_schema
+from lathe.common.dependencies import watch_dependencies
 from lathe.common.ids import IdFactory, RandomIds
 from lathe.common.metrics import Metrics
 from lathe.common.rpc.auth import ServiceAuthenticator, ServiceCredentials
@@ -30,10 +32,11 @@ async def running(
     settings: AccountsSettings, metrics: Metrics, *, clock: Clock | None = None, ids: IdFactory | None = None
 ) -> AsyncIterator[RunningService]:
     """accounts, answering. Raises FailedPrecondition for a database that is not this version's."""
+    clock = clock or SystemClock()
     db = Database(settings.db.url.get_secret_value(), settings.db.pool_size)
     try:
         await check_schema(db, PACKAGE)
-        service = AccountsService(SqlAccountStore(db), clock or SystemClock(), ids or RandomIds())
+        service = AccountsService(SqlAccountStore(db), clock, ids or RandomIds())
         bootstrap = settings.bootstrap_key
         await service.bootstrap(bootstrap.get_secret_value() if bootstrap else None)
         registrations = [
@@ -50,7 +53,8 @@ async def running(
             settings.rpc.service_token_file, settings.rpc.engine_token_file
         )
         server = build_server(registrations, settings.rpc, ServiceAuthenticator(credentials), metrics)
-        async with serving(server, "accounts") as service_running:
+        watching = watch_dependencies("accounts", {"database": db.check}, metrics, clock)
+        async with in_background(watching), serving(server, "accounts") as service_running:
             yield service_running
     finally:
         await db.close()

@@ -9,6 +9,7 @@ from contextlib import asynccontextmanager
 from lathe.common.background import in_background, repeat
 from lathe.common.clock import Clock, SystemClock
 from lathe.common.db import Database, check_schema
+from lathe.common.dependencies import watch_dependencies
 from lathe.common.ids import IdFactory, RandomIds
 from lathe.common.metrics import Metrics
 from lathe.common.objectstore.factory import open_store
@@ -62,7 +63,9 @@ async def running(
             wakeup=service.cleanup,
             interval=settings.sweep_interval_s,
         )
-        async with in_background(sweeping), serving(server, "models") as service_running:
+        checks = {"database": db.check, "store": objects.check}
+        watching = watch_dependencies("models", checks, metrics, clock)
+        async with in_background(sweeping, watching), serving(server, "models") as service_running:
             yield service_running
     finally:
         await db.close()
