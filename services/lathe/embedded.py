@@ -24,8 +24,8 @@ from lathe.accounts.settings import AccountsSettings
 from lathe.common.db import Database, migrate
 from lathe.common.errors import FailedPrecondition, Unauthenticated
 from lathe.common.metrics import Metrics
-from lathe.common.rpc.auth import read_token
 from lathe.common.rpc.channel import call, connect
+from lathe.common.rpc.tokens import read_token
 from lathe.common.service import metrics_endpoint
 from lathe.common.settings import DatabaseSettings, MetricsSettings, RpcSettings, StoreSettings
 from lathe.datafolder import DataFolder, write_endpoint

@@ -34,6 +34,17 @@ class SettingsGroup(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
+class PeerTls(SettingsGroup):
+    """How a process proves itself to the services that it calls, and proves them. The files may change meanwhile."""
+
+    ca_file: Path = Field(description="PEM authorities that the other services' certificates come from")
+    cert_file: Path
+    key_file: Path
+    engine_name: str = Field(
+        default="engine.lathe.internal", description="the TLS name of every engine, which have no host names"
+    )
+
+
 class RpcSettings(SettingsGroup):
     """The gRPC server of a service, and the credentials it checks and shows."""
 
@@ -46,6 +57,9 @@ class RpcSettings(SettingsGroup):
     tls_key_file: Path | None = None
     tls_client_ca_file: Path | None = Field(
         default=None, description="when given, clients must show a certificate"
+    )
+    peers: PeerTls | None = Field(
+        default=None, description="mTLS for calls to other services; plaintext when not given"
     )
     reflection: bool = False
     service_token_file: Path | None = Field(

@@ -46,8 +46,7 @@ async def running(
     """datasets, answering. Raises FailedPrecondition for a database that is not this version's."""
     clock = clock or SystemClock()
     db = Database(settings.db.url.get_secret_value(), settings.db.pool_size)
-    token_file = settings.rpc.service_token_file
-    channel = connect(settings.models_address, read_token(token_file) if token_file is not None else None)
+    channel = Dialer.of_service(settings.rpc).connect(settings.models_address)
     try:
         await check_schema(db, PACKAGE)
         objects = open_store(settings.store)
@@ -67,7 +66,9 @@ async def running(
                 "lathe.v1.DatasetsInternalService",
             ),
         ]
-        credentials = ServiceCredentials.from_files(token_file, settings.rpc.engine_token_file)
+        credentials = ServiceCredentials.from_files(
+            settings.rpc.service_token_file, settings.rpc.engine_token_file
+        )
         server = build_server(registrations, settings.rpc, ServiceAuthenticator(credentials), metrics)
         with _folder(settings.cache_folder) as folder:
             auditor = Auditor(store, objects, folder)

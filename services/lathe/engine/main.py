@@ -21,8 +21,8 @@ from lathe.common.errors import Unavailable
 from lathe.common.metrics import Metrics
 from lathe.common.objectstore.base import ObjectStore
 from lathe.common.objectstore.factory import open_store
-from lathe.common.rpc.auth import ServiceAuthenticator, ServiceCredentials, read_token
-from lathe.common.rpc.channel import connect
+from lathe.common.rpc.auth import ServiceAuthenticator, ServiceCredentials
+from lathe.common.rpc.dialer import Dialer
 from lathe.common.rpc.server import Registration, RpcServer, build_server
 from lathe.common.service import RunningService, run_service
 from lathe.engine.adaptercache import AdapterCache
@@ -128,7 +128,7 @@ async def _running(
     except BaseException:
         await server.stop(0)
         raise
-    channel = connect(settings.jobs_address, _engine_token(settings))
+    channel = Dialer.of_engine(settings.rpc).connect(settings.jobs_address)
     worker = _worker(
         settings,
         engine,
@@ -230,11 +230,6 @@ def _server(settings: EngineSettings, servicer: EngineServicer, metrics: Metrics
     )
     registration = Registration(add_EngineServiceServicer_to_server, servicer, "lathe.v1.EngineService")
     return build_server([registration], settings.rpc, ServiceAuthenticator(credentials), metrics)
-
-
-def _engine_token(settings: EngineSettings) -> str | None:
-    path = settings.rpc.engine_token_file
-    return read_token(path) if path is not None else None
 
 
 def _worker(

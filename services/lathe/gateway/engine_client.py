@@ -9,6 +9,7 @@ from typing import Literal
 import grpc
 
 from lathe.common.rpc import channel as rpc
+from lathe.common.rpc.dialer import Dialer
 from lathe.gateway.model import SampleCall, SampledToken, SampleEvent
 from lathe.v1 import engine_pb2, engine_pb2_grpc, models_pb2
 
@@ -21,9 +22,8 @@ _FINISHES: dict[int, Literal["stop", "length"]] = {
 class EngineClients:
     """One channel per engine address, kept while the engine is listed."""
 
-    def __init__(self, token: str | None, tls: rpc.ClientTls | None = None) -> None:
-        self._token = token
-        self._tls = tls
+    def __init__(self, dialer: Dialer) -> None:
+        self._dialer = dialer
         self._channels: dict[str, grpc.aio.Channel] = {}
 
     async def sample(self, address: str, call: SampleCall) -> AsyncGenerator[SampleEvent, None]:
@@ -43,7 +43,7 @@ class EngineClients:
 
     def _channel(self, address: str) -> grpc.aio.Channel:
         if address not in self._channels:
-            self._channels[address] = rpc.connect(address, self._token, self._tls)
+            self._channels[address] = self._dialer.connect_engine(address)
         return self._channels[address]
 
 

@@ -57,11 +57,10 @@ async def running(
         db = Database(settings.db.url.get_secret_value(), settings.db.pool_size)
         stack.push_async_callback(db.close)
         await check_schema(db, PACKAGE)
-        token_file = settings.rpc.service_token_file
-        token = read_token(token_file) if token_file is not None else None
-        channels = _channels(settings, token)
+        dialer = Dialer.of_service(settings.rpc)
+        channels = _channels(settings, dialer)
         stack.push_async_callback(channels.close)
-        connector = EngineClients(token)
+        connector = EngineClients(dialer)
         stack.push_async_callback(connector.close)
 
         gateway = _gateway(
@@ -85,12 +84,12 @@ async def running(
         yield RunningService("gateway", server.port, server.health_port, http_port)
 
 
-def _channels(settings: GatewaySettings, token: str | None) -> PeerChannels:
+def _channels(settings: GatewaySettings, dialer: Dialer) -> PeerChannels:
     return PeerChannels(
-        accounts=connect(settings.accounts_address, token),
-        datasets=connect(settings.datasets_address, token),
-        models=connect(settings.models_address, token),
-        jobs=connect(settings.jobs_address, token),
+        accounts=dialer.connect(settings.accounts_address),
+        datasets=dialer.connect(settings.datasets_address),
+        models=dialer.connect(settings.models_address),
+        jobs=dialer.connect(settings.jobs_address),
     )
 
 

@@ -11,8 +11,8 @@ from lathe.common.clock import Clock, SystemClock
 from lathe.common.db import Database, check_schema
 from lathe.common.ids import IdFactory, RandomIds
 from lathe.common.metrics import Metrics
-from lathe.common.rpc.auth import ServiceAuthenticator, ServiceCredentials, read_token
-from lathe.common.rpc.channel import connect
+from lathe.common.rpc.auth import ServiceAuthenticator, ServiceCredentials
+from lathe.common.rpc.dialer import Dialer
 from lathe.common.rpc.server import Registration, build_server
 from lathe.common.service import RunningService, run_service, serving
 from lathe.jobs.changes import Changes
@@ -58,12 +58,10 @@ async def running(
         stack.push_async_callback(db.close)
         await check_schema(db, PACKAGE)
         store = SqlJobStore(db, clock, ids)
-        token_file = settings.rpc.service_token_file
-        token = read_token(token_file) if token_file is not None else None
-
-        accounts_channel = await stack.enter_async_context(connect(settings.accounts_address, token))
-        models_channel = await stack.enter_async_context(connect(settings.models_address, token))
-        datasets_channel = await stack.enter_async_context(connect(settings.datasets_address, token))
+        dialer = Dialer.of_service(settings.rpc)
+        accounts_channel = await stack.enter_async_context(dialer.connect(settings.accounts_address))
+        models_channel = await stack.enter_async_context(dialer.connect(settings.models_address))
+        datasets_channel = await stack.enter_async_context(dialer.connect(settings.datasets_address))
         accounts = RpcAccounts(AccountsInternalServiceStub(accounts_channel))
         models = RpcModels(ModelsInternalServiceStub(models_channel))
         datasets = RpcDatasets(
@@ -90,7 +88,9 @@ async def running(
                 add_WorkerServiceServicer_to_server, WorkerServicer(workers), "lathe.v1.WorkerService"
             ),
         ]
-        credentials = ServiceCredentials.from_files(token_file, settings.rpc.engine_token_file)
+        credentials = ServiceCredentials.from_files(
+            settings.rpc.service_token_file, settings.rpc.engine_token_file
+        )
         server = build_server(registrations, settings.rpc, ServiceAuthenticator(credentials), metrics)
         answering = await stack.enter_async_context(serving(server, "jobs"))
 

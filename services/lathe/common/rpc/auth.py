@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from lathe.common.errors import FailedPrecondition, PermissionDenied, Unauthenticated
+from lathe.common.errors import PermissionDenied, Unauthenticated
 from lathe.common.rpc.principal import PRINCIPAL_KEY, Caller, decode_principal
+from lathe.common.rpc.tokens import TokenFile
 
 AUTHORIZATION_KEY = "authorization"
 SERVICE = "lathe"
@@ -39,42 +40,36 @@ class Authenticator(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class ServiceCredentials:
-    """The tokens that a server accepts, as hashes: credential name (`lathe`, `engine`) -> SHA-256 digests."""
+    """The tokens that a server accepts: credential name (`lathe`, `engine`) -> a function that gives them."""
 
-    hashes: Mapping[str, bytes]
+    tokens: Mapping[str, Callable[[], Sequence[str]]]
 
     @classmethod
     def from_tokens(cls, tokens: Mapping[str, str]) -> ServiceCredentials:
         """tokens: credential name -> token."""
-        return cls({name: _hash(token) for name, token in tokens.items()})
+
+        def always(token: str) -> Callable[[], Sequence[str]]:
+            return lambda: (token,)
+
+        return cls({name: always(token) for name, token in tokens.items()})
 
     @classmethod
     def from_files(
         cls, service_token_file: Path | None, engine_token_file: Path | None
     ) -> ServiceCredentials:
-        """Read the token files that the settings name. Raises FailedPrecondition if one cannot be read."""
+        """Follow the token files that the settings name. Raises FailedPrecondition if one cannot be read."""
         files = {SERVICE: service_token_file, ENGINE: engine_token_file}
-        return cls.from_tokens({name: read_token(path) for name, path in files.items() if path is not None})
+        return cls({name: TokenFile(path).accepted for name, path in files.items() if path is not None})
 
     def identify(self, token: str) -> str | None:
         """The credential's name, None for an unknown token. Takes the same time for every token."""
         digest = _hash(token)
         found: str | None = None
-        for name, known in self.hashes.items():
-            if hmac.compare_digest(digest, known):
-                found = name
+        for name, accepted in self.tokens.items():
+            for known in accepted():
+                if hmac.compare_digest(digest, _hash(known)):
+                    found = name
         return found
-
-
-def read_token(path: Path) -> str:
-    """The secret in a token file. Raises FailedPrecondition if it is missing or empty."""
-    try:
-        token = path.read_text(encoding="ascii").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise FailedPrecondition(f"The token file {path} cannot be read: {error}.") from error
-    if not token:
-        raise FailedPrecondition(f"The token file {path} is empty; put one secret into it.")
-    return token
 
 
 @dataclass(frozen=True, slots=True)

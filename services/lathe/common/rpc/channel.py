@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypeVar
 
 import grpc
 
-from lathe.common.errors import DeadlineExceeded, FailedPrecondition, Unavailable
+from lathe.common.errors import DeadlineExceeded, Unavailable
 from lathe.common.rpc.auth import AUTHORIZATION_KEY
+from lathe.common.rpc.following import FollowingChannel
 from lathe.common.rpc.principal import PRINCIPAL_KEY, Principal
 from lathe.common.rpc.status import from_rpc_error
+from lathe.common.rpc.tls import ClientTls, Pem, follow_pem
 
 DEFAULT_TIMEOUT_S = 10.0
 MAX_MESSAGE_BYTES = 4 * 1024 * 1024
@@ -21,8 +21,9 @@ MAX_MESSAGE_BYTES = 4 * 1024 * 1024
 CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
-    ("grpc.keepalive_time_ms", 30_000),
-    ("grpc.keepalive_timeout_ms", 10_000),
+    # A peer whose machine has vanished is noticed within 15 s.
+    ("grpc.keepalive_time_ms", 10_000),
+    ("grpc.keepalive_timeout_ms", 5_000),
     ("grpc.keepalive_permit_without_calls", 1),
     # A peer that restarts must be found again at once, not after two minutes.
     ("grpc.initial_reconnect_backoff_ms", 200),
@@ -33,25 +34,14 @@ CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
 
 Q = TypeVar("Q")
 R = TypeVar("R")
+Token = str | Callable[[], str] | None
 
 
-@dataclass(frozen=True, slots=True)
-class ClientTls:
-    """How to prove a server, and oneself to it.
+def connect(target: str, token: Token = None, tls: ClientTls | None = None) -> grpc.aio.Channel:
+    """A channel to `host:port` that shows `token` on every call, or what it gives then.
 
-    ca_file: PEM authorities; None for the system's. server_name: expected instead of the target's host.
-    """
-
-    ca_file: Path | None = None
-    cert_file: Path | None = None
-    key_file: Path | None = None
-    server_name: str | None = None
-
-
-def connect(target: str, token: str | None = None, tls: ClientTls | None = None) -> grpc.aio.Channel:
-    """A channel to `host:port` that shows `token` on every call.
-
-    Unary calls without a deadline get one of 10 s. It connects when first used. The caller closes it.
+    Unary calls without a deadline get one of 10 s. It connects when first used, and anew for the next call after a
+    TLS file has changed. The caller closes it. Raises FailedPrecondition if a TLS file is wrong.
     """
     interceptors: list[grpc.aio.ClientInterceptor] = [
         _UnaryUnary(token),
@@ -64,20 +54,12 @@ def connect(target: str, token: str | None = None, tls: ClientTls | None = None)
         return grpc.aio.insecure_channel(target, options=options, interceptors=interceptors)
     if tls.server_name is not None:
         options.append(("grpc.ssl_target_name_override", tls.server_name))
-    return grpc.aio.secure_channel(target, _credentials(tls), options=options, interceptors=interceptors)
 
+    def open_channel(pem: Pem) -> grpc.aio.Channel:
+        proof = grpc.ssl_channel_credentials(pem.ca, pem.key, pem.cert)
+        return grpc.aio.secure_channel(target, proof, options=options, interceptors=interceptors)
 
-def _credentials(tls: ClientTls) -> grpc.ChannelCredentials:
-    try:
-        ca, key, cert = (
-            path.read_bytes() if path is not None else None
-            for path in (tls.ca_file, tls.key_file, tls.cert_file)
-        )
-    except OSError as error:
-        raise FailedPrecondition(
-            f"The TLS file {error.filename} cannot be read: {error.strerror}."
-        ) from error
-    return grpc.ssl_channel_credentials(ca, key, cert)
+    return FollowingChannel(follow_pem(tls.ca_file, tls.cert_file, tls.key_file), open_channel)
 
 
 def principal_metadata(principal: Principal | None) -> tuple[tuple[str, str], ...]:
@@ -155,15 +137,16 @@ def _metadata(principal: Principal | None) -> grpc.aio.Metadata:
 class _Credential:
     """Puts the token on a call, in place of any that is there."""
 
-    def __init__(self, token: str | None) -> None:
+    def __init__(self, token: Token) -> None:
         self._token = token
 
     def _prepared(self, details: Any, timeout: float | None = None) -> Any:
         metadata = grpc.aio.Metadata(
             *((key, value) for key, value in details.metadata or () if key != AUTHORIZATION_KEY)
         )
-        if self._token is not None:
-            metadata.add(AUTHORIZATION_KEY, f"Bearer {self._token}")
+        token = self._token() if callable(self._token) else self._token
+        if token is not None:
+            metadata.add(AUTHORIZATION_KEY, f"Bearer {token}")
         wait = details.timeout if details.timeout is not None else timeout
         return details._replace(metadata=metadata, timeout=wait)
 

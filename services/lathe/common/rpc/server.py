@@ -15,6 +15,7 @@ from lathe.common.errors import FailedPrecondition
 from lathe.common.metrics import Metrics
 from lathe.common.rpc.auth import Authenticator
 from lathe.common.rpc.interceptors import server_interceptors
+from lathe.common.rpc.tls import server_credentials
 from lathe.common.settings import RpcSettings
 
 MAX_MESSAGE_BYTES = 4 * 1024 * 1024
@@ -22,11 +23,11 @@ MAX_MESSAGE_BYTES = 4 * 1024 * 1024
 SERVER_OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
-    ("grpc.keepalive_time_ms", 30_000),
-    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.keepalive_time_ms", 10_000),
+    ("grpc.keepalive_timeout_ms", 5_000),
     ("grpc.keepalive_permit_without_calls", 1),
-    # Our own channels ping every 30 s; less than 10 s is abuse.
-    ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+    # Our own channels ping every 10 s; less than 5 s is abuse.
+    ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
     # Otherwise a second process could bind the same port, and calls would go to either.
     ("grpc.so_reuseport", 0),
 )
@@ -65,7 +66,9 @@ class RpcServer:
         Raises FailedPrecondition if a port is taken or a TLS file cannot be read.
         """
         settings = self._settings
-        self.port = _bind(self._server, settings.host, settings.port, "rpc.port", _tls(settings))
+        self.port = _bind(
+            self._server, settings.host, settings.port, "rpc.port", server_credentials(settings)
+        )
         if settings.health_port is not None:
             # kubelet's probes cannot speak TLS.
             self._health_server = grpc.aio.server(options=SERVER_OPTIONS)
@@ -142,17 +145,3 @@ def _bind(
     if bound == 0:
         raise taken
     return bound
-
-
-def _tls(settings: RpcSettings) -> grpc.ServerCredentials | None:
-    if settings.tls_cert_file is None or settings.tls_key_file is None:
-        return None
-    authority = settings.tls_client_ca_file
-    try:
-        pair = (settings.tls_key_file.read_bytes(), settings.tls_cert_file.read_bytes())
-        roots = authority.read_bytes() if authority is not None else None
-    except OSError as error:
-        raise FailedPrecondition(
-            f"The TLS file {error.filename} cannot be read: {error.strerror}."
-        ) from error
-    return grpc.ssl_server_credentials([pair], root_certificates=roots, require_client_auth=roots is not None)
