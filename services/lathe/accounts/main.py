@@ -16,7 +16,9 @@ from lathe.common.db import Database, check_schema
 from lathe.common.dependencies import watch_dependencies
 from lathe.common.ids import IdFactory, RandomIds
 from lathe.common.metrics import Metrics
+from lathe.common.probes import database_probe
 from lathe.common.rpc.auth import ServiceAuthenticator, ServiceCredentials
+from lathe.common.rpc.diagnosis import diagnosis
 from lathe.common.rpc.server import Registration, build_server
 from lathe.common.service import RunningService, run_service, serving
 from lathe.v1.accounts_pb2_grpc import (
@@ -48,6 +50,7 @@ async def running(
                 AccountsInternalServicer(service),
                 "lathe.v1.AccountsInternalService",
             ),
+            diagnosis("accounts", clock, database_probe(db, PACKAGE, clock)),
         ]
         credentials = ServiceCredentials.from_files(
             settings.rpc.service_token_file, settings.rpc.engine_token_file

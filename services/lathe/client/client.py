@@ -14,8 +14,9 @@ from lathe.client.inference import chat_request
 from lathe.client.jobs import Jobs
 from lathe.client.models import Adapters, Models
 from lathe.client.transport import Tls, Transport
-from lathe.v1 import accounts_pb2, inference_pb2
+from lathe.v1 import accounts_pb2, diagnosis_pb2, inference_pb2
 from lathe.v1.accounts_pb2_grpc import AccountsServiceStub
+from lathe.v1.diagnosis_pb2_grpc import PlatformServiceStub
 from lathe.v1.inference_pb2_grpc import InferenceServiceStub
 
 
@@ -67,6 +68,14 @@ class Client:
         """Who the key is. Raises Unauthenticated."""
         stub = AccountsServiceStub(self._transport.channel)
         return self._transport.call(stub.GetCaller, accounts_pb2.GetCallerRequest())
+
+    def diagnose(self, *, timeout: float = 30.0) -> diagnosis_pb2.PlatformDiagnosis:
+        """Have the platform examine itself: every service, its database and store, and what engines run on.
+
+        For admins of the default project. Raises PermissionDenied to others.
+        """
+        stub = PlatformServiceStub(self._transport.channel)
+        return self._transport.call(stub.Diagnose, diagnosis_pb2.DiagnoseRequest(), timeout=timeout)
 
     def chat(
         self, model: str, messages: Sequence[Mapping[str, Any]], *, timeout: float = 300.0, **options: Any

@@ -7,11 +7,14 @@ passes through, because only the store knows what it means (see `is_unique_viola
 from __future__ import annotations
 
 import asyncio
+import shutil
 import sqlite3
 import zlib
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager, nullcontext
+from dataclasses import dataclass
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any, Literal
 
 from alembic import command
@@ -23,6 +26,7 @@ from sqlalchemy import exc as sa
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 from sqlalchemy.pool import AsyncAdaptedQueuePool
 
+from lathe.common.dboutage import OutageReason, explain
 from lathe.common.errors import FailedPrecondition, Internal, Unavailable
 
 SchemaState = Literal["current", "behind", "ahead"]
@@ -32,6 +36,7 @@ _BUSY_TIMEOUT_MS = 10_000
 _UNIQUE_SQLSTATE = "23505"
 # With the time for a new connection it stays below the deadline of a call between services (10 s).
 ANSWER_TIMEOUT_S = 4.0
+_POSTGRES_OUTAGES = {"53100": "cannot grow because its disk is full", "25006": "may not be written"}
 # SQLite's OperationalError also covers wrong SQL; only these primary codes are outages.
 _SQLITE_OUTAGES = {
     sqlite3.SQLITE_BUSY: "is locked by another process",
@@ -61,6 +66,18 @@ class UtcDateTime(TypeDecorator[datetime]):
         if value is None:
             return None
         return value.replace(tzinfo=UTC) if value.tzinfo is None else value.astimezone(UTC)
+
+
+@dataclass(frozen=True, slots=True)
+class DatabaseFacts:
+    """now: the server's clock. size_bytes: what this database takes up. free_bytes: room on the disk below it.
+
+    None for what cannot be known: SQLite has no clock of its own, and PostgreSQL does not tell its disk's room.
+    """
+
+    now: datetime | None = None
+    size_bytes: int | None = None
+    free_bytes: int | None = None
 
 
 class Database:
@@ -109,6 +126,17 @@ class Database:
         """Raise Unavailable unless the database answers."""
         async with self.read() as connection:
             await connection.execute(text("SELECT 1"))
+
+    async def examine(self) -> DatabaseFacts:
+        """Write something that changes nothing, and what there is to know. Raises Unavailable."""
+        async with self.write() as connection:
+            await connection.execute(text("UPDATE alembic_version SET version_num = version_num"))
+        async with self.read() as connection:
+            if self._sqlite:
+                return DatabaseFacts(free_bytes=_free_bytes(self._engine.url.database))
+            sql = "SELECT clock_timestamp(), pg_database_size(current_database())"
+            now, size = (await connection.execute(text(sql))).one()
+            return DatabaseFacts(now=now, size_bytes=size)
 
     async def close(self) -> None:
         """Close every connection."""
@@ -207,9 +235,30 @@ def _outage(error: sa.DBAPIError) -> str | None:
     if isinstance(error.orig, sqlite3.Error):
         code = getattr(error.orig, "sqlite_errorcode", None)
         return _SQLITE_OUTAGES.get(code & 0xFF) if code is not None else None
+    state = getattr(error.orig, "sqlstate", None)
+    if state in _POSTGRES_OUTAGES:
+        return _POSTGRES_OUTAGES[state]
     if error.connection_invalidated or isinstance(error, sa.OperationalError | sa.InterfaceError):
         return "cannot be reached"
     return None
+
+
+def outage_reason(error: BaseException, setting: str) -> OutageReason | None:
+    """Why the database behind an Unavailable is away, for operators; None if the error is about something else.
+
+    setting: the variable that holds the database's URL.
+    """
+    cause = error.__cause__
+    if not isinstance(cause, sa.DBAPIError):
+        return None
+    if isinstance(cause.orig, sqlite3.Error):
+        why = _outage(cause)
+        return OutageReason(why, "Look after the disk below the data folder.") if why else None
+    return explain(str(cause.orig), setting)
+
+
+def _free_bytes(database: str | None) -> int | None:
+    return shutil.disk_usage(Path(database).parent).free if database and database != ":memory:" else None
 
 
 # --- migrations ---
@@ -227,11 +276,16 @@ async def migrate(db: Database, package: str) -> None:
     All or nothing, and one process at a time. Raises FailedPrecondition if the database is newer than the
     code.
     """
-    async with db.write() as connection:
-        if db.dialect == "postgresql":
-            key = zlib.crc32(f"lathe migrations of {package}".encode())
-            await connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": key})
-        await connection.run_sync(_upgrade, package)
+    with outages_explained(package):
+        async with db.write() as connection:
+            await _migrate(db, connection, package)
+
+
+async def _migrate(db: Database, connection: AsyncConnection, package: str) -> None:
+    if db.dialect == "postgresql":
+        key = zlib.crc32(f"lathe migrations of {package}".encode())
+        await connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": key})
+    await connection.run_sync(_upgrade, package)
 
 
 def _upgrade(connection: Connection, package: str) -> None:
@@ -257,14 +311,40 @@ async def schema_state(db: Database, package: str) -> SchemaState:
         return await connection.run_sync(_state, package)
 
 
+def url_setting(package: str) -> str:
+    """The variable that holds the URL of a service's database: LATHE_JOBS_DB__URL for `lathe.jobs`."""
+    return f"LATHE_{package.rpartition('.')[2].upper()}_DB__URL"
+
+
+@contextmanager
+def outages_explained(package: str) -> Iterator[None]:
+    """Turn an outage into Unavailable with the reason in words for operators: for starts and migrations."""
+    try:
+        yield
+    except Unavailable as error:
+        reason = outage_reason(error, url_setting(package))
+        if reason is None:
+            raise
+        raise Unavailable(
+            f"The database of {package} {reason.why}. {reason.advice}",
+            reason=error.reason,
+            retry_after=error.retry_after,
+        ) from error
+
+
 async def check_schema(db: Database, package: str) -> None:
-    """Raise FailedPrecondition, with what to do, unless the schema is as new as the code."""
-    state = await schema_state(db, package)
+    """Raise FailedPrecondition, with what to do, unless the schema is as new as the code.
+
+    Raises Unavailable, saying why in words for operators, while the database is away.
+    """
+    with outages_explained(package):
+        state = await schema_state(db, package)
     if state == "ahead":
         raise _newer(package)
     if state == "behind":
         raise FailedPrecondition(
-            f"The database of {package} is older than this version of Lathe; run `lathe migrate` first.",
+            f"The database of {package} is older than this version of Lathe; run "
+            f"`lathe migrate {package.rpartition('.')[2]}` first.",
             reason="DATABASE_OLDER",
         )
 

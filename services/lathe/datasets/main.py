@@ -12,11 +12,14 @@ from typing import Any
 from lathe.common.background import Wakeup, in_background, repeat
 from lathe.common.clock import Clock, SystemClock
 from lathe.common.db import Database, check_schema
+from lathe.common.dependencies import watch_dependencies
 from lathe.common.ids import IdFactory, RandomIds
 from lathe.common.metrics import Metrics
 from lathe.common.objectstore.factory import open_store
-from lathe.common.rpc.auth import ServiceAuthenticator, ServiceCredentials, read_token
-from lathe.common.rpc.channel import connect
+from lathe.common.probes import database_probe, store_probe
+from lathe.common.rpc.auth import ServiceAuthenticator, ServiceCredentials
+from lathe.common.rpc.diagnosis import diagnosis
+from lathe.common.rpc.dialer import Dialer
 from lathe.common.rpc.server import Registration, build_server
 from lathe.common.service import RunningService, run_service, serving
 from lathe.datasets.auditing import Auditor
@@ -52,7 +55,8 @@ async def running(
         objects = open_store(settings.store)
         store = SqlDatasetStore(db)
         base_models = RpcBaseModels(ModelsInternalServiceStub(channel))
-        service = DatasetsService(store, objects, base_models, clock, ids or RandomIds())
+        ids = ids or RandomIds()
+        service = DatasetsService(store, objects, base_models, clock, ids)
         busy: set[str] = set()
         validation = Validation(store, objects, busy)
         cleaner = Cleaner(store, objects, clock, busy)
@@ -64,6 +68,12 @@ async def running(
                 add_DatasetsInternalServiceServicer_to_server,
                 DatasetsInternalServicer(service),
                 "lathe.v1.DatasetsInternalService",
+            ),
+            diagnosis(
+                "datasets",
+                clock,
+                database_probe(db, PACKAGE, clock),
+                store_probe(objects, settings.store, ids),
             ),
         ]
         credentials = ServiceCredentials.from_files(
@@ -83,6 +93,8 @@ async def running(
                 auditor=auditor,
                 cleaner=cleaner,
             )
+            checks = {"database": db.check, "store": objects.check}
+            work.append(watch_dependencies("datasets", checks, metrics, clock))
             async with in_background(*work), serving(server, "datasets") as service_running:
                 yield service_running
     finally:

@@ -7,6 +7,7 @@ from contextlib import aclosing
 from typing import Literal
 
 import grpc
+from grpc_health.v1 import health_pb2
 
 from lathe.common.rpc import channel as rpc
 from lathe.common.rpc.dialer import Dialer
@@ -17,6 +18,7 @@ _FINISHES: dict[int, Literal["stop", "length"]] = {
     engine_pb2.FINISH_REASON_STOP: "stop",
     engine_pb2.FINISH_REASON_LENGTH: "length",
 }
+_REACH_S = 3.0
 
 
 class EngineClients:
@@ -32,6 +34,15 @@ class EngineClients:
         async with aclosing(messages):  # type: ignore[type-var]
             async for message in messages:
                 yield _event(message)
+
+    async def reach(self, address: str) -> None:
+        """Raise Unavailable unless the engine says that it is well."""
+        check = self._channel(address).unary_unary(
+            "/grpc.health.v1.Health/Check",
+            request_serializer=health_pb2.HealthCheckRequest.SerializeToString,
+            response_deserializer=health_pb2.HealthCheckResponse.FromString,
+        )
+        await rpc.call(check, health_pb2.HealthCheckRequest(), timeout=_REACH_S)
 
     async def keep_only(self, addresses: set[str]) -> None:
         """Close the channels to engines that are gone."""

@@ -13,14 +13,18 @@ from lathe import __version__
 from lathe.common.background import Wakeup, in_background, repeat
 from lathe.common.clock import Clock, SystemClock
 from lathe.common.db import Database, check_schema
+from lathe.common.dependencies import watch_dependencies
 from lathe.common.ids import IdFactory, RandomIds
 from lathe.common.metrics import Metrics
+from lathe.common.objectstore.base import ObjectStore
 from lathe.common.objectstore.factory import open_store
-from lathe.common.rpc.auth import read_token
-from lathe.common.rpc.channel import connect
+from lathe.common.probes import database_probe, store_probe
+from lathe.common.rpc.dialer import Dialer
 from lathe.common.rpc.server import Registration, RpcServer, build_server
 from lathe.common.service import RunningService, run_service
 from lathe.gateway.auth import Authenticator, MetadataAuthenticator
+from lathe.gateway.diagnosis import PlatformDoctor
+from lathe.gateway.doctor import PlatformServicer, peers_of
 from lathe.gateway.engine_client import EngineClients
 from lathe.gateway.engines import EngineDirectory
 from lathe.gateway.forward import Forwarder, methods_of
@@ -39,6 +43,7 @@ from lathe.gateway.uploads import DatasetUploads, ModelUploads
 from lathe.gateway.webserver import serving_http
 from lathe.v1 import accounts_pb2, datasets_pb2, jobs_pb2, models_pb2
 from lathe.v1.deployments_pb2_grpc import add_DeploymentsServiceServicer_to_server
+from lathe.v1.diagnosis_pb2_grpc import add_PlatformServiceServicer_to_server
 from lathe.v1.inference_pb2_grpc import add_InferenceServiceServicer_to_server
 
 PACKAGE = "lathe.gateway"
@@ -63,8 +68,16 @@ async def running(
         connector = EngineClients(dialer)
         stack.push_async_callback(connector.close)
 
+        objects = open_store(settings.store)
         gateway = _gateway(
-            settings, metrics, clock=clock, ids=ids, db=db, peers=Peers(channels), connector=connector
+            settings,
+            metrics,
+            clock=clock,
+            ids=ids,
+            db=db,
+            store=objects,
+            peers=Peers(channels),
+            connector=connector,
         )
         sweep = repeat(
             "The sweep of old creates",
@@ -73,8 +86,19 @@ async def running(
             wakeup=Wakeup(),
             interval=_SWEEP_EVERY_S,
         )
-        await stack.enter_async_context(in_background(gateway.engines.run(), sweep))
-        server = _server(gateway, channels)
+        checks = {"database": db.check, "store": objects.check}
+        watching = watch_dependencies("gateway", checks, metrics, clock)
+        await stack.enter_async_context(in_background(gateway.engines.run(), sweep, watching))
+        probes = [database_probe(db, PACKAGE, clock), store_probe(objects, settings.store, ids)]
+        doctor = PlatformDoctor(
+            peers=peers_of(channels.by_name(), settings.addresses()),
+            own=probes,
+            engines=lambda: gateway.engines.engines,
+            reach=connector.reach,
+            clock=clock,
+            version=__version__,
+        )
+        server = _server(gateway, channels, PlatformServicer(doctor, clock, settings.http_port))
         await server.start()
         stack.push_async_callback(server.stop)
         app = create_app(replace(gateway, grpc_port=server.port))
@@ -100,10 +124,10 @@ def _gateway(
     clock: Clock,
     ids: IdFactory,
     db: Database,
+    store: ObjectStore,
     peers: Peers,
     connector: EngineClients,
 ) -> Gateway:
-    store = open_store(settings.store)
     models = PeerModels(peers)
     deployments = SqlDeploymentStore(db)
     engines = EngineDirectory(JobsEngines(peers), connector, clock)
@@ -134,7 +158,7 @@ def _gateway(
     )
 
 
-def _server(gateway: Gateway, channels: PeerChannels) -> RpcServer:
+def _server(gateway: Gateway, channels: PeerChannels, platform: PlatformServicer) -> RpcServer:
     registrations = [
         Registration(
             add_InferenceServiceServicer_to_server,
@@ -146,6 +170,7 @@ def _server(gateway: Gateway, channels: PeerChannels) -> RpcServer:
             DeploymentsServicer(gateway.deployments),
             "lathe.v1.DeploymentsService",
         ),
+        Registration(add_PlatformServiceServicer_to_server, platform, "lathe.v1.PlatformService"),
     ]
     methods = [
         *methods_of(accounts_pb2.DESCRIPTOR, "AccountsService"),

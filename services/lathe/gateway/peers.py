@@ -62,6 +62,15 @@ class PeerChannels:
             "lathe.v1.JobsService": self.jobs,
         }
 
+    def by_name(self) -> Mapping[str, grpc.aio.Channel]:
+        """Short name of each owner -> channel."""
+        return {
+            "accounts": self.accounts,
+            "datasets": self.datasets,
+            "models": self.models,
+            "jobs": self.jobs,
+        }
+
     async def close(self) -> None:
         for channel in (self.accounts, self.datasets, self.models, self.jobs):
             await channel.close()

@@ -27,3 +27,12 @@ class GatewaySettings(ProcessSettings, service="gateway"):
     auth_cache_s: float = Field(5.0, ge=0, le=60, description="the bound on how long a revoked key works")
     model_cache_s: float = Field(5.0, ge=0, le=60)
     forward_timeout_s: float = Field(60.0, gt=0, description="deadline of calls that come without one")
+
+    def addresses(self) -> dict[str, str]:
+        """Where each service behind the gateway is, by its short name."""
+        return {
+            "accounts": self.accounts_address,
+            "datasets": self.datasets_address,
+            "models": self.models_address,
+            "jobs": self.jobs_address,
+        }

@@ -9,14 +9,18 @@ from contextlib import AsyncExitStack, asynccontextmanager
 
 from lathe.common.clock import Clock, SystemClock
 from lathe.common.db import Database, check_schema
+from lathe.common.dependencies import watch_dependencies
 from lathe.common.ids import IdFactory, RandomIds
 from lathe.common.metrics import Metrics
+from lathe.common.probes import database_probe
 from lathe.common.rpc.auth import ServiceAuthenticator, ServiceCredentials
+from lathe.common.rpc.diagnosis import diagnosis
 from lathe.common.rpc.dialer import Dialer
 from lathe.common.rpc.server import Registration, build_server
 from lathe.common.service import RunningService, run_service, serving
 from lathe.jobs.changes import Changes
 from lathe.jobs.contact import Contact
+from lathe.jobs.diagnosis import EngineProbe
 from lathe.jobs.directory import EngineDirectory
 from lathe.jobs.launchers.processes import ENGINE_MODULE
 from lathe.jobs.launchers.ray import RayLauncher
@@ -77,6 +81,7 @@ async def running(
         workers = WorkersService(store, quotas, changes, contact, clock, ids, metrics, terms)
         directory = EngineDirectory(store, models, changes, contact, clock, limits)
 
+        engines = EngineProbe(store, clock)
         registrations = [
             Registration(add_JobsServiceServicer_to_server, JobsServicer(service), "lathe.v1.JobsService"),
             Registration(
@@ -87,6 +92,7 @@ async def running(
             Registration(
                 add_WorkerServiceServicer_to_server, WorkerServicer(workers), "lathe.v1.WorkerService"
             ),
+            diagnosis("jobs", clock, database_probe(db, PACKAGE, clock), engines.probe),
         ]
         credentials = ServiceCredentials.from_files(
             settings.rpc.service_token_file, settings.rpc.engine_token_file
@@ -99,6 +105,7 @@ async def running(
         if launcher is not None:
             # Engines end before the server does, so that they can still say how far they came.
             stack.push_async_callback(launcher.close)
+        engines.launcher = launcher
         reconciler = Reconciler(
             store,
             launcher,
@@ -114,6 +121,8 @@ async def running(
         steps = JobSteps(store, datasets, models, changes, clock, settings.reconcile_interval_s)
         await stack.enter_async_context(_background(reconciler.run()))
         await stack.enter_async_context(_background(steps.run()))
+        watching = watch_dependencies("jobs", {"database": db.check}, metrics, clock)
+        await stack.enter_async_context(_background(watching))
         yield answering
 
 

@@ -13,7 +13,9 @@ from lathe.common.dependencies import watch_dependencies
 from lathe.common.ids import IdFactory, RandomIds
 from lathe.common.metrics import Metrics
 from lathe.common.objectstore.factory import open_store
+from lathe.common.probes import database_probe, store_probe
 from lathe.common.rpc.auth import ServiceAuthenticator, ServiceCredentials
+from lathe.common.rpc.diagnosis import diagnosis
 from lathe.common.rpc.server import Registration, build_server
 from lathe.common.service import RunningService, run_service, serving
 from lathe.models.cleaner import Cleaner
@@ -40,7 +42,8 @@ async def running(
         await check_schema(db, PACKAGE)
         objects = open_store(settings.store)
         store = SqlModelStore(db)
-        service = ModelsService(store, objects, clock, ids or RandomIds())
+        ids = ids or RandomIds()
+        service = ModelsService(store, objects, clock, ids)
         cleaner = Cleaner(store, objects, clock)
         registrations = [
             Registration(
@@ -50,6 +53,12 @@ async def running(
                 add_ModelsInternalServiceServicer_to_server,
                 ModelsInternalServicer(service),
                 "lathe.v1.ModelsInternalService",
+            ),
+            diagnosis(
+                "models",
+                clock,
+                database_probe(db, PACKAGE, clock),
+                store_probe(objects, settings.store, ids),
             ),
         ]
         credentials = ServiceCredentials.from_files(

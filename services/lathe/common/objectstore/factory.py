@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 from lathe.common.errors import InvalidArgument
 from lathe.common.objectstore.base import ObjectStore
 from lathe.common.objectstore.folder import FolderStore
@@ -29,3 +31,10 @@ def open_store(settings: StoreSettings) -> ObjectStore:
             secure=settings.secure,
         )
     )
+
+
+def free_bytes(settings: StoreSettings) -> int | None:
+    """Room on the disk below a folder; None for S3, which does not tell."""
+    if settings.kind == "folder" and settings.folder is not None:
+        return shutil.disk_usage(settings.folder).free
+    return None
