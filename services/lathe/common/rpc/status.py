@@ -41,6 +41,24 @@ _ERRORS = {code: error for error, code in STATUS_CODES.items()}
 _MAX_MESSAGE = 1500
 _MAX_VIOLATIONS = 20
 _RETRY_AFTER_S = 1.0
+_NOT_CONNECTED = "failed to connect to all addresses"
+# What is in gRPC's own words about a connection that was not made -> what it means.
+_HANDSHAKES = (
+    (
+        "CERTIFICATE_VERIFY_FAILED",
+        "The server's certificate comes from no authority that this side knows, or is out of date; check the CA file.",
+    ),
+    (
+        "Hostname Verification",
+        "The server's certificate is not for the name it was called by; call it by one that it has.",
+    ),
+    ("WRONG_VERSION_NUMBER", "The server does not speak TLS on this port."),
+    (
+        "Socket closed",
+        "The server closed the connection before it answered: one side speaks TLS and the other does not, or the "
+        "server takes no certificate of this side's authority.",
+    ),
+)
 
 Metadata = tuple[tuple[str, str | bytes], ...]
 
@@ -93,6 +111,7 @@ def from_rpc_error(error: grpc.RpcError) -> LatheError:
     A status without details (the connection failed, the deadline passed) gives the class of its code.
     """
     code, message, metadata = _parts(error)
+    message = explain_connection(message)
     reason: str | None = None
     facts: dict[str, str] = {}
     violations: list[FieldViolation] = []
@@ -113,6 +132,15 @@ def from_rpc_error(error: grpc.RpcError) -> LatheError:
     if issubclass(cls, RetryableError):
         return cls(message, reason=reason, metadata=facts, violations=violations, retry_after=retry_after)
     return cls(message, reason=reason, metadata=facts, violations=violations)
+
+
+def explain_connection(message: str) -> str:
+    """What a connection that failed in its TLS handshake means, with gRPC's words after it; else unchanged."""
+    if message.startswith(_NOT_CONNECTED):
+        for sign, meaning in _HANDSHAKES:
+            if sign in message:
+                return f"{meaning} ({message})"
+    return message
 
 
 def _parts(error: grpc.RpcError) -> tuple[grpc.StatusCode, str, Iterable[tuple[str, str | bytes]]]:
