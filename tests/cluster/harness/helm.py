@@ -1,0 +1,54 @@
+"""helm, as the README has it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tests.cluster.harness.commands import ROOT, run
+
+CHART = ROOT / "charts" / "lathe"
+Values = Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Helm:
+    """helm against one cluster."""
+
+    kubeconfig: Path
+
+    def install(self, release: str, namespace: str, values: Values, timeout: float = 180.0) -> str:
+        """What helm printed, when everything is ready. Raises CommandFailed."""
+        return self._change("install", release, namespace, values, timeout)
+
+    def upgrade(self, release: str, namespace: str, values: Values, timeout: float = 180.0) -> str:
+        """The same for other values."""
+        return self._change("upgrade", release, namespace, values, timeout)
+
+    def uninstall(self, release: str, namespace: str, timeout: float = 180.0) -> str:
+        where = (f"--namespace={namespace}", f"--kubeconfig={self.kubeconfig}")
+        wait = ("--wait", f"--timeout={timeout:.0f}s")
+        return run("helm", "uninstall", release, *where, *wait, timeout=timeout + 20)
+
+    def _change(self, verb: str, release: str, namespace: str, values: Values, timeout: float) -> str:
+        where = (f"--namespace={namespace}", f"--kubeconfig={self.kubeconfig}")
+        wait = ("--wait", "--wait-for-jobs", f"--timeout={timeout:.0f}s")
+        return run(
+            *("helm", verb, release, str(CHART), *where, *wait, "--values=-"),
+            stdin=json.dumps(values),
+            timeout=timeout + 30,
+        )
+
+
+def merged(*layers: Values) -> dict[str, Any]:
+    """Values laid over each other, the later ones on top."""
+    result: dict[str, Any] = {}
+    for layer in layers:
+        for key, value in layer.items():
+            under = result.get(key)
+            both = isinstance(value, Mapping) and isinstance(under, Mapping)
+            result[key] = merged(under, value) if both else value
+    return result
