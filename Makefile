@@ -87,6 +87,12 @@ docs-check: $(VENV)/.dev ## fail when a generated page is out of date
 clean: ## remove what the commands above made (not DATA)
 	rm -rf $(VENV) build .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
 
+# --- the chart, the alerts, the dashboard and the compose file: no cluster --------------------------------------
+
+.PHONY: test-charts
+test-charts: $(VENV)/.dev ## test what deploys Lathe: chart, alerts, dashboard, compose file (no cluster)
+	PATH=$(CURDIR)/$(BIN):$$PATH $(BIN)/pytest tests/charts -n 2
+
 # --- benchmarks: the last line of each is one JSON object -----------------------------------------------------
 
 .PHONY: bench-engine bench-interleave
