@@ -27,9 +27,9 @@ spec:
   selector:
     {{- include "lathe.selector" . | nindent 4 }}
   ports:
-    - {name: grpc, port: 7460, targetPort: grpc, appProtocol: kubernetes.io/h2c}
+    - {name: grpc, port: 7460, targetPort: grpc, appProtocol: {{ include "lathe.grpcProtocol" . }}}
     {{- if eq .component "gateway" }}
-    - {name: http, port: 8080, targetPort: http, appProtocol: http}
+    - {name: http, port: 8080, targetPort: http, appProtocol: {{ not .root.Values.gateway.tls.existingSecret | ternary "http" "https" }}}
     {{- end }}
 {{- if include "lathe.hasBudget" . }}
 ---
@@ -44,6 +44,12 @@ spec:
     matchLabels:
       {{- include "lathe.selector" . | nindent 6 }}
 {{- end }}
+{{- end -}}
+
+{{/* What a load balancer is told about the port; between services it is TLS always. */}}
+{{- define "lathe.grpcProtocol" -}}
+{{- $plain := and (eq .component "gateway") (not .root.Values.gateway.tls.existingSecret) -}}
+{{- $plain | ternary "kubernetes.io/h2c" "https" -}}
 {{- end -}}
 
 {{/* One replica with a budget would keep its node from ever being drained. */}}
@@ -98,7 +104,6 @@ prometheus.io/port: "9090"
 
 {{- define "lathe.servicePod" -}}
 {{- $values := index .root.Values .component -}}
-{{- $drain := .root.Values.drain -}}
 {{ include "lathe.podBasics" (merge (dict "nodeSelector" $values.nodeSelector "tolerations" $values.tolerations) .) }}
 topologySpreadConstraints:
   - maxSkew: 1
@@ -107,8 +112,9 @@ topologySpreadConstraints:
     labelSelector:
       matchLabels:
         {{- include "lathe.selector" . | nindent 8 }}
-# The delay, the grace, and a little for what comes after them.
-terminationGracePeriodSeconds: {{ add $drain.delaySeconds $drain.graceSeconds 10 }}
+# No preStop: told to end, a service says so to the probes and goes on answering for the delay, then lets calls and
+# streams finish for the grace; a little more for what comes after them.
+terminationGracePeriodSeconds: {{ add .root.Values.drain.delaySeconds (include "lathe.grace" . | int) 15 }}
 initContainers:
   - name: schema
     {{- include "lathe.serviceContainer" . | nindent 4 }}

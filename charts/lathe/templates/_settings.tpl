@@ -21,7 +21,12 @@ LATHE_RPC__TLS_CLIENT_CA_FILE: /etc/lathe/tls/ca.crt
 
 {{- define "lathe.settings.drain" -}}
 LATHE_RPC__DRAIN_DELAY_S: {{ .root.Values.drain.delaySeconds | quote }}
-LATHE_RPC__GRACE_S: {{ .root.Values.drain.graceSeconds | quote }}
+LATHE_RPC__GRACE_S: {{ include "lathe.grace" . | quote }}
+{{- end -}}
+
+{{/* Seconds that running calls have: the gateway's are the streams of users. */}}
+{{- define "lathe.grace" -}}
+{{- eq .component "gateway" | ternary .root.Values.drain.streamGraceSeconds .root.Values.drain.graceSeconds -}}
 {{- end -}}
 
 {{- define "lathe.settings.store" -}}
@@ -88,8 +93,10 @@ LATHE_GATEWAY_DATASETS_ADDRESS: {{ include "lathe.address" (list .root "datasets
 LATHE_GATEWAY_MODELS_ADDRESS: {{ include "lathe.address" (list .root "models") }}
 LATHE_GATEWAY_JOBS_ADDRESS: {{ include "lathe.address" (list .root "jobs") }}
 {{- if .root.Values.gateway.tls.existingSecret }}
-LATHE_RPC__TLS_CERT_FILE: /etc/lathe/public-tls/tls.crt
-LATHE_RPC__TLS_KEY_FILE: /etc/lathe/public-tls/tls.key
+LATHE_GATEWAY_RPC__TLS_CERT_FILE: /etc/lathe/public-tls/tls.crt
+LATHE_GATEWAY_RPC__TLS_KEY_FILE: /etc/lathe/public-tls/tls.key
+LATHE_GATEWAY_HTTP_TLS_CERT_FILE: /etc/lathe/public-tls/tls.crt
+LATHE_GATEWAY_HTTP_TLS_KEY_FILE: /etc/lathe/public-tls/tls.key
 {{- end }}
 {{ include "lathe.settings.store" . }}
 {{- end -}}

@@ -46,8 +46,14 @@ spec:
           ports:
             - {name: {{ .portName }}, containerPort: {{ .port }}}
           startupProbe:
+            {{- if eq .component "seaweedfs" }}
+            # The port opens a little before the bucket is there.
+            exec: {command: [tryout-seaweedfs, --ready]}
+            {{- else }}
             tcpSocket: {port: {{ .port }}}
+            {{- end }}
             periodSeconds: 1
+            timeoutSeconds: 5
             failureThreshold: 120
           readinessProbe:
             tcpSocket: {port: {{ .port }}}
