@@ -40,6 +40,12 @@ def create(
     batch_size: Annotated[int | None, typer.Option(help="Examples per step; auto if unset.")] = None,
     learning_rate_multiplier: Annotated[float | None, typer.Option(help="Auto if unset.")] = None,
     lora_r: Annotated[int | None, typer.Option(help="Rank of the adapter.")] = None,
+    engine_class: Annotated[
+        str, typer.Option(help="Which kind of engine, of those that the operator offers.")
+    ] = "",
+    dedicated: Annotated[
+        bool, typer.Option("--dedicated", help="On an engine of its own, which ends with the job.")
+    ] = False,
     watch: Annotated[bool, typer.Option("--watch", help="Watch it until it ends.")] = False,
     as_json: JSON = False,
 ) -> None:
@@ -55,6 +61,8 @@ def create(
             batch_size=batch_size,
             learning_rate_multiplier=learning_rate_multiplier,
             lora_r=lora_r,
+            engine_class=engine_class,
+            dedicated=dedicated,
         )
         if watch:
             if not as_json:
@@ -120,6 +128,7 @@ def show(context: typer.Context, job: JOB, as_json: JSON = False) -> None:
             ("learning rate", f"x {chosen.hyperparameters.learning_rate_multiplier or 'auto'}"),
             ("LoRA", f"r {chosen.lora.r or 'auto'}, alpha {chosen.lora.lora_alpha or 'auto'}"),
             ("seed", str(found.seed)),
+            ("engine", f"{found.compute.engine_class}{', its own' if found.compute.dedicated else ''}"),
             ("training file", found.training_dataset.rsplit("/", 1)[-1]),
             ("validation file", found.validation_dataset.rsplit("/", 1)[-1]),
             ("result files", ", ".join(name.rsplit("/", 1)[-1] for name in found.result_files)),

@@ -38,9 +38,13 @@ class Jobs:
         lora_r: int | None = None,
         lora_alpha: float | None = None,
         target_modules: Sequence[str] = (),
+        engine_class: str = "",
+        dedicated: bool = False,
         metadata: Mapping[str, str] | None = None,
     ) -> pb.Job:
         """Ask for `model` (a base or a tuned one) to be tuned by supervised LoRA. What is None is chosen (`auto`).
+
+        engine_class: one of those that the operator offers; the default if empty. dedicated: on an engine of its own.
 
         Raises NotFound for the model or a dataset, InvalidArgument naming the field, ResourceExhausted for a quota.
         """
@@ -58,6 +62,7 @@ class Jobs:
             suffix=suffix,
             seed=seed,
             method=pb.Method(supervised=method),
+            compute=pb.ComputeSpec(engine_class=engine_class, dedicated=dedicated),
             metadata=metadata or {},
         )
         request = pb.CreateJobRequest(parent=self._project, job=job, request_id=new_request_id())

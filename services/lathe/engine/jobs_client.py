@@ -65,6 +65,8 @@ class GrpcJobs:
                 threads=registration.threads,
             ),
             code_version=registration.code_version,
+            engine_class=registration.engine_class,
+            job_id=registration.job_id,
         )
         answer = await call(self._stub.Register, request)
         return Terms(

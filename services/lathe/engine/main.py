@@ -255,6 +255,8 @@ def _worker(
         device=settings.device,
         threads=threads,
         code_version=__version__,
+        engine_class=settings.engine_class,
+        job_id=settings.job_id,
     )
     attempts = AttemptSettings(
         work=work,

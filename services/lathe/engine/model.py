@@ -199,6 +199,8 @@ class Registration:
     device: str
     threads: int
     code_version: str
+    engine_class: str = ""
+    job_id: str = ""
 
 
 @dataclass(frozen=True, slots=True)

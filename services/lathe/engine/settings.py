@@ -2,16 +2,27 @@
 
 import os
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
+from pydantic_settings import SettingsConfigDict
 
 from lathe.common.service import ProcessSettings
-from lathe.common.settings import RpcSettings, StoreSettings
+from lathe.common.settings import RpcSettings, ServiceSettings, StoreSettings
 
 # A slice of this many tokens of a 135M-parameter model takes well under a second on two CPU threads, and on a
 # data-centre GPU is large enough to keep it busy.
 DEFAULT_SLICE_TOKENS = {"cpu": 320, "cuda": 8192}
+
+
+class EngineDoor(ServiceSettings, service="engine"):
+    """Where an engine answers and how it is called: what `lathe engine` reads of EngineSettings."""
+
+    model_config = SettingsConfigDict(extra="ignore")
+    partial: ClassVar[bool] = True
+
+    rpc: RpcSettings = RpcSettings()
+    drain_grace_s: float = Field(30.0, ge=0)
 
 
 class EngineSettings(ProcessSettings, service="engine"):
@@ -21,6 +32,8 @@ class EngineSettings(ProcessSettings, service="engine"):
     base_model: str = Field(description="baseModels/…")
     base_digest: str = Field(description="of the base model's files, lower-case hex")
     jobs_address: str = Field(description="host:port of WorkerService")
+    engine_class: str = Field("", description="which kind of engine this is; jobs' default if empty")
+    job_id: str = Field("", description="ftjob-…: for this job alone")
     advertise_address: str | None = Field(
         None, description="host:port for the gateway; what rpc binds if unset"
     )

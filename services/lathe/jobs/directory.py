@@ -9,11 +9,12 @@ from lathe.common.clock import Clock
 from lathe.common.errors import DeadlineExceeded, Unavailable
 from lathe.jobs.changes import Changes
 from lathe.jobs.contact import Contact
-from lathe.jobs.model import BaseRef, EngineRecord, EngineState, Pool
+from lathe.jobs.model import ONE_CLASS, BaseRef, EngineClasses, EngineRecord, EngineState, Pool
 from lathe.jobs.policy import Limits, is_serving
 from lathe.jobs.ports import JobStore, Models
 
-_POLL_S = 1.0
+# What another replica wrote is told within a second.
+_POLL_S = 0.5
 _AT_LEAST_EVERY_S = 8.0
 # Demand need not be written for every waiting request.
 _DEMAND_EVERY_S = 5.0
@@ -31,15 +32,16 @@ class EngineDirectory:
     contact: Contact
     clock: Clock
     limits: Limits
+    classes: EngineClasses = ONE_CLASS
 
     async def serving(self) -> Sequence[EngineRecord]:
-        """Engines that answer; those about to end are marked as draining."""
+        """Engines that answer and are no job's own; those about to end are marked as draining."""
         now = self.clock.now()
         async with self.store.read() as session:
             engines = await session.engines()
         found = []
         for engine in engines:
-            if engine.state is EngineState.LAUNCHING or not engine.address:
+            if engine.state is EngineState.LAUNCHING or not engine.address or engine.job_id:
                 continue
             leaving = engine.draining or engine.state is EngineState.STOPPING
             alive = replace(engine, draining=False, state=EngineState.READY)
@@ -65,15 +67,21 @@ class EngineDirectory:
             await self.changes.wait(_POLL_S)
 
     async def ensure(self, base_id: str) -> bool:
-        """Ask for at least one engine of this base; True if one is there. Raises NotFound for an unknown base."""
+        """Ask for at least one engine of this base; True if one is there. Raises NotFound for an unknown base.
+
+        One of any class will do; the default class's is started if there is none.
+        """
         base = await self._base(base_id)
-        await self._demand(Pool(base))
-        ready = any(
-            engine.base.digest == base.digest and not engine.draining for engine in await self.serving()
-        )
-        if not ready:
+        there = [
+            engine
+            for engine in await self.serving()
+            if engine.base.digest == base.digest and not engine.draining
+        ]
+        # Whoever asks keeps the engine that answers from ending.
+        await self._demand(Pool(base, there[0].engine_class if there else self.classes.default))
+        if not there:
             self.changes.ring()
-        return ready
+        return bool(there)
 
     async def _base(self, base_id: str) -> BaseRef:
         """By digest: an id may stand for other weights than when an engine that still runs was started."""
@@ -89,7 +97,7 @@ class EngineDirectory:
     async def _demand(self, wanted: Pool) -> None:
         now = self.clock.now()
         async with self.store.read() as session:
-            found = [pool for pool in await session.pools() if pool.base.digest == wanted.base.digest]
+            found = [pool for pool in await session.pools() if pool.place == wanted.place]
         pool = found[0] if found else None
         last = pool.demand_time if pool is not None else None
         if last is not None and (now - last).total_seconds() < _DEMAND_EVERY_S:

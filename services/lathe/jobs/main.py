@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Coroutine, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 
 from lathe.common.clock import Clock, SystemClock
@@ -32,7 +32,8 @@ from lathe.jobs.quotas import Quotas
 from lathe.jobs.reconciler import Reconciler
 from lathe.jobs.service import JobsService
 from lathe.jobs.servicer import JobsInternalServicer, JobsServicer, WorkerServicer
-from lathe.jobs.settings import JobsSettings
+from lathe.jobs.settings import JobsSettings, KubernetesSettings
+from lathe.jobs.sharedclock import SharedClock
 from lathe.jobs.steps import JobSteps
 from lathe.jobs.store import SqlJobStore
 from lathe.jobs.workers import LeaseTerms, WorkersService
@@ -56,7 +57,9 @@ async def running(
 
     Raises FailedPrecondition for a database that is not this version's, a port in use, a missing token file.
     """
-    clock, ids = clock or SystemClock(), ids or RandomIds()
+    # On several machines, the database's clock judges the leases.
+    clock = SharedClock(clock or SystemClock())
+    ids = ids or RandomIds()
     async with AsyncExitStack() as stack:
         db = Database(settings.db.url.get_secret_value(), settings.db.pool_size)
         stack.push_async_callback(db.close)
@@ -77,9 +80,10 @@ async def running(
         quotas = Quotas(accounts, clock)
         limits = _limits(settings)
         terms = LeaseTerms(settings.lease_term_s, settings.heartbeat_s)
-        service = JobsService(store, accounts, models, datasets, changes, clock, ids)
-        workers = WorkersService(store, quotas, changes, contact, clock, ids, metrics, terms)
-        directory = EngineDirectory(store, models, changes, contact, clock, limits)
+        classes = settings.classes
+        service = JobsService(store, accounts, models, datasets, changes, clock, ids, classes)
+        workers = WorkersService(store, quotas, changes, contact, clock, ids, metrics, terms, classes)
+        directory = EngineDirectory(store, models, changes, contact, clock, limits, classes)
 
         engines = EngineProbe(store, clock)
         registrations = [
@@ -101,7 +105,7 @@ async def running(
         answering = await stack.enter_async_context(serving(server, "jobs"))
 
         address = settings.jobs_address or f"{settings.rpc.host}:{answering.port}"
-        launcher = _launcher(settings, address)
+        launcher = _launcher(settings, address, clock)
         if launcher is not None:
             # Engines end before the server does, so that they can still say how far they came.
             stack.push_async_callback(launcher.close)
@@ -117,6 +121,8 @@ async def running(
             metrics,
             limits,
             settings.reconcile_interval_s,
+            classes,
+            clock,
         )
         steps = JobSteps(store, datasets, models, changes, clock, settings.reconcile_interval_s)
         await stack.enter_async_context(_background(reconciler.run()))
@@ -131,8 +137,7 @@ def _limits(settings: JobsSettings) -> Limits:
         engine_idle_timeout_s=settings.engine_idle_timeout_s,
         engine_start_timeout_s=settings.engine_start_timeout_s,
         engine_stop_timeout_s=settings.engine_stop_timeout_s,
-        engine_silence_s=2 * settings.lease_term_s,
-        engine_hang_timeout_s=settings.engine_hang_timeout_s,
+        engine_silence_s=settings.lease_term_s,
         min_engines=settings.min_engines,
         max_engines_per_base=settings.max_engines_per_base,
         max_engines=settings.max_engines,
@@ -140,7 +145,7 @@ def _limits(settings: JobsSettings) -> Limits:
     )
 
 
-def _launcher(settings: JobsSettings, jobs_address: str) -> Launcher | None:
+def _launcher(settings: JobsSettings, jobs_address: str, clock: Clock) -> Launcher | None:
     chosen = settings.launcher
     if chosen.kind == "subprocess" and chosen.folder is not None:
         command = (sys.executable, "-m", ENGINE_MODULE)
@@ -154,7 +159,36 @@ def _launcher(settings: JobsSettings, jobs_address: str) -> Launcher | None:
             chosen.ray_num_cpus,
             chosen.ray_num_gpus,
         )
+    if chosen.kind == "kubernetes" and chosen.kubernetes is not None:
+        return _on_kubernetes(chosen.kubernetes, jobs_address, chosen.engine_env, clock)
     return None
+
+
+def _on_kubernetes(
+    chosen: KubernetesSettings, jobs_address: str, engine_env: Mapping[str, str], clock: Clock
+) -> Launcher:
+    # The client is an extra that only a cluster needs.
+    from lathe.jobs.launchers.kube_api import connect as connect_to_kubernetes
+    from lathe.jobs.launchers.kuberay import KubernetesLauncher
+    from lathe.jobs.launchers.manifests import Frame
+
+    frame = Frame(
+        prefix=chosen.name_prefix or chosen.release,
+        release=chosen.release,
+        jobs_address=jobs_address,
+        ray_version=chosen.ray_version,
+        engine_env=engine_env,
+        expiry_s=chosen.expiry_s,
+        stop_wait_s=chosen.stop_wait_s,
+    )
+    return KubernetesLauncher(
+        connect_to_kubernetes(chosen.namespace, chosen.kubeconfig),
+        frame,
+        chosen.templates_folder,
+        clock,
+        owner_deployment=chosen.owner_deployment,
+        engines=chosen.engines,
+    )
 
 
 @asynccontextmanager

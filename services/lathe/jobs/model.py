@@ -18,6 +18,8 @@ MAX_METADATA_KEY = 64
 MAX_METADATA_VALUE = 512
 # OpenAI keeps the checkpoints of the last three epochs.
 KEPT_CHECKPOINTS = 3
+# The only engine class where an operator has named none; also that of what was made before there were classes.
+DEFAULT_CLASS = "default"
 
 _SUFFIX = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _HYPERPARAMETERS = "job.method.supervised.hyperparameters"
@@ -172,6 +174,51 @@ class BaseRef:
 
 
 @dataclass(frozen=True, slots=True)
+class ComputeSpec:
+    """Where a job runs. engine_class: one of the operator's. dedicated: on an engine that serves nobody else."""
+
+    engine_class: str = DEFAULT_CLASS
+    dedicated: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Engines that are alike: of one base model and class, and for one job alone if `job_id` is set."""
+
+    base_digest: str
+    engine_class: str = DEFAULT_CLASS
+    job_id: str = ""
+
+    @property
+    def shared(self) -> Place:
+        """The pool that such engines are counted and retried in."""
+        return Place(self.base_digest, self.engine_class)
+
+
+@dataclass(frozen=True, slots=True)
+class EngineClasses:
+    """The classes of engines that the operator has named, and the one for who asks for none."""
+
+    known: tuple[str, ...] = (DEFAULT_CLASS,)
+    default: str = DEFAULT_CLASS
+
+    def choose(self, asked: str) -> str:
+        """The class of a new job. Raises InvalidArgument, naming the field and the known classes."""
+        if not asked or asked in self.known:
+            return asked or self.default
+        path = "job.compute.engine_class"
+        text = f"{path}: there is no engine class {asked!r}; choose from {', '.join(self.known)}."
+        raise InvalidArgument(text, violations=[FieldViolation(path, text)])
+
+    def to_start(self, wanted: str) -> str:
+        """The class to start an engine by: one that the operator has taken away since is the default's."""
+        return wanted if wanted in self.known else self.default
+
+
+ONE_CLASS = EngineClasses()
+
+
+@dataclass(frozen=True, slots=True)
 class Job:
     """One job, with everything that is decided about it."""
 
@@ -183,6 +230,7 @@ class Job:
     seed: int
     create_time: datetime
     spec: SupervisedSpec = SupervisedSpec()
+    compute: ComputeSpec = ComputeSpec()
     validation: DatasetRef | None = None
     suffix: str = ""
     metadata: Mapping[str, str] = field(default_factory=dict)
@@ -230,6 +278,11 @@ class Job:
     def output_prefix(self) -> str:
         return f"jobs/{self.id}/"
 
+    @property
+    def place(self) -> Place:
+        """Which engines may run it."""
+        return Place(self.base.digest, self.compute.engine_class, self.id if self.compute.dedicated else "")
+
 
 @dataclass(frozen=True, slots=True)
 class Attempt:
@@ -258,7 +311,11 @@ class Attempt:
 
 @dataclass(frozen=True, slots=True)
 class EngineRecord:
-    """One engine process. `launched`: our launcher started it, and can say whether it lives."""
+    """One engine process. `launched`: our launcher started it, and can say whether it lives.
+
+    job_id: set for an engine that is for this job alone. waiting_for: what keeps it from starting, in words of the
+    launcher, which last said so at waiting_time (written every half a minute).
+    """
 
     id: str
     base: BaseRef
@@ -278,18 +335,32 @@ class EngineRecord:
     # When it last trained or sampled.
     busy_time: datetime | None = None
     stop_time: datetime | None = None
+    engine_class: str = DEFAULT_CLASS
+    job_id: str = ""
+    waiting_for: str = ""
+    waiting_time: datetime | None = None
+
+    @property
+    def place(self) -> Place:
+        """Which jobs it may run."""
+        return Place(self.base.digest, self.engine_class, self.job_id)
 
 
 @dataclass(frozen=True, slots=True)
 class Pool:
-    """All engines of one base model: who asked for them and how starting them went."""
+    """All engines of one base model and class: who asked for them and how starting them went."""
 
     base: BaseRef
+    engine_class: str = DEFAULT_CLASS
     demand_time: datetime | None = None
     start_failures: int = 0
     next_launch_time: datetime | None = None
     last_error: str = ""
     version: int = 1
+
+    @property
+    def place(self) -> Place:
+        return Place(self.base.digest, self.engine_class)
 
 
 @dataclass(frozen=True, slots=True)
@@ -360,6 +431,8 @@ class JobRequest:
     suffix: str = ""
     seed: int | None = None
     spec: SupervisedSpec = SupervisedSpec()
+    # An empty class is the operator's default.
+    compute: ComputeSpec = ComputeSpec("")
     metadata: Mapping[str, str] = field(default_factory=dict)
     request_id: str = ""
 

@@ -6,12 +6,13 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 
-from lathe.jobs.model import BaseRef, EngineRecord, EngineState, Job, Pool
+from lathe.jobs.model import BaseRef, EngineRecord, EngineState, Job, Place, Pool
 
 MAX_LOST_LEASES = 100
 MAX_RETRIES = 3
 MAX_START_FAILURES = 5
 MAX_BACKOFF_S = 60.0
+WAITING_NOTED_EVERY_S = 30.0
 # The quota of a project that nobody could look up yet: nothing of it starts.
 UNKNOWN_QUOTA = -1
 
@@ -23,10 +24,13 @@ class Limits:
     engine_idle_timeout_s: float = 600.0
     engine_start_timeout_s: float = 300.0
     engine_stop_timeout_s: float = 60.0
-    engine_silence_s: float = 30.0
-    engine_hang_timeout_s: float = 180.0
+    # One lease term: what an engine holds is given away then, so there is no reason to wait longer for the rest of it.
+    engine_silence_s: float = 15.0
+    # How long a launcher may not know of an engine whose start another replica of jobs has just written down.
+    launch_grace_s: float = 60.0
     demand_s: float = 60.0
     min_engines: int = 0
+    # Of one class, dedicated ones not counted.
     max_engines_per_base: int = 1
     max_engines: int = 4
     # False: somebody else starts engines.
@@ -56,15 +60,17 @@ class Snapshot:
 @dataclass(frozen=True, slots=True)
 class Launch:
     base: BaseRef
+    place: Place
 
 
 @dataclass(frozen=True, slots=True)
 class StopEngine:
-    """force: end the process; otherwise tell it in its next heartbeat's answer."""
+    """force: end the process; otherwise tell it in its next heartbeat's answer. failed: it could not start."""
 
     engine_id: str
     reason: str
     force: bool = False
+    failed: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,9 +93,9 @@ Decision = Launch | StopEngine | Explain | Refuse
 
 
 def next_job(
-    base_digest: str, queued: Sequence[Job], running: Sequence[Job], quotas: Mapping[str, int], now: datetime
+    place: Place, queued: Sequence[Job], running: Sequence[Job], quotas: Mapping[str, int], now: datetime
 ) -> Job | None:
-    """The job that an engine of this base should take.
+    """The job that an engine of this place should take.
 
     Among the projects with room in their quota the one with the fewest running jobs; the oldest of its jobs.
     """
@@ -97,7 +103,7 @@ def next_job(
     ready = [
         job
         for job in queued
-        if job.base.digest == base_digest
+        if job.place == place
         and (job.hold_until is None or job.hold_until <= now)
         and _has_room(job.project, counts, quotas)
     ]
@@ -132,6 +138,27 @@ def is_serving(engine: EngineRecord, now: datetime, limits: Limits) -> bool:
     )
 
 
+def is_silent(engine: EngineRecord, now: datetime, limits: Limits) -> bool:
+    """Registered, and not heard of for so long that it is given up. Ask only while jobs itself was in touch."""
+    if engine.state is EngineState.LAUNCHING:
+        return False
+    return now - (engine.heartbeat_time or engine.create_time) > timedelta(seconds=limits.engine_silence_s)
+
+
+def waits_anew(engine: EngineRecord, waiting_for: str, now: datetime) -> bool:
+    """Whether what a launching engine waits for is worth a write: other words, or the same for a while longer."""
+    if waiting_for != engine.waiting_for:
+        return True
+    last = engine.waiting_time or engine.create_time
+    return bool(waiting_for) and now - last > timedelta(seconds=WAITING_NOTED_EVERY_S)
+
+
+def may_be_unknown(engine: EngineRecord, now: datetime, limits: Limits) -> bool:
+    """Whether the launcher need not know the engine yet: whoever wrote it down may be about to start it."""
+    age = (now - engine.create_time).total_seconds()
+    return engine.state is EngineState.LAUNCHING and age <= limits.launch_grace_s
+
+
 def backoff_s(failures: int) -> float:
     """Wait before the next try after so many failures in a row: 1, 2, 4 … 60 seconds."""
     return float(min(MAX_BACKOFF_S, 2 ** max(0, min(failures, 10) - 1)))
@@ -153,11 +180,11 @@ def _has_room(project: str, counts: Mapping[str, int], quotas: Mapping[str, int]
     return limit == 0 or counts.get(project, 0) < limit
 
 
-def _wanted(picture: Snapshot) -> dict[str, BaseRef]:
-    """Bases that somebody waits for, oldest wish first."""
+def _wanted(picture: Snapshot) -> dict[Place, BaseRef]:
+    """Engines that somebody waits for, oldest wish first."""
     counts = _counts(picture.running)
     wanted = {
-        job.base.digest: job.base
+        job.place: job.base
         for job in line(picture.queued, picture.running)
         if _has_room(job.project, counts, picture.quotas)
     }
@@ -165,7 +192,7 @@ def _wanted(picture: Snapshot) -> dict[str, BaseRef]:
         if pool.demand_time is not None:
             age = (picture.now - pool.demand_time).total_seconds()
             if age <= picture.limits.demand_s or picture.limits.min_engines:
-                wanted.setdefault(pool.base.digest, pool.base)
+                wanted.setdefault(pool.place, pool.base)
     return wanted
 
 
@@ -173,53 +200,65 @@ def _launches(picture: Snapshot) -> list[Decision]:
     limits = picture.limits
     if not limits.can_launch:
         return []
-    pools = {pool.base.digest: pool for pool in picture.pools}
+    pools = {pool.place: pool for pool in picture.pools}
     total = sum(engine.launched for engine in picture.engines)
     decisions: list[Decision] = []
-    for digest, base in _wanted(picture).items():
-        mine = [engine for engine in picture.engines if engine.base.digest == digest]
-        pool = pools.get(digest)
+    for place, base in _wanted(picture).items():
+        pool = pools.get(place.shared)
         held = pool is not None and pool.next_launch_time is not None and pool.next_launch_time > picture.now
-        if held or total >= limits.max_engines or not _needs_another(picture, digest, mine):
+        if held or total >= limits.max_engines or not _needs_another(picture, place):
             continue
-        decisions.append(Launch(base))
+        decisions.append(Launch(base, place))
         total += 1
     return decisions
 
 
-def _needs_another(picture: Snapshot, digest: str, engines: Sequence[EngineRecord]) -> bool:
+def _needs_another(picture: Snapshot, place: Place) -> bool:
+    engines = _of(picture.engines, place)
     coming = [engine for engine in engines if engine.state is EngineState.LAUNCHING]
+    most = 1 if place.job_id else picture.limits.max_engines_per_base
     # A draining engine still has its memory and its cores: the next one waits for its end.
-    if coming or len(engines) >= picture.limits.max_engines_per_base:
+    if coming or len(engines) >= most:
         return False
     serving = [engine for engine in engines if is_serving(engine, picture.now, picture.limits)]
     if not serving:
         return True
     free = sum(max(0, engine.max_attempts - picture.attempts.get(engine.id, 0)) for engine in serving)
-    waiting = sum(job.base.digest == digest for job in picture.queued)
+    waiting = sum(job.place == place for job in picture.queued)
     return waiting > free
 
 
 def _stops(picture: Snapshot) -> list[Decision]:
     decisions: list[Decision] = []
-    limits = picture.limits
     wanted = _wanted(picture)
-    staying: dict[str, int] = {}
+    unfinished = {job.id for job in (*picture.queued, *picture.running)}
+    staying: dict[Place, int] = {}
     for engine in picture.engines:
         if engine.state is EngineState.READY:
-            staying[engine.base.digest] = staying.get(engine.base.digest, 0) + 1
+            staying[engine.place] = staying.get(engine.place, 0) + 1
     for engine in sorted(picture.engines, key=lambda e: e.busy_time or e.create_time):
-        stop = _stop(engine, picture)
-        if stop is not None and stop.force and not picture.trusted:
+        stop = _useless(engine, wanted, unfinished) or _stop(engine, picture)
+        if stop is None or (stop.force and not picture.trusted):
             continue
-        if stop is not None and not stop.force:
-            needed = engine.base.digest in wanted or staying.get(engine.base.digest, 0) <= limits.min_engines
-            if needed:
+        if not stop.force:
+            least = 0 if engine.job_id else picture.limits.min_engines
+            if engine.place in wanted or staying[engine.place] <= least:
                 continue
-            staying[engine.base.digest] -= 1
-        if stop is not None:
-            decisions.append(stop)
+            staying[engine.place] -= 1
+        decisions.append(stop)
     return decisions
+
+
+def _useless(
+    engine: EngineRecord, wanted: Collection[Place], unfinished: Collection[str]
+) -> StopEngine | None:
+    """A job's own engine after that job; one that still waits for its start when nobody waits for it any more."""
+    coming = engine.state is EngineState.LAUNCHING
+    if engine.job_id and engine.job_id not in unfinished and engine.state is not EngineState.STOPPING:
+        return StopEngine(engine.id, "its job needs it no more", force=coming)
+    if coming and engine.waiting_for and engine.place not in wanted:
+        return StopEngine(engine.id, "nobody waits for it any more", force=True)
+    return None
 
 
 def _stop(engine: EngineRecord, picture: Snapshot) -> StopEngine | None:
@@ -229,15 +268,16 @@ def _stop(engine: EngineRecord, picture: Snapshot) -> StopEngine | None:
         return picture.now - since > timedelta(seconds=seconds)
 
     match engine.state:
-        case EngineState.LAUNCHING if older(engine.create_time, limits.engine_start_timeout_s):
-            return StopEngine(engine.id, "it did not register in time", force=True)
+        case EngineState.LAUNCHING:
+            # What waits for a node or an image has not failed, however long it takes; its job says so meanwhile.
+            since = max(engine.create_time, engine.waiting_time or engine.create_time)
+            if not engine.waiting_for and older(since, limits.engine_start_timeout_s):
+                return StopEngine(engine.id, "it did not register in time", force=True, failed=True)
         case EngineState.STOPPING if older(
             engine.stop_time or engine.create_time, limits.engine_stop_timeout_s
         ):
             return StopEngine(engine.id, "it did not end in time", force=True)
         case EngineState.READY:
-            if older(engine.heartbeat_time or engine.create_time, limits.engine_hang_timeout_s):
-                return StopEngine(engine.id, "it was silent for too long", force=True)
             busy = picture.attempts.get(engine.id, 0) or engine.active_sequences or not engine.launched
             last = max(engine.busy_time or engine.create_time, _demand(engine, picture))
             if not busy and older(last, limits.engine_idle_timeout_s):
@@ -249,21 +289,21 @@ def _demand(engine: EngineRecord, picture: Snapshot) -> datetime:
     times = [
         pool.demand_time
         for pool in picture.pools
-        if pool.base.digest == engine.base.digest and pool.demand_time is not None
+        if pool.place == engine.place and pool.demand_time is not None
     ]
     return max(times, default=engine.create_time)
 
 
 def _words(picture: Snapshot) -> list[Decision]:
     decisions: list[Decision] = []
-    pools = {pool.base.digest: pool for pool in picture.pools}
+    pools = {pool.place: pool for pool in picture.pools}
     counts = _counts(picture.running)
-    ahead: dict[str, int] = {}
+    ahead: dict[Place, int] = {}
     for job in line(picture.queued, picture.running):
-        digest = job.base.digest
-        before = ahead.get(digest, 0)
-        pool = pools.get(digest)
-        serving = [e for e in _of(picture.engines, digest) if is_serving(e, picture.now, picture.limits)]
+        before = ahead.get(job.place, 0)
+        pool = pools.get(job.place.shared)
+        mine = _of(picture.engines, job.place)
+        serving = [engine for engine in mine if is_serving(engine, picture.now, picture.limits)]
         if not serving and pool is not None and _gave_up(job, pool):
             decisions.append(
                 Refuse(
@@ -275,7 +315,7 @@ def _words(picture: Snapshot) -> list[Decision]:
             continue
         reason = _why(job, picture, serving, pool=pool, counts=counts, ahead=before)
         if _has_room(job.project, counts, picture.quotas):
-            ahead[digest] = before + 1
+            ahead[job.place] = before + 1
         if reason != job.state_reason:
             decisions.append(Explain(job.id, reason))
     return decisions
@@ -291,8 +331,8 @@ def _gave_up(job: Job, pool: Pool) -> bool:
     return job.queue_time <= last_failure
 
 
-def _of(engines: Collection[EngineRecord], digest: str) -> list[EngineRecord]:
-    return [engine for engine in engines if engine.base.digest == digest]
+def _of(engines: Collection[EngineRecord], place: Place) -> list[EngineRecord]:
+    return [engine for engine in engines if engine.place == place]
 
 
 def _why(
@@ -314,22 +354,26 @@ def _why(
     if job.hold_until is not None and job.hold_until > picture.now:
         return "Waits a moment before it is tried again, because the last attempt met an error."
     if not serving:
-        return _why_no_engine(job.base, picture, pool)
+        return _why_no_engine(job, picture, pool)
     if ahead == 0 and any(picture.attempts.get(engine.id, 0) < engine.max_attempts for engine in serving):
         return "An engine with room will take it within seconds."
     place = "it is next in line" if ahead == 0 else f"{ahead} before it in line"
     return f"Waits for an engine for {job.base.id} with room; {place}.{_when(job, picture, ahead)}"
 
 
-def _why_no_engine(base: BaseRef, picture: Snapshot, pool: Pool | None) -> str:
-    if _of(picture.engines, base.digest):
+def _why_no_engine(job: Job, picture: Snapshot, pool: Pool | None) -> str:
+    base, engines = job.base, _of(picture.engines, job.place)
+    waiting = [engine.waiting_for for engine in engines if engine.waiting_for]
+    if waiting:
+        return f"The engine for {base.id} cannot start yet: {waiting[0]}"
+    if engines:
         return f"An engine for {base.id} is starting or restarting; the job starts when it is ready."
     if not picture.limits.can_launch:
         return f"Waits for an engine for {base.id} to register; this platform does not start engines itself."
     if pool is not None and pool.last_error:
         return f"The engine for {base.id} could not start and is tried again; it last said: {pool.last_error}"
     if sum(engine.launched for engine in picture.engines) >= picture.limits.max_engines:
-        return f"Waits for an engine of another base model to end; {picture.limits.max_engines} may run."
+        return f"Waits for another engine to end; {picture.limits.max_engines} may run."
     return f"An engine for {base.id} is being started."
 
 
@@ -341,7 +385,7 @@ def _when(job: Job, picture: Snapshot, ahead: int) -> str:
     known = [
         (other.estimated_finish_time, other)
         for other in picture.running
-        if other.base.digest == job.base.digest and other.estimated_finish_time is not None
+        if other.place == job.place and other.estimated_finish_time is not None
     ]
     if not known:
         return ""

@@ -13,6 +13,7 @@ from lathe.jobs import model, workers
 from lathe.jobs.model import (
     AdapterObject,
     Checkpoint,
+    ComputeSpec,
     EngineRecord,
     EventLevel,
     EventType,
@@ -79,6 +80,7 @@ def job_request(request: jobs_pb2.CreateJobRequest) -> JobRequest:
         suffix=job.suffix,
         seed=job.seed if job.HasField("seed") else None,
         spec=_spec(job.method),
+        compute=ComputeSpec(job.compute.engine_class, job.compute.dedicated),
         metadata=dict(job.metadata),
         request_id=request.request_id,
     )
@@ -143,6 +145,7 @@ def job_pb(job: Job) -> jobs_pb2.Job:
         step=job.step,
         total_steps=job.total_steps,
         etag=job.etag,
+        compute=jobs_pb2.ComputeSpec(engine_class=job.compute.engine_class, dedicated=job.compute.dedicated),
     )
     _stamp(message.create_time, job.create_time)
     for field, time in (
@@ -230,6 +233,8 @@ def registration(request: worker_pb2.RegisterRequest) -> workers.Registration:
         device=capacity.device,
         threads=capacity.threads,
         code_version=request.code_version,
+        engine_class=request.engine_class,
+        job_id=request.job_id,
     )
 
 

@@ -21,9 +21,11 @@ from lathe.common.ids import IdFactory
 from lathe.jobs import lifecycle, messages, model, transitions
 from lathe.jobs.changes import Changes
 from lathe.jobs.model import (
+    ONE_CLASS,
     TERMINAL_STATES,
     Checkpoint,
     DatasetRef,
+    EngineClasses,
     Job,
     JobEvent,
     JobRequest,
@@ -47,7 +49,8 @@ log = logging.getLogger(__name__)
 
 _WAITING = (JobState.VALIDATING_FILES, JobState.QUEUED)
 _METHOD = "supervised"
-_WATCH_POLL_S = 1.0
+# What another replica wrote is told within a second.
+_WATCH_POLL_S = 0.8
 _EVENTS_PER_MESSAGE = 500
 
 
@@ -62,6 +65,7 @@ class JobsService:
     changes: Changes
     clock: Clock
     ids: IdFactory
+    classes: EngineClasses = ONE_CLASS
 
     async def create(self, request: JobRequest, user: User) -> Job:
         """A new job in validating_files, or the one that the same request_id made.
@@ -72,6 +76,8 @@ class JobsService:
         earlier = await self._by_request(request)
         if earlier is not None:
             return earlier
+        engine_class = self.classes.choose(request.compute.engine_class)
+        request = replace(request, compute=replace(request.compute, engine_class=engine_class))
         resolved = await self._resolve(request)
         training = await self._dataset(request, request.training, "training", user)
         validation = (
@@ -158,6 +164,7 @@ class JobsService:
             suffix=request.suffix,
             seed=model.choose_seed(job_id) if request.seed is None else request.seed,
             spec=_inherit(request.spec, resolved),
+            compute=request.compute,
             metadata=dict(request.metadata),
             initial_adapter=resolved.adapter,
             create_time=self.clock.now(),

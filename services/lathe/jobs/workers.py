@@ -16,11 +16,13 @@ from lathe.jobs.changes import Changes
 from lathe.jobs.contact import Contact
 from lathe.jobs.model import (
     LEASED_STATES,
+    ONE_CLASS,
     Action,
     AdapterObject,
     Attempt,
     BaseRef,
     Checkpoint,
+    EngineClasses,
     EngineRecord,
     EngineState,
     Job,
@@ -28,6 +30,7 @@ from lathe.jobs.model import (
     JobState,
     NewEvent,
     Outcome,
+    Place,
     SlicePlan,
     StepMetrics,
 )
@@ -59,6 +62,9 @@ class Registration:
     device: str
     threads: int
     code_version: str
+    # Of an engine that jobs does not know; what jobs knows wins.
+    engine_class: str = ""
+    job_id: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,34 +142,23 @@ class WorkersService:
     ids: IdFactory
     metrics: Metrics
     terms: LeaseTerms = LeaseTerms()
+    classes: EngineClasses = ONE_CLASS
 
     async def register(self, engine: Registration) -> LeaseTerms:
-        """Take the engine up, or take its new address. Safe to repeat."""
+        """Take the engine up, or take its new address. Safe to repeat.
+
+        One that was given up stays given up: its next heartbeat tells it to end.
+        """
         _check_registration(engine)
         now = self.clock.now()
         async with self.store.write() as session:
             known = await session.engine(engine.engine_id, lock=True)
-            # One that was told to end stays told.
-            stopping = known is not None and known.state is EngineState.STOPPING
-            await session.put_engine(
-                EngineRecord(
-                    id=engine.engine_id,
-                    base=engine.base,
-                    state=EngineState.STOPPING if stopping else EngineState.READY,
-                    create_time=known.create_time if known is not None else now,
-                    launched=known is not None and known.launched,
-                    address=engine.address,
-                    max_attempts=engine.max_attempts,
-                    max_sequences=engine.max_sequences,
-                    device=engine.device,
-                    threads=engine.threads,
-                    code_version=engine.code_version,
-                    heartbeat_time=now,
-                    busy_time=now,
-                    stop_time=known.stop_time if known is not None else None,
-                )
-            )
-            await _forget_failures(session, engine.base)
+            if known is None and await session.is_lost_engine(engine.engine_id):
+                log.warning("Engine %s was given up and comes back; it is told to end.", engine.engine_id)
+                return self.terms
+            record = _record(engine, known, now, self.classes.default)
+            await session.put_engine(record)
+            await _forget_failures(session, record.place)
         log.info("Engine %s registered for %s at %s.", engine.engine_id, engine.base.id, engine.address)
         self.changes.ring()
         return self.terms
@@ -192,13 +187,14 @@ class WorkersService:
                         busy_time=now if busy else engine.busy_time,
                     )
                 )
+            lost = engine is None and await session.is_lost_engine(beat.engine_id)
         if engine is not None and (engine.draining, engine.active_sequences) != (
             beat.draining,
             beat.active_sequences,
         ):
             self.changes.ring()
-        stop = engine is not None and engine.state is EngineState.STOPPING
-        return BeatAnswer(directives, reregister=engine is None, shut_down=stop)
+        stop = lost or (engine is not None and engine.state is EngineState.STOPPING)
+        return BeatAnswer(directives, reregister=engine is None and not lost, shut_down=stop)
 
     async def lease(self, engine_id: str) -> Lease | None:
         """The next attempt for this engine; None when there is nothing to do.
@@ -207,11 +203,7 @@ class WorkersService:
         """
         async with self.store.read() as session:
             engine = await _registered(session, engine_id)
-            waiting = [
-                job
-                for job in await session.jobs_in([JobState.QUEUED])
-                if job.base.digest == engine.base.digest
-            ]
+            waiting = [job for job in await session.jobs_in([JobState.QUEUED]) if job.place == engine.place]
         if not waiting or engine.draining or engine.state is not EngineState.READY:
             return None
         quotas = await self.quotas.running(job.project for job in waiting)
@@ -235,7 +227,7 @@ class WorkersService:
         # A project whose quota was not looked up in time waits for the next call.
         queued = [job for job in await session.jobs_in([JobState.QUEUED]) if job.project in quotas]
         running = await _running(session)
-        chosen = policy.next_job(engine.base.digest, queued, running, quotas, now)
+        chosen = policy.next_job(engine.place, queued, running, quotas, now)
         if chosen is None:
             return None
         # Another engine may have taken a job of this project since: look again with the project locked.
@@ -243,7 +235,7 @@ class WorkersService:
         job = await session.job(chosen.id, lock=True)
         if job is None or job.state is not JobState.QUEUED:
             return None
-        if policy.next_job(engine.base.digest, [job], await _running(session), quotas, now) is None:
+        if policy.next_job(engine.place, [job], await _running(session), quotas, now) is None:
             return None
         return await self._start(session, job, engine)
 
@@ -403,6 +395,39 @@ def _check_place(made: AdapterObject, folder: str, field: str) -> None:
         raise InvalidArgument(text, violations=[FieldViolation(field, text)])
 
 
+def _record(
+    engine: Registration, known: EngineRecord | None, now: datetime, default_class: str
+) -> EngineRecord:
+    """The engine as it registers; what jobs knew of it goes on to hold."""
+    old = known or EngineRecord(
+        engine.engine_id,
+        engine.base,
+        EngineState.READY,
+        now,
+        engine_class=engine.engine_class or default_class,
+        job_id=engine.job_id,
+    )
+    return EngineRecord(
+        id=engine.engine_id,
+        base=engine.base,
+        # One that was told to end stays told.
+        state=EngineState.STOPPING if old.state is EngineState.STOPPING else EngineState.READY,
+        create_time=old.create_time,
+        launched=old.launched,
+        address=engine.address,
+        max_attempts=engine.max_attempts,
+        max_sequences=engine.max_sequences,
+        device=engine.device,
+        threads=engine.threads,
+        code_version=engine.code_version,
+        heartbeat_time=now,
+        busy_time=now,
+        stop_time=old.stop_time,
+        engine_class=old.engine_class,
+        job_id=old.job_id,
+    )
+
+
 async def _registered(session: JobSession, engine_id: str) -> EngineRecord:
     engine = await session.engine(engine_id)
     if engine is None:
@@ -417,9 +442,9 @@ async def _running(session: JobSession) -> list[Job]:
     return [job for job in await session.jobs_in(sorted(LEASED_STATES)) if not job.final_attempt_id]
 
 
-async def _forget_failures(session: JobSession, base: BaseRef) -> None:
+async def _forget_failures(session: JobSession, place: Place) -> None:
     for pool in await session.pools():
-        if pool.base.digest == base.digest and (pool.start_failures or pool.last_error):
+        if pool.place == place.shared and (pool.start_failures or pool.last_error):
             healed = replace(pool, start_failures=0, last_error="", next_launch_time=None)
             await session.save_pool(pool, healed)
 

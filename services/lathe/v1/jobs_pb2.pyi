@@ -136,6 +136,7 @@ class Job(message.Message):
     STEP_FIELD_NUMBER: builtins.int
     TOTAL_STEPS_FIELD_NUMBER: builtins.int
     ETAG_FIELD_NUMBER: builtins.int
+    COMPUTE_FIELD_NUMBER: builtins.int
     name: builtins.str
     """projects/{project}/jobs/{job}"""
     model: builtins.str
@@ -178,6 +179,10 @@ class Job(message.Message):
 
     @builtins.property
     def error(self) -> JobError: ...
+    @builtins.property
+    def compute(self) -> ComputeSpec:
+        """Where it runs; a job that is there shows the class that it got."""
+
     def __init__(
         self,
         *,
@@ -204,14 +209,39 @@ class Job(message.Message):
         step: builtins.int = ...,
         total_steps: builtins.int = ...,
         etag: builtins.str = ...,
+        compute: ComputeSpec | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = typing.Literal["_seed", b"_seed", "create_time", b"create_time", "error", b"error", "estimated_finish_time", b"estimated_finish_time", "finish_time", b"finish_time", "method", b"method", "seed", b"seed", "start_time", b"start_time"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = typing.Literal["_seed", b"_seed", "compute", b"compute", "create_time", b"create_time", "error", b"error", "estimated_finish_time", b"estimated_finish_time", "finish_time", b"finish_time", "method", b"method", "seed", b"seed", "start_time", b"start_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["_seed", b"_seed", "attempt_count", b"attempt_count", "create_time", b"create_time", "error", b"error", "estimated_finish_time", b"estimated_finish_time", "etag", b"etag", "fine_tuned_model", b"fine_tuned_model", "finish_time", b"finish_time", "lost_lease_count", b"lost_lease_count", "metadata", b"metadata", "method", b"method", "model", b"model", "name", b"name", "result_files", b"result_files", "seed", b"seed", "start_time", b"start_time", "state", b"state", "state_reason", b"state_reason", "step", b"step", "suffix", b"suffix", "total_steps", b"total_steps", "trained_tokens", b"trained_tokens", "training_dataset", b"training_dataset", "validation_dataset", b"validation_dataset"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["_seed", b"_seed", "attempt_count", b"attempt_count", "compute", b"compute", "create_time", b"create_time", "error", b"error", "estimated_finish_time", b"estimated_finish_time", "etag", b"etag", "fine_tuned_model", b"fine_tuned_model", "finish_time", b"finish_time", "lost_lease_count", b"lost_lease_count", "metadata", b"metadata", "method", b"method", "model", b"model", "name", b"name", "result_files", b"result_files", "seed", b"seed", "start_time", b"start_time", "state", b"state", "state_reason", b"state_reason", "step", b"step", "suffix", b"suffix", "total_steps", b"total_steps", "trained_tokens", b"trained_tokens", "training_dataset", b"training_dataset", "validation_dataset", b"validation_dataset"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__seed: _TypeAlias = typing.Literal["seed"]  # noqa: Y015
     _WhichOneofArgType__seed: _TypeAlias = typing.Literal["_seed", b"_seed"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType__seed) -> _WhichOneofReturnType__seed | None: ...
+
+@typing.final
+class ComputeSpec(message.Message):
+    """Which engines may run a job."""
+
+    DESCRIPTOR: descriptor.Descriptor
+
+    ENGINE_CLASS_FIELD_NUMBER: builtins.int
+    DEDICATED_FIELD_NUMBER: builtins.int
+    engine_class: builtins.str
+    """One of the engine classes that the operator has named; the operator's default when empty."""
+    dedicated: builtins.bool
+    """On an engine of its own, which is started for the job, serves nobody else, and ends with it."""
+    def __init__(
+        self,
+        *,
+        engine_class: builtins.str = ...,
+        dedicated: builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["dedicated", b"dedicated", "engine_class", b"engine_class"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 @typing.final
 class JobError(message.Message):
@@ -521,7 +551,7 @@ class CreateJobRequest(message.Message):
     request_id: builtins.str
     @builtins.property
     def job(self) -> Job:
-        """model, training_dataset, validation_dataset, suffix, seed, method and metadata are read."""
+        """model, training_dataset, validation_dataset, suffix, seed, method, metadata and compute are read."""
 
     def __init__(
         self,

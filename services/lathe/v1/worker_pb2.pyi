@@ -88,6 +88,8 @@ class RegisterRequest(message.Message):
     ADDRESS_FIELD_NUMBER: builtins.int
     CAPACITY_FIELD_NUMBER: builtins.int
     CODE_VERSION_FIELD_NUMBER: builtins.int
+    ENGINE_CLASS_FIELD_NUMBER: builtins.int
+    JOB_ID_FIELD_NUMBER: builtins.int
     engine_id: builtins.str
     """eng-…: given by the launcher, kept by the process for its life."""
     base_model: builtins.str
@@ -96,6 +98,10 @@ class RegisterRequest(message.Message):
     address: builtins.str
     """host:port of its EngineService."""
     code_version: builtins.str
+    engine_class: builtins.str
+    """As its launcher told it; of use when jobs has forgotten the engine or never knew it. Empty: the default class."""
+    job_id: builtins.str
+    """Set when it is for this job (ftjob-…) alone."""
     @builtins.property
     def capacity(self) -> Capacity: ...
     def __init__(
@@ -107,10 +113,12 @@ class RegisterRequest(message.Message):
         address: builtins.str = ...,
         capacity: Capacity | None = ...,
         code_version: builtins.str = ...,
+        engine_class: builtins.str = ...,
+        job_id: builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = typing.Literal["capacity", b"capacity"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["address", b"address", "base_digest", b"base_digest", "base_model", b"base_model", "capacity", b"capacity", "code_version", b"code_version", "engine_id", b"engine_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["address", b"address", "base_digest", b"base_digest", "base_model", b"base_model", "capacity", b"capacity", "code_version", b"code_version", "engine_class", b"engine_class", "engine_id", b"engine_id", "job_id", b"job_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -11,13 +11,17 @@ from pathlib import Path
 import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
+from sqlalchemy import text
 
+from lathe.common.clock import SystemClock
 from lathe.common.db import Database, migrate, schema_state
 from lathe.common.errors import Aborted, AlreadyExists
 from lathe.jobs.model import (
+    DEFAULT_CLASS,
     AdapterObject,
     Attempt,
     BaseRef,
+    ComputeSpec,
     DatasetRef,
     EngineRecord,
     EngineState,
@@ -72,6 +76,7 @@ def full_job(now: FakeClock) -> Job:
         seed=2**31 - 1,
         create_time=at,
         spec=SupervisedSpec(1, 2, 0.5, 4, 8.0, ("q_proj",)),
+        compute=ComputeSpec("gpu", True),
         suffix="s",
         metadata={'a"b.c': "x\u00e9"},
         initial_adapter=AdapterObject("p", "0" * 64),
@@ -201,19 +206,60 @@ async def test_an_attempt_ends_once(world: World) -> None:
 async def test_engines_and_pools(world: World) -> None:
     now = world.clock.now()
     engine = EngineRecord("eng-a", BaseRef("tiny", "d"), EngineState.LAUNCHING, now, launched=True)
-    ready = replace(engine, state=EngineState.READY, address="a:1", memory_bytes=2**40, heartbeat_time=now)
+    ready = replace(
+        engine,
+        state=EngineState.READY,
+        address="a:1",
+        memory_bytes=2**40,
+        heartbeat_time=now,
+        engine_class="gpu",
+        job_id="ftjob-1",
+        waiting_for="a node",
+        waiting_time=now,
+    )
     async with world.store.write() as session:
         await session.put_engine(engine)
         await session.put_engine(ready)
         assert list(await session.engines()) == [ready]
         await session.delete_engine("eng-a")
         assert await session.engine("eng-a") is None
-        pool = Pool(BaseRef("tiny", "d"), now, 1, now, "boom")
+        pool = Pool(BaseRef("tiny", "d"), "cpu", now, 1, now, "boom")
+        other = replace(pool, engine_class="gpu", start_failures=7)
+        assert await session.save_pool(None, other)
         assert await session.save_pool(None, pool)
         assert not await session.save_pool(None, pool)
         assert await session.save_pool(pool, replace(pool, start_failures=2))
         assert not await session.save_pool(pool, replace(pool, start_failures=3))
-        assert [p.start_failures for p in await session.pools()] == [2]
+        assert [p.start_failures for p in await session.pools()] == [2, 7]
+
+
+async def test_engines_that_were_given_up_are_remembered_for_a_while(world: World) -> None:
+    now = world.clock.now()
+    async with world.store.write() as session:
+        await session.put_lost_engine("eng-a", now - timedelta(hours=2))
+        await session.put_lost_engine("eng-b", now - timedelta(hours=2))
+        await session.put_lost_engine("eng-b", now)
+    async with world.store.write() as session:
+        assert await session.is_lost_engine("eng-a") and not await session.is_lost_engine("eng-c")
+        await session.delete_lost_engines(now - timedelta(hours=1))
+        assert await session.lost_engines() == {"eng-b": now}
+
+
+async def test_the_databases_clock_is_this_machines_on_one_machine(db: Database) -> None:
+    assert abs(await SqlJobStore(db, SystemClock(), FakeIds()).clock_offset()) < 5
+
+
+async def test_what_the_version_before_writes_has_the_default_class(db: Database, world: World) -> None:
+    async with db.write() as connection:
+        await connection.execute(
+            text(
+                "INSERT INTO pools (base_digest, base_id, start_failures, last_error, version) "
+                "VALUES ('d', 'tiny', 0, '', 1)"
+            )
+        )
+    async with world.store.read() as session:
+        [pool] = await session.pools()
+    assert pool == Pool(BaseRef("tiny", "d"), DEFAULT_CLASS)
 
 
 async def test_engines_at_the_same_time_keep_the_quota(world: World) -> None:

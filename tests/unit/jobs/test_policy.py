@@ -6,7 +6,7 @@ from datetime import UTC, datetime, timedelta
 import pytest
 
 from lathe.jobs import policy
-from lathe.jobs.model import BaseRef, DatasetRef, EngineRecord, EngineState, Job, JobState, Pool
+from lathe.jobs.model import BaseRef, DatasetRef, EngineRecord, EngineState, Job, JobState, Place, Pool
 from lathe.jobs.policy import Explain, Launch, Limits, Refuse, Snapshot, StopEngine
 from tests.fakes.jobs import BASE, OTHER
 
@@ -58,23 +58,23 @@ def reason(picture: Snapshot, job_id: str) -> str:
 
 def test_the_oldest_job_of_the_least_busy_project_is_next() -> None:
     queued = [job("a", "acme", 90), job("b", "beta", 60), job("c", "beta", 80)]
-    assert policy.next_job(BASE.digest, queued, [], {}, NOW) == queued[0]
-    assert policy.next_job(BASE.digest, queued, [job("r", "acme")], {}, NOW) == queued[2]
+    assert policy.next_job(Place(BASE.digest), queued, [], {}, NOW) == queued[0]
+    assert policy.next_job(Place(BASE.digest), queued, [job("r", "acme")], {}, NOW) == queued[2]
     assert [j.id for j in policy.line(queued, [])] == ["a", "c", "b"]
 
 
 def test_quota_base_and_back_off_are_kept() -> None:
     waiting = job("a")
-    assert policy.next_job(OTHER.digest, [waiting], [], {}, NOW) is None
-    assert policy.next_job(BASE.digest, [waiting], [job("r")], {"acme": 1}, NOW) is None
-    assert policy.next_job(BASE.digest, [waiting], [], {"acme": policy.UNKNOWN_QUOTA}, NOW) is None
+    assert policy.next_job(Place(OTHER.digest), [waiting], [], {}, NOW) is None
+    assert policy.next_job(Place(BASE.digest), [waiting], [job("r")], {"acme": 1}, NOW) is None
+    assert policy.next_job(Place(BASE.digest), [waiting], [], {"acme": policy.UNKNOWN_QUOTA}, NOW) is None
     held = replace(waiting, hold_until=NOW + timedelta(seconds=1))
-    assert policy.next_job(BASE.digest, [held], [], {}, NOW) is None
+    assert policy.next_job(Place(BASE.digest), [held], [], {}, NOW) is None
 
 
 def test_an_engine_is_launched_once_for_a_waiting_job() -> None:
     picture = Snapshot(NOW, queued=[job("a"), job("b")])
-    assert only(policy.decide(picture), Launch) == [Launch(BASE)]
+    assert only(policy.decide(picture), Launch) == [Launch(BASE, Place(BASE.digest))]
     coming = engine(state=EngineState.LAUNCHING, create_time=ago(5), heartbeat_time=None)
     assert not only(policy.decide(replace(picture, engines=[coming])), Launch)
     assert not only(policy.decide(replace(picture, limits=Limits(can_launch=False))), Launch)
@@ -84,10 +84,10 @@ def test_an_engine_is_launched_once_for_a_waiting_job() -> None:
 
 def test_a_second_base_gets_its_own_engine_within_the_limit() -> None:
     picture = Snapshot(NOW, queued=[job("a", base=OTHER)], engines=[engine()], attempts={"eng-a": 1})
-    assert only(policy.decide(picture), Launch) == [Launch(OTHER)]
+    assert only(policy.decide(picture), Launch) == [Launch(OTHER, Place(OTHER.digest))]
     full = replace(picture, limits=Limits(max_engines=1))
     assert not only(policy.decide(full), Launch)
-    assert "another base model" in reason(full, "a")
+    assert "another engine to end" in reason(full, "a")
 
 
 def test_more_engines_start_only_when_the_pool_may_grow() -> None:
@@ -98,7 +98,7 @@ def test_more_engines_start_only_when_the_pool_may_grow() -> None:
 
 def test_a_request_for_sampling_launches_for_a_while() -> None:
     fresh = Snapshot(NOW, pools=[Pool(BASE, demand_time=ago(5))])
-    assert only(policy.decide(fresh), Launch) == [Launch(BASE)]
+    assert only(policy.decide(fresh), Launch) == [Launch(BASE, Place(BASE.digest))]
     assert not policy.decide(Snapshot(NOW, pools=[Pool(BASE, demand_time=ago(500))]))
 
 
@@ -130,7 +130,6 @@ def test_an_idle_engine_stays_for_work_demand_and_the_minimum() -> None:
     [
         engine(state=EngineState.LAUNCHING, create_time=ago(301)),
         engine(state=EngineState.STOPPING, stop_time=ago(61)),
-        engine(heartbeat_time=ago(181)),
     ],
 )
 def test_a_stuck_engine_is_ended_by_force(stuck: EngineRecord) -> None:

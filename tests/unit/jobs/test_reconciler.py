@@ -187,7 +187,7 @@ async def test_an_idle_engine_ends(world: World) -> None:
     assert [engine.draining for engine in await world.directory.serving()] == [True]
     await world.workers.deregister(engine_id)
     world.launcher.die(engine_id, "exit code 0")
-    await world.pass_time(1)
+    await world.pass_time(2)
     assert not world.launcher.processes and not await engines(world)
 
 

@@ -22,6 +22,8 @@ def engine_variables(launch: EngineLaunch, jobs_address: str, given: Mapping[str
         "LATHE_ENGINE_BASE_MODEL": launch.base_model,
         "LATHE_ENGINE_BASE_DIGEST": launch.base_digest,
         "LATHE_ENGINE_JOBS_ADDRESS": jobs_address,
+        "LATHE_ENGINE_ENGINE_CLASS": launch.engine_class,
+        "LATHE_ENGINE_JOB_ID": launch.job_id,
     }
 
 

@@ -14,6 +14,7 @@ from lathe.jobs.model import (
     Attempt,
     BaseRef,
     Checkpoint,
+    ComputeSpec,
     DatasetRef,
     EngineRecord,
     EngineState,
@@ -52,6 +53,7 @@ _READERS: dict[str, Callable[[Any], Any]] = {
     "base": lambda v: BaseRef(**_lists_to_tuples(v)),
     "training": lambda v: DatasetRef(**v),
     "validation": lambda v: DatasetRef(**v),
+    "compute": lambda v: ComputeSpec(**v),
     "spec": lambda v: SupervisedSpec(**_lists_to_tuples(v)),
     "hyperparameters": lambda v: Hyperparameters(**_lists_to_tuples(v)),
     "initial_adapter": lambda v: AdapterObject(**v),
@@ -229,6 +231,7 @@ def engine_values(record: EngineRecord) -> dict[str, Any]:
 def pool(row: Row) -> Pool:
     return Pool(
         base=BaseRef(row["base_id"], row["base_digest"]),
+        engine_class=row["engine_class"],
         demand_time=row["demand_time"],
         start_failures=row["start_failures"],
         next_launch_time=row["next_launch_time"],
@@ -240,6 +243,7 @@ def pool(row: Row) -> Pool:
 def pool_values(item: Pool) -> dict[str, Any]:
     return {
         "base_digest": item.base.digest,
+        "engine_class": item.engine_class,
         "base_id": item.base.id,
         "demand_time": item.demand_time,
         "start_failures": item.start_failures,

@@ -32,6 +32,9 @@ from lathe.jobs.store import rows
 from lathe.jobs.store import tables as t
 
 STALE = "STALE"
+# Any number that nothing else in the database of jobs locks.
+_LAUNCHES = 0x1A7E
+_POOL_KEY = (t.pools.c.base_digest, t.pools.c.engine_class)
 
 
 class SqlJobStore:
@@ -51,6 +54,16 @@ class SqlJobStore:
     async def write(self) -> AsyncIterator[JobSession]:
         async with self._db.write() as connection:
             yield SqlSession(connection, self._clock, self._ids)
+
+    async def clock_offset(self) -> float:
+        if self._db.dialect == "sqlite":
+            return 0.0
+        async with self._db.read() as connection:
+            asked = self._clock.now()
+            answered = (await connection.execute(text("SELECT clock_timestamp()"))).scalar_one()
+            heard = self._clock.now()
+        middle = asked + (heard - asked) / 2
+        return float((answered - middle).total_seconds())
 
 
 class _Base:
@@ -320,8 +333,27 @@ class _Engines(_Base):
     async def delete_engine(self, engine_id: str) -> None:
         await self._connection.execute(delete(t.engines).where(t.engines.c.id == engine_id))
 
+    async def lock_launches(self) -> None:
+        # SQLite has one writer at a time anyway.
+        if self._connection.dialect.name == "postgresql":
+            await self._connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _LAUNCHES})
+
+    async def put_lost_engine(self, engine_id: str, lost_time: datetime) -> None:
+        await self._connection.execute(delete(t.lost_engines).where(t.lost_engines.c.id == engine_id))
+        await self._connection.execute(insert(t.lost_engines), {"id": engine_id, "lost_time": lost_time})
+
+    async def lost_engines(self) -> dict[str, datetime]:
+        return {row["id"]: row["lost_time"] for row in await self._all(select(t.lost_engines))}
+
+    async def is_lost_engine(self, engine_id: str) -> bool:
+        found = await self._first(select(t.lost_engines).where(t.lost_engines.c.id == engine_id))
+        return found is not None
+
+    async def delete_lost_engines(self, before: datetime) -> None:
+        await self._connection.execute(delete(t.lost_engines).where(t.lost_engines.c.lost_time < before))
+
     async def pools(self) -> Sequence[Pool]:
-        return [rows.pool(row) for row in await self._all(select(t.pools).order_by(t.pools.c.base_digest))]
+        return [rows.pool(row) for row in await self._all(select(t.pools).order_by(*_POOL_KEY))]
 
     async def save_pool(self, before: Pool | None, after: Pool) -> bool:
         if before is None:
@@ -336,7 +368,11 @@ class _Engines(_Base):
         values = rows.pool_values(replace(after, version=before.version + 1))
         result = await self._connection.execute(
             update(t.pools)
-            .where(t.pools.c.base_digest == before.base.digest, t.pools.c.version == before.version)
+            .where(
+                t.pools.c.base_digest == before.base.digest,
+                t.pools.c.engine_class == before.engine_class,
+                t.pools.c.version == before.version,
+            )
             .values(values)
         )
         return bool(result.rowcount == 1)

@@ -149,12 +149,25 @@ engines = Table(
     Column("draining", Boolean, nullable=False),
     Column("busy_time", UtcDateTime),
     Column("stop_time", UtcDateTime),
+    # The defaults are for rows that a version before engine classes writes.
+    Column("engine_class", String(64), nullable=False, server_default="default"),
+    Column("job_id", String(64), nullable=False, server_default=""),
+    Column("waiting_for", Text, nullable=False, server_default=""),
+    Column("waiting_time", UtcDateTime),
+)
+
+lost_engines = Table(
+    "lost_engines",
+    metadata,
+    Column("id", String(64), primary_key=True),
+    Column("lost_time", UtcDateTime, nullable=False),
 )
 
 pools = Table(
     "pools",
     metadata,
     Column("base_digest", String(64), primary_key=True),
+    Column("engine_class", String(64), primary_key=True, server_default="default"),
     Column("base_id", String(64), nullable=False),
     Column("demand_time", UtcDateTime),
     Column("start_failures", Integer, nullable=False),
