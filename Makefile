@@ -72,7 +72,7 @@ breaking: $(VENV)/.dev ## fail when proto/ breaks what main promises
 lock: $(VENV)/.dev ## write requirements/*.txt anew from pyproject.toml
 	$(LOCK) --all-extras --group dev -o requirements/dev.txt
 	$(LOCK) --extra cli --extra server --extra postgres --extra engine -c requirements/dev.txt -o requirements/engine.txt
-	$(LOCK) --extra cli --extra server --extra postgres -c requirements/dev.txt -o requirements/control.txt
+	$(LOCK) --extra cli --extra server --extra postgres --extra kubernetes -c requirements/dev.txt -o requirements/control.txt
 	$(LOCK) --extra cli --extra server --extra postgres --extra engine --extra ray --group image-torch -c requirements/dev.txt \
 		-o requirements/engine-image.txt
 	$(LOCK_GROUP) --group image-build -c requirements/dev.txt -o requirements/build.txt
