@@ -64,7 +64,7 @@ def compare(
     )
     chosen = make_arms([name.strip() for name in arms.split(",") if name.strip()], inputs)
     examples = read_examples(data)
-    folder = connection(context).data
+    folder = connection(context).data_folder
     cache = folder / "cache" / "compare" if reuse and (folder / "cache").is_dir() else None
     with client_of(context) as client:
         results = measure_arms(

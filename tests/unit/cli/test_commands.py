@@ -15,7 +15,8 @@ from typer.testing import CliRunner
 
 from lathe.cli import exits, main
 from lathe.cli.compare import ResultCache, report, table
-from lathe.cli.connection import Connection
+from lathe.cli.connection import Connection, Target
+from lathe.cli.contexts import Contexts, PlatformContext, write_contexts
 from lathe.cli.jobview import JobView, metrics_line, sparkline
 from lathe.cli.output import plain, size
 from lathe.client.compare import ArmResult
@@ -51,32 +52,98 @@ def local_platform(folder: Path, address: str) -> Path:
 
 def test_a_local_platform_is_found_by_its_folder(tmp_path: Path, listening: str) -> None:
     data = local_platform(tmp_path, listening)
-    assert Connection(data=data).resolved() == (listening, "sk-lathe-local")
-    assert Connection(api_key="sk-other", data=data).resolved() == (listening, "sk-other")
-    assert Connection("far:1", "sk-far", data).resolved() == ("far:1", "sk-far")
+    assert Connection(data=data).target().place == (listening, "sk-lathe-local")
+    assert Connection(api_key="sk-other", data=data).target().place == (listening, "sk-other")
+    assert Connection("far:1", "sk-far", data).target().place == ("far:1", "sk-far")
 
 
 def test_the_local_key_is_never_sent_elsewhere(tmp_path: Path, listening: str) -> None:
     with pytest.raises(errors.Unauthenticated, match="--api-key"):
-        Connection("far:1", data=local_platform(tmp_path, listening)).resolved()
+        Connection("far:1", data=local_platform(tmp_path, listening)).target()
 
 
 def test_a_platform_that_was_killed_is_not_believed(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         gone = f"127.0.0.1:{server.getsockname()[1]}"
     with pytest.raises(errors.Unavailable, match="lathe up"):
-        Connection(data=local_platform(tmp_path, gone)).resolved()
+        Connection(data=local_platform(tmp_path, gone)).target()
 
 
-def test_options_win_over_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[Connection] = []
-    monkeypatch.setattr(Connection, "client", lambda self: seen.append(self) or _stop())
+def seen_by(monkeypatch: pytest.MonkeyPatch, *arguments: str, contexts: Path) -> Target:
+    """The platform that a command would talk to."""
+    monkeypatch.setenv("LATHE_CONTEXTS_FILE", str(contexts))
+    targets: list[Target] = []
+    monkeypatch.setattr(Connection, "client", lambda self: targets.append(self.target()) or _stop())
+    result = CliRunner().invoke(main.app, [*arguments, "jobs", "list"])
+    if not targets:
+        assert result.exception is not None
+        raise result.exception
+    return targets[0]
+
+
+@pytest.fixture
+def contexts(tmp_path: Path) -> Path:
+    """`far` is the current one of two platforms."""
+    known = {
+        "far": PlatformContext("far:7460", "sk-far", tls=True, ca_file="/ca.pem"),
+        "near": PlatformContext("near:7460", "sk-near"),
+    }
+    write_contexts(tmp_path / "c" / "contexts.yaml", Contexts("far", known))
+    return tmp_path / "c" / "contexts.yaml"
+
+
+def test_the_command_line_wins_over_the_environment_and_that_over_what_is_stored(
+    monkeypatch: pytest.MonkeyPatch, contexts: Path
+) -> None:
+    stored = seen_by(monkeypatch, contexts=contexts)
+    assert (stored.address, stored.api_key, stored.tls, stored.ca_file) == (
+        "far:7460",
+        "sk-far",
+        True,
+        Path("/ca.pem"),
+    )
+    monkeypatch.setenv("LATHE_CONTEXT", "near")
+    assert seen_by(monkeypatch, contexts=contexts).api_key == "sk-near"
     monkeypatch.setenv("LATHE_ADDRESS", "env:1")
     monkeypatch.setenv("LATHE_API_KEY", "sk-env")
-    runner = CliRunner()
-    runner.invoke(main.app, ["jobs", "list"])
-    runner.invoke(main.app, ["--address", "option:1", "jobs", "list"])
-    assert [(one.address, one.api_key) for one in seen] == [("env:1", "sk-env"), ("option:1", "sk-env")]
+    assert seen_by(monkeypatch, contexts=contexts).place == ("env:1", "sk-env")
+    chosen = seen_by(monkeypatch, "--address", "option:1", "--api-key", "sk-option", contexts=contexts)
+    assert chosen.place == ("option:1", "sk-option")
+    assert seen_by(monkeypatch, "--context", "near", contexts=contexts).place == ("near:7460", "sk-near")
+
+
+def test_no_key_is_sent_to_a_platform_that_it_is_not_for(
+    monkeypatch: pytest.MonkeyPatch, contexts: Path
+) -> None:
+    monkeypatch.setenv("LATHE_ADDRESS", "env:1")
+    monkeypatch.setenv("LATHE_API_KEY", "sk-env")
+    with pytest.raises(errors.Unauthenticated, match="not sent elsewhere"):
+        seen_by(monkeypatch, "--address", "other:1", contexts=contexts)
+    monkeypatch.delenv("LATHE_ADDRESS")
+    assert seen_by(monkeypatch, contexts=contexts).api_key == "sk-far"
+    assert seen_by(monkeypatch, "--address", "new:1", contexts=contexts).api_key == "sk-env"
+    monkeypatch.delenv("LATHE_API_KEY")
+    known = seen_by(monkeypatch, "--address", "far:7460", contexts=contexts)
+    assert (known.api_key, known.tls) == ("sk-far", True)  # stored with TLS: never sent without
+
+
+def test_a_local_platform_that_is_named_wins_over_what_is_stored(
+    monkeypatch: pytest.MonkeyPatch, contexts: Path, tmp_path: Path, listening: str
+) -> None:
+    data = local_platform(tmp_path, listening)
+    assert seen_by(monkeypatch, "--data", str(data), contexts=contexts).api_key == "sk-lathe-local"
+    monkeypatch.setenv("LATHE_DATA", str(data))
+    assert seen_by(monkeypatch, contexts=contexts).api_key == "sk-lathe-local"
+    assert seen_by(monkeypatch, "--context", "local", contexts=contexts).http == "http://x"
+
+
+def test_two_platforms_at_once_and_unknown_ones_are_refused(
+    monkeypatch: pytest.MonkeyPatch, contexts: Path
+) -> None:
+    with pytest.raises(errors.InvalidArgument, match="not both"):
+        seen_by(monkeypatch, "--address", "a:1", "--context", "near", contexts=contexts)
+    with pytest.raises(errors.NotFound, match="far, near"):
+        seen_by(monkeypatch, "--context", "farr", contexts=contexts)
 
 
 def _stop() -> None:
