@@ -42,13 +42,15 @@ class Owners(
     jobs_pb2_grpc.JobsInternalServiceServicer,
     engine_pb2_grpc.EngineServiceServicer,
 ):
-    """accounts, datasets, models, jobs and one engine. `said` is what the engine answers to everything."""
+    """accounts, datasets, models, jobs and one engine. `said` is what the engine answers to everything, a token
+    every `token_s` seconds."""
 
     store: ObjectStore
     tokenizer: Tokenizer
     keys: dict[str, Principal]
     files: list[models_pb2.ModelFile] = field(default_factory=list)
     said: str = "Paris."
+    token_s: float = 0.0
     datasets: dict[str, datasets_pb2.Dataset] = field(default_factory=dict)
     engine_ready: asyncio.Event = field(default_factory=asyncio.Event)
     wishes: list[str] = field(default_factory=list)
@@ -163,6 +165,7 @@ class Owners(
         ids = [*self.tokenizer.encode(self.said), self.tokenizer.eos_ids[0]]
         yield engine_pb2.SampleResponse(cached_prompt_tokens=2)
         for number, token in enumerate(ids):
+            await asyncio.sleep(self.token_s)
             last = number == len(ids) - 1
             yield engine_pb2.SampleResponse(
                 tokens=[engine_pb2.SampledToken(token_id=token, logprob=-0.25)],

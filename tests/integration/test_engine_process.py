@@ -234,18 +234,49 @@ async def _tokens(
     return [token.token_id for token in tokens], messages[0].cached_prompt_tokens
 
 
+async def lathe_engine_drain(place: Place, port: str) -> tuple[int | None, str]:
+    """The command as a container's preStop runs it: (exit code, what it said)."""
+    settings = {
+        "LATHE_ENGINE_RPC__PORT": port,
+        "LATHE_RPC__HOST": "0.0.0.0",
+        "LATHE_RPC__SERVICE_TOKEN_FILE": str(place.folder / "token"),
+        "LATHE_ENGINE_ENGINE_ID": "what the engine reads too",
+        "PYTHONPATH": str(ROOT / "services"),
+    }
+    command = (sys.executable, "-m", "lathe.cli.main", "engine", "drain", "--grace", "20")
+    process = await asyncio.create_subprocess_exec(
+        *command, env=dict(os.environ) | settings, stderr=asyncio.subprocess.PIPE
+    )
+    _, said = await asyncio.wait_for(process.communicate(), 60)
+    return process.returncode, said.decode()
+
+
 async def test_drain_gives_the_attempt_back_and_ends_the_process(place: Place) -> None:
     engine = await place.start("eng-1")
     place.jobs.offer(place.attempt("job", 1))
     await place.until(lambda: bool(place.jobs.job.metrics))
-    async with grpc.aio.insecure_channel(place.jobs.registered[-1].address) as channel:
-        stub = engine_pb2_grpc.EngineServiceStub(channel)
-        await stub.Drain(
-            engine_pb2.DrainRequest(), metadata=(("authorization", f"Bearer {TOKEN}"),), timeout=30
-        )
+    port = place.jobs.registered[-1].address.rpartition(":")[2]
+    assert await lathe_engine_drain(place, port) == (0, "The engine is drained.\n")
     assert await asyncio.wait_for(engine.wait(), 20) == 0
     assert place.jobs.job.outcomes == [Outcome.RELEASED]
     assert place.jobs.deregistered == ["eng-1"]
+    # Nothing is there any more, and that is no error.
+    assert await lathe_engine_drain(place, port) == (0, f"No engine answers on port {port}.\n")
+
+
+async def test_an_engine_ends_also_while_it_waits_for_its_base_model(
+    place: Place, unused_tcp_port_factory: Callable[[], int]
+) -> None:
+    port = str(unused_tcp_port_factory())
+    store = {"kind": "s3", "endpoint": f"127.0.0.1:{unused_tcp_port_factory()}", "bucket": "away"}
+    rpc = {"port": int(port), "health_port": None, "service_token_file": str(place.folder / "token")}
+    changes = {"LATHE_ENGINE_STORE": json.dumps(store), "LATHE_ENGINE_RPC": json.dumps(rpc)}
+    log = place.folder / "eng-1.log"
+    engine = await place.start("eng-1", registers=False, LATHE_ENGINE_STORE__KIND="s3", **changes)
+    await place.until(lambda: "cannot be fetched yet" in log.read_text())
+    assert (await lathe_engine_drain(place, port))[0] == 0
+    assert await asyncio.wait_for(engine.wait(), 20) == 0
+    assert "Stopped before it answered." in log.read_text()
 
 
 async def test_an_engine_whose_parent_is_gone_leaves(place: Place) -> None:

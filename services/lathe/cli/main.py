@@ -17,6 +17,7 @@ from lathe.cli import (
     compare,
     datasets,
     doctor,
+    engine,
     exits,
     jobs,
     keys,
@@ -49,6 +50,7 @@ app.command(rich_help_panel=_RUN)(quickstart.quickstart)
 app.command(rich_help_panel=_RUN)(platform.up)
 app.command(rich_help_panel=_RUN)(platform.serve)
 app.command(rich_help_panel=_RUN)(platform.migrate)
+app.add_typer(engine.app, name="engine", rich_help_panel=_RUN)
 app.command(rich_help_panel=_RUN)(doctor.doctor)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import signal
 import sys
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -74,11 +75,30 @@ def run_service(running: Running[S], settings_class: type[S], config: Path | Non
 
 
 async def _serve(running: Running[S], settings: S) -> None:
+    """Also the first process of a container ends at a signal that comes while it starts: by default it would not."""
+    stopping, answers = asyncio.create_task(until_signal()), asyncio.Event()
+    serving = asyncio.create_task(_serve_until(running, settings, stopping, answers))
+    await asyncio.wait((stopping, serving), return_when=asyncio.FIRST_COMPLETED)
+    if not answers.is_set() and not serving.done():
+        serving.cancel()
+        await asyncio.wait((serving,))
+        log.info("Stopped before it answered.")
+        logging.shutdown()
+        # What threads still do, such as fetching a base model, cannot be cancelled, and nobody needs it any more.
+        os._exit(0)
+    stopping.cancel()
+    await serving
+
+
+async def _serve_until(
+    running: Running[S], settings: S, stopping: asyncio.Task[None], answers: asyncio.Event
+) -> None:
     metrics = Metrics(__version__)
     with metrics_endpoint(metrics, settings.metrics):
         async with running(settings, metrics) as service:
+            answers.set()
             log.info("%s answers on port %s.", service.name, service.port)
-            await until_signal()
+            await stopping
             log.info("%s drains and stops.", service.name)
 
 

@@ -144,6 +144,8 @@ class ServiceSettings(BaseSettings):
         env_parse_none_str="null",
     )
     service: ClassVar[str] = ""
+    # True for a class that reads a part of what a service is given: other settings are none of its business.
+    partial: ClassVar[bool] = False
 
     def __init_subclass__(cls, service: str = "", **options: Any) -> None:
         super().__init_subclass__(**options)
@@ -164,7 +166,8 @@ class ServiceSettings(BaseSettings):
         sources: list[PydanticBaseSettingsSource] = [init_settings]
         if cls.service:
             prefix = f"LATHE_{cls.service.upper()}_"
-            _refuse_unknown_variables(settings_cls, prefix, os.environ)
+            if not cls.partial:
+                _refuse_unknown_variables(settings_cls, prefix, os.environ)
             sources.append(EnvSettingsSource(settings_cls, env_prefix=prefix))
         given = init_settings().get("config") or os.environ.get("LATHE_CONFIG")
         return (*sources, env_settings, _YamlSource(settings_cls, Path(given) if given else None))

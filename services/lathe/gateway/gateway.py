@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from lathe.common.clock import Clock
@@ -20,7 +21,7 @@ from lathe.v1 import datasets_pb2, models_pb2
 
 @dataclass(frozen=True, slots=True)
 class Gateway:
-    """Everything behind the doors. grpc_port is the bound one."""
+    """Everything behind the doors. grpc_port is the bound one. draining: whether the process is about to stop."""
 
     settings: GatewaySettings
     clock: Clock
@@ -36,3 +37,4 @@ class Gateway:
     engines: EngineDirectory
     grpc_port: int
     version: str
+    draining: Callable[[], bool] = lambda: False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import sys
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -40,7 +41,7 @@ from lathe.gateway.settings import GatewaySettings
 from lathe.gateway.store import SqlDeploymentStore, SqlIdempotencyStore
 from lathe.gateway.tokenizers import TokenizerCache
 from lathe.gateway.uploads import DatasetUploads, ModelUploads
-from lathe.gateway.webserver import serving_http
+from lathe.gateway.webserver import HttpOptions, HttpServer
 from lathe.v1 import accounts_pb2, datasets_pb2, jobs_pb2, models_pb2
 from lathe.v1.deployments_pb2_grpc import add_DeploymentsServiceServicer_to_server
 from lathe.v1.diagnosis_pb2_grpc import add_PlatformServiceServicer_to_server
@@ -100,12 +101,27 @@ async def running(
         )
         server = _server(gateway, channels, PlatformServicer(doctor, clock, settings.http_port))
         await server.start()
-        stack.push_async_callback(server.stop)
-        app = create_app(replace(gateway, grpc_port=server.port))
-        http_port = await stack.enter_async_context(
-            serving_http(app, settings.http_host, settings.http_port, settings.rpc.grace_s)
-        )
+        app = create_app(replace(gateway, grpc_port=server.port, draining=lambda: server.draining))
+        web = HttpServer(app, _http_options(settings))
+        stack.push_async_callback(_stop, server, web)
+        http_port = await web.start()
         yield RunningService("gateway", server.port, server.health_port, http_port)
+
+
+async def _stop(server: RpcServer, web: HttpServer) -> None:
+    """Both doors stay open until nobody is sent here any more; then what runs behind both gets the same grace."""
+    await server.drain()
+    await asyncio.gather(server.stop(), web.stop())
+
+
+def _http_options(settings: GatewaySettings) -> HttpOptions:
+    return HttpOptions(
+        settings.http_host,
+        settings.http_port,
+        settings.rpc.grace_s,
+        settings.http_tls_cert_file,
+        settings.http_tls_key_file,
+    )
 
 
 def _channels(settings: GatewaySettings, dialer: Dialer) -> PeerChannels:

@@ -6,13 +6,17 @@ import asyncio
 import contextlib
 import errno
 import socket
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
+import ssl
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import uvicorn
 
 from lathe.common.errors import FailedPrecondition, Internal
+from lathe.common.follow import Followed
+from lathe.common.rpc.tls import server_context
 
 _BACKLOG = 1024
 
@@ -25,36 +29,83 @@ class _Server(uvicorn.Server):
         yield
 
 
-@asynccontextmanager
-async def serving_http(app: Any, host: str, port: int, grace_s: float) -> AsyncIterator[int]:
-    """Serve an ASGI app while inside; yields the port (chosen now if `port` is 0).
+@dataclass(frozen=True, slots=True)
+class HttpOptions:
+    """Where to listen and how. cert_file and key_file: TLS; each connection gets the files as they are then.
 
-    Leaving stops taking connections and gives running requests `grace_s` seconds. Raises FailedPrecondition
-    if the port is taken, Internal if the app does not start.
+    grace_s: seconds that running requests get at the end.
     """
-    listener = bind(host, port)
-    config = uvicorn.Config(
-        app,
-        log_config=None,
-        log_level="warning",
-        access_log=False,
-        lifespan="on",
-        timeout_graceful_shutdown=max(1, round(grace_s)),
-        server_header=False,
-    )
-    server = _Server(config)
-    task = asyncio.create_task(server.serve(sockets=[listener]))
-    try:
-        while not server.started:
-            if task.done():
-                await task
+
+    host: str
+    port: int
+    grace_s: float
+    cert_file: Path | None = None
+    key_file: Path | None = None
+
+
+class HttpServer:
+    """An ASGI app that is served between `start` and `stop`."""
+
+    def __init__(self, app: Any, options: HttpOptions) -> None:
+        self._options = options
+        self._app = app
+        self._server: _Server | None = None
+        self._task: asyncio.Task[None] | None = None
+        self.port = 0
+
+    async def start(self) -> int:
+        """Answer; returns the port (chosen now if the option is 0).
+
+        Raises FailedPrecondition if the port is taken or a TLS file is wrong, Internal if the app does not start.
+        """
+        options = self._options
+        config = uvicorn.Config(
+            self._app,
+            log_config=None,
+            log_level="warning",
+            access_log=False,
+            lifespan="on",
+            timeout_graceful_shutdown=max(1, round(options.grace_s)),
+            server_header=False,
+            ssl_context_factory=_tls(options.cert_file, options.key_file),
+        )
+        listener = bind(options.host, options.port)
+        self.port = int(listener.getsockname()[1])
+        self._server = _Server(config)
+        self._task = asyncio.create_task(self._serve(self._server, listener))
+        while not self._server.started:
+            if self._task.done():
+                await self._task
                 raise Internal("The HTTP application did not start; the log says why.")
             await asyncio.sleep(0.01)
-        yield int(listener.getsockname()[1])
-    finally:
-        server.should_exit = True
-        await asyncio.gather(task, return_exceptions=True)
-        listener.close()
+        return self.port
+
+    async def stop(self) -> None:
+        """Refuse new connections at once, let running requests end for `grace_s` seconds."""
+        if self._server is not None and self._task is not None:
+            self._server.should_exit = True
+            await asyncio.gather(self._task, return_exceptions=True)
+
+    @staticmethod
+    async def _serve(server: _Server, listener: socket.socket) -> None:
+        try:
+            await server.serve(sockets=[listener])
+        finally:
+            listener.close()
+
+
+def _tls(cert_file: Path | None, key_file: Path | None) -> Callable[..., ssl.SSLContext] | None:
+    """What makes the context of the listener. Raises FailedPrecondition naming the file that is wrong."""
+    if cert_file is None or key_file is None:
+        return None
+    files = Followed((cert_file, key_file), lambda: server_context(cert_file, key_file))
+
+    def hello(connection: ssl.SSLObject, name: str | None, context: ssl.SSLContext) -> None:
+        connection.context = files.current()
+
+    listening = server_context(cert_file, key_file)
+    listening.sni_callback = hello
+    return lambda config, default: listening
 
 
 def bind(host: str, port: int) -> socket.socket:

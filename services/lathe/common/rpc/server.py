@@ -57,6 +57,7 @@ class RpcServer:
         self._services = services
         self._health = checks
         self._health_server: grpc.aio.Server | None = None
+        self._draining: asyncio.Task[None] | None = None
         self.port = 0
         self.health_port: int | None = None
 
@@ -89,11 +90,24 @@ class RpcServer:
         for service in ("", *self._services):
             await self._health.set(service, status)
 
-    async def stop(self, grace: float | None = None) -> None:
-        """Say NOT_SERVING, wait `drain_delay_s`, refuse new calls, let running ones end for `grace` s."""
+    @property
+    def draining(self) -> bool:
+        """Whether it is about to stop: it still answers, but who comes anew should go elsewhere."""
+        return self._draining is not None
+
+    async def drain(self) -> None:
+        """Say NOT_SERVING and go on answering for `drain_delay_s`, until all who send calls here have heard it."""
+        if self._draining is None:
+            self._draining = asyncio.create_task(self._drain())
+        await asyncio.shield(self._draining)
+
+    async def _drain(self) -> None:
         await self._health.enter_graceful_shutdown()
-        if self._settings.drain_delay_s:
-            await asyncio.sleep(self._settings.drain_delay_s)
+        await asyncio.sleep(self._settings.drain_delay_s)
+
+    async def stop(self, grace: float | None = None) -> None:
+        """Drain, refuse new calls, let running ones end for `grace` s (`grace_s` of the settings if None)."""
+        await self.drain()
         await self._server.stop(self._settings.grace_s if grace is None else grace)
         if self._health_server is not None:
             await self._health_server.stop(0)

@@ -47,23 +47,31 @@ def follow_pem(
 def read_pem(ca_file: Path | None, cert_file: Path | None, key_file: Path | None) -> Pem:
     """Read and check. Raises FailedPrecondition naming the file that is wrong."""
     ca, cert, key = _bytes(ca_file), _bytes(cert_file), _bytes(key_file)
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     if ca_file is not None:
         try:
-            context.load_verify_locations(ca_file)
+            ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(ca_file)
         except (ssl.SSLError, OSError) as error:
             raise FailedPrecondition(
                 f"The TLS file {ca_file} holds no PEM certificate of an authority."
             ) from error
     if cert_file is not None and key_file is not None:
-        try:
-            # Without a password function an encrypted key would be asked for on the terminal.
-            context.load_cert_chain(cert_file, key_file, password=lambda: b"")
-        except (ssl.SSLError, OSError) as error:
-            raise FailedPrecondition(
-                f"The TLS files {cert_file} and {key_file} are not a PEM certificate and its unencrypted key."
-            ) from error
+        server_context(cert_file, key_file)
     return Pem(ca, cert, key)
+
+
+def server_context(cert_file: Path, key_file: Path) -> ssl.SSLContext:
+    """Of a server that asks for no certificate. Raises FailedPrecondition if the two do not belong together."""
+    _bytes(cert_file)
+    _bytes(key_file)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    try:
+        # Without a password function an encrypted key would be asked for on the terminal.
+        context.load_cert_chain(cert_file, key_file, password=lambda: b"")
+    except (ssl.SSLError, OSError) as error:
+        raise FailedPrecondition(
+            f"The TLS files {cert_file} and {key_file} are not a PEM certificate and its unencrypted key."
+        ) from error
+    return context
 
 
 def server_credentials(settings: RpcSettings, clock: Clock | None = None) -> grpc.ServerCredentials | None:

@@ -37,6 +37,8 @@ async def healthz() -> Response:
 
 @router.get("/readyz")
 async def readyz(gateway: GatewayDep) -> Response:
-    """Its database answers too. What other services lack is theirs to report."""
+    """Its database answers too, and it is not about to stop. What other services lack is theirs to report."""
+    if gateway.draining():
+        return JSONResponse({"status": "draining"}, 503)
     await gateway.idempotency.get("readyz")
     return JSONResponse({"status": "ok"})

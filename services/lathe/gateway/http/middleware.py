@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+from collections.abc import Callable
 from contextlib import suppress
 
 from starlette.requests import ClientDisconnect
@@ -38,7 +39,7 @@ class Door:
             return
         # In place: what routing adds to the scope is read afterwards.
         scope["path"] = routing_path(scope.get("raw_path") or scope["path"].encode())
-        exchange = _Exchange(f"req_{self._gateway.ids.token(24)}", receive, send)
+        exchange = _Exchange(f"req_{self._gateway.ids.token(24)}", receive, send, self._gateway.draining)
         started = self._gateway.clock.monotonic()
         try:
             await self._app(scope, exchange.receive, exchange.send)
@@ -65,8 +66,11 @@ class Door:
 class _Exchange:
     """One request and its answer as they pass: adds the id, remembers the status."""
 
-    def __init__(self, request_id: str, receive: Receive, send: Send) -> None:
+    def __init__(
+        self, request_id: str, receive: Receive, send: Send, closing: Callable[[], bool] = lambda: False
+    ) -> None:
         self.request_id = request_id
+        self._closing = closing
         self.status: int | None = None
         self._receive = receive
         self._send = send
@@ -83,6 +87,9 @@ class _Exchange:
             if 400 <= self.status < 500:
                 await self._drain()
             headers = [*message.get("headers", []), (b"x-request-id", self.request_id.encode())]
+            if self._closing():
+                # The client's next request then goes to another replica.
+                headers.append((b"connection", b"close"))
             message = {**message, "headers": headers}
         await self._send(message)
 
