@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """PostgreSQL with a database for each of Lathe's services, for trying out and for tests.
 
-Environment: POSTGRES_PASSWORD (the superuser's, `postgres`) and POSTGRES_PASSWORD_<SERVICE> for accounts, datasets, models,
-jobs and gateway. Data: /var/lib/lathe/postgres, or POSTGRES_DATA. Port: 5432, or POSTGRES_PORT.
+Environment: POSTGRES_PASSWORD (the superuser's, `postgres`) and POSTGRES_PASSWORD_<SERVICE> for accounts, datasets,
+models, jobs and gateway. Data: /var/lib/lathe/postgres, or POSTGRES_DATA. Port: 5432, or POSTGRES_PORT.
 Databases, roles and passwords are brought to what the environment says at each start, before the port opens.
 """
 
@@ -75,10 +75,18 @@ def _create(root: Path, data: Path) -> None:
     command += ["--auth=scram-sha-256", "--pwfile=/dev/stdin", "--no-instructions"]
     # A passing password: the real one is set with the others', at each start.
     done = subprocess.run(
-        command, input=os.urandom(16).hex(), text=True, stderr=subprocess.STDOUT, stdout=subprocess.PIPE, check=False
+        command,
+        input=os.urandom(16).hex(),
+        text=True,
+        stderr=subprocess.STDOUT,
+        stdout=subprocess.PIPE,
+        check=False,
     )
     if done.returncode != 0:
-        refuse(lack_of_room(root) or f"PostgreSQL could not make its data folder in {root}: {done.stdout.strip()}")
+        refuse(
+            lack_of_room(root)
+            or f"PostgreSQL could not make its data folder in {root}: {done.stdout.strip()}"
+        )
     fresh.rename(data)
 
 

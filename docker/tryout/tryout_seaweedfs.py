@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """SeaweedFS as an S3 service with one bucket, for trying out and for tests.
 
-Environment: S3_ACCESS_KEY, S3_SECRET_KEY, S3_BUCKET. Data: /var/lib/lathe/seaweedfs, or S3_DATA. Port: 8333, or S3_PORT.
+Environment: S3_ACCESS_KEY, S3_SECRET_KEY, S3_BUCKET. Data: /var/lib/lathe/seaweedfs, or S3_DATA.
+Port: 8333, or S3_PORT.
 Everything but S3 listens on the loopback address alone. `tryout-seaweedfs --ready` says whether the bucket is there.
 """
 
@@ -72,7 +73,7 @@ def _make_bucket(server: Server, bucket: str) -> None:
             timeout=_START_S,
         )
         said = (shell.stdout + shell.stderr).strip()
-        if f"create bucket under /buckets" in said or "already exists" in said:
+        if "create bucket under /buckets" in said or "already exists" in said:
             _READY.touch()
             return
         if time.monotonic() > deadline:
