@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
+import json
+import ssl
+import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import grpc
+import httpx
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from pydantic import SecretStr
@@ -35,6 +40,7 @@ from lathe.v1 import (
     models_pb2_grpc,
 )
 from tests.fakes.owners import Owners
+from tests.fixtures.certificates import Authority, mount
 from tests.fixtures.tiny import build_tiny_tokenizer
 
 TOKEN = "service-token"
@@ -249,3 +255,91 @@ async def test_a_port_in_use_is_one_sentence(owners: Owners, tmp_path: Path) -> 
         with pytest.raises(FailedPrecondition, match=f"Port {first.http_port} .* in use"):
             async with gateway(owners, tmp_path, http_port=first.http_port):
                 raise AssertionError("it started")
+
+
+CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "Capital of France?"}], "stream": True}
+
+
+async def test_a_stop_is_announced_first_and_open_streams_end_in_peace(
+    owners: Owners, tmp_path: Path
+) -> None:
+    owners.said, owners.token_s = "Paris. " * 20, 0.03
+    (tmp_path / "token").write_text(TOKEN)
+    rpc = RpcSettings(
+        port=0, health_port=0, service_token_file=tmp_path / "token", drain_delay_s=0.5, grace_s=20
+    )
+    stopping = asyncio.Event()
+    running_service: asyncio.Future[RunningService] = asyncio.get_running_loop().create_future()
+
+    async def serve() -> None:
+        async with gateway(owners, tmp_path, rpc=rpc) as service:
+            running_service.set_result(service)
+            await stopping.wait()
+
+    process = asyncio.create_task(serve())
+    service = await running_service
+    base = f"http://127.0.0.1:{service.http_port}"
+    client = httpx.AsyncClient(base_url=base, headers={"authorization": "Bearer sk-alice"}, timeout=20)
+    async with client, client.stream("POST", "/v1/chat/completions", json=CHAT) as streamed:
+        lines = streamed.aiter_lines()
+        assert (await anext(lines)).startswith("data: ")
+        assert (await client.get("/readyz")).status_code == 200
+        stopping.set()
+        await asyncio.sleep(0.1)
+        ready = await client.get("/readyz")
+        assert (ready.status_code, ready.json()["status"]) == (503, "draining")
+        # Whoever has not heard of it yet is still answered, and told to connect anew.
+        listed = await client.get("/v1/lathe/info")
+        assert (listed.status_code, listed.headers["connection"]) == (200, "close")
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{service.health_port}") as channel:
+            answer = await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest())
+            assert answer.status == health_pb2.HealthCheckResponse.NOT_SERVING
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{service.port}") as channel:
+            stub: Any = inference_pb2_grpc.InferenceServiceStub(channel)
+            request = inference_pb2.StreamChatCompletionRequest(completion=ask())
+            chunks = [chunk async for chunk in stub.StreamChatCompletion(request, metadata=KEY, timeout=20)]
+            assert "".join(c.choices[0].delta.content for c in chunks if c.choices) == owners.said
+        with pytest.raises(httpx.ConnectError):
+            await client.get("/readyz")
+        assert [line async for line in lines if line][-1] == "data: [DONE]"
+    await asyncio.wait_for(process, 5)
+
+
+async def test_both_doors_with_tls_and_a_new_certificate(owners: Owners, tmp_path: Path) -> None:
+    authority, folder = Authority(), tmp_path / "tls"
+    files = authority.mount(folder, ["127.0.0.1"])
+    (tmp_path / "token").write_text(TOKEN)
+    rpc = RpcSettings(
+        port=0,
+        health_port=None,
+        service_token_file=tmp_path / "token",
+        tls_cert_file=files.cert,
+        tls_key_file=files.key,
+        grace_s=1,
+    )
+    tls = {"http_tls_cert_file": files.cert, "http_tls_key_file": files.key}
+    async with gateway(owners, tmp_path, rpc=rpc, **tls) as service:
+
+        async def both(authority: Authority) -> None:
+            trust = ssl.create_default_context(cadata=authority.pem.decode())
+            async with httpx.AsyncClient(verify=trust) as client:
+                answer = await client.get(f"https://127.0.0.1:{service.http_port}/v1/lathe/info")
+                assert answer.json()["grpc_port"] == service.port
+            (tmp_path / "ca.crt").write_bytes(authority.pem)
+            command = ["--address", f"127.0.0.1:{service.port}", "--api-key", "sk-alice", "--ca-file"]
+            lathe = await asyncio.create_subprocess_exec(
+                *(sys.executable, "-m", "lathe.cli.main", *command, str(tmp_path / "ca.crt")),
+                *("models", "show", "baseModels/tiny", "--json"),
+                stdout=asyncio.subprocess.PIPE,
+                stderr=asyncio.subprocess.STDOUT,
+            )
+            assert json.loads((await lathe.communicate())[0])["name"] == "baseModels/tiny"
+
+        await both(authority)
+        another = Authority("another")
+        certificate, key = another.issue(["127.0.0.1"])
+        mount(folder, {"tls.crt": certificate, "tls.key": key})
+        await asyncio.sleep(1.1)
+        await both(another)
+        with pytest.raises(httpx.ConnectError, match="CERTIFICATE_VERIFY_FAILED"):
+            await both(authority)
