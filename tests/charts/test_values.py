@@ -1,0 +1,569 @@
+"""What every value does: one case each (or more), and no value without one."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import pytest
+
+from tests.charts.chart import CHART, EXTERNAL, SERVICES, Rendered, merged, render
+
+Look = Callable[[Rendered], Any]
+Case = tuple[Mapping[str, Any], Look, Any]
+
+DIGEST = "sha256:" + "a" * 64
+RESOURCES = {"requests": {"cpu": "7m", "memory": "7Mi"}, "limits": {"cpu": "8", "memory": "8Mi"}}
+TOLERATION = {"key": "mine", "operator": "Exists", "effect": "NoSchedule"}
+NONE: tuple[Any, ...] = ()
+
+
+def at(path: str, value: Any) -> dict[str, Any]:
+    """{"a": {"b": value}} for "a.b"."""
+    for name in reversed(path.split(".")):
+        value = {name: value}
+    return dict(value)
+
+
+def main(name: str) -> Callable[[Rendered], Any]:
+    return lambda r: r.pod(name)["spec"]["containers"][0]
+
+
+def env(name: str, variable: str) -> Look:
+    return lambda r: r.env(name).get(variable)
+
+
+def spec(kind: str, name: str, *path: str | int) -> Look:
+    def look(r: Rendered) -> Any:
+        found: Any = r.one(kind, name)
+        for step in path:
+            found = found[step]
+        return found
+
+    return look
+
+
+def pod(name: str, *path: str | int) -> Look:
+    def look(r: Rendered) -> Any:
+        found: Any = r.pod(name)["spec"]
+        for step in path:
+            found = found[step]
+        return found
+
+    return look
+
+
+def last_toleration(name: str) -> Look:
+    return lambda r: r.pod(name)["spec"]["tolerations"][-1]
+
+
+def storage(name: str) -> Look:
+    return spec("StatefulSet", name, "spec", "volumeClaimTemplates", 0, "spec")
+
+
+def secret_of(name: str, volume: str) -> Look:
+    def look(r: Rendered) -> Any:
+        volumes = r.pod(name)["spec"]["volumes"]
+        return next((one["secret"]["secretName"] for one in volumes if one["name"] == volume), None)
+
+    return look
+
+
+def images(r: Rendered) -> set[str]:
+    return {
+        container["image"]
+        for _, template in r.pods()
+        for container in template["spec"].get("initContainers", []) + template["spec"]["containers"]
+    }
+
+
+def of_service(name: str) -> dict[str, Case]:
+    """What every service has alike."""
+    variable = "LATHE_LOG__LEVEL"
+    return {
+        f"{name}.replicas": (at(f"{name}.replicas", 3), spec("Deployment", name, "spec", "replicas"), 3),
+        f"{name}.replicas: budget": (
+            at(f"{name}.replicas", 2),
+            spec("PodDisruptionBudget", name, "spec", "maxUnavailable"),
+            1,
+        ),
+        f"{name}.resources": (
+            at(f"{name}.resources", RESOURCES),
+            lambda r: main(name)(r)["resources"],
+            RESOURCES,
+        ),
+        f"{name}.resources: init": (
+            at(f"{name}.resources", RESOURCES),
+            pod(name, "initContainers", 0, "resources"),
+            RESOURCES,
+        ),
+        f"{name}.nodeSelector": (
+            at(f"{name}.nodeSelector", {"a": "b"}),
+            pod(name, "nodeSelector"),
+            {"a": "b"},
+        ),
+        f"{name}.tolerations": (at(f"{name}.tolerations", [TOLERATION]), last_toleration(name), TOLERATION),
+        f"{name}.podAnnotations": (
+            at(f"{name}.podAnnotations", {"team": "ml"}),
+            lambda r: r.pod(name)["metadata"]["annotations"]["team"],
+            "ml",
+        ),
+        f"{name}.settings": (at(f"{name}.settings", {variable: "DEBUG"}), env(name, variable), "DEBUG"),
+        f"database.existingSecrets.{name}": (
+            EXTERNAL,
+            env(name, f"LATHE_{name.upper()}_DB__URL"),
+            f"db-{name}/url",
+        ),
+        f"database.poolSize: {name}": (
+            at("database.poolSize", 9),
+            env(name, f"LATHE_{name.upper()}_DB__POOL_SIZE"),
+            "9",
+        ),
+    }
+
+
+def of_tryout(name: str) -> dict[str, Case]:
+    return {
+        f"tryout.{name}.storage": (
+            at(f"tryout.{name}.storage", "3Gi"),
+            lambda r: storage(name)(r)["resources"]["requests"]["storage"],
+            "3Gi",
+        ),
+        f"tryout.{name}.resources": (
+            at(f"tryout.{name}.resources", RESOURCES),
+            lambda r: main(name)(r)["resources"],
+            RESOURCES,
+        ),
+        f"tryout.storageClass: {name}": (
+            at("tryout.storageClass", "fast"),
+            lambda r: storage(name)(r)["storageClassName"],
+            "fast",
+        ),
+        f"tryout.nodeSelector: {name}": (
+            at("tryout.nodeSelector", {"a": "b"}),
+            pod(name, "nodeSelector"),
+            {"a": "b"},
+        ),
+        f"tryout.tolerations: {name}": (
+            at("tryout.tolerations", [TOLERATION]),
+            last_toleration(name),
+            TOLERATION,
+        ),
+    }
+
+
+def of_route(kind: str, port: int) -> dict[str, Case]:
+    on = {"enabled": True, "host": "x.example.com"}
+    name = f"gateway-{kind}"
+    ingress, route = f"ingress.{kind}", f"gatewayApi.{kind}"
+    routed = {"enabled": True, "parentRefs": [{"name": "door"}]}
+    resource = f"{kind.upper()}Route"
+    backend = spec("Ingress", name, "spec", "rules", 0, "http", "paths", 0, "backend", "service")
+    return {
+        f"{ingress}.enabled": (at(ingress, on), backend, {"name": "lathe-gateway", "port": {"number": port}}),
+        f"{ingress}.enabled: off": ({}, lambda r: r.of("Ingress"), []),
+        f"{ingress}.host": (
+            at(ingress, on),
+            spec("Ingress", name, "spec", "rules", 0, "host"),
+            "x.example.com",
+        ),
+        f"{ingress}.className": (
+            at(ingress, {**on, "className": "nginx"}),
+            spec("Ingress", name, "spec", "ingressClassName"),
+            "nginx",
+        ),
+        f"{ingress}.tlsSecret": (
+            at(ingress, {**on, "tlsSecret": "cert"}),
+            spec("Ingress", name, "spec", "tls"),
+            [{"hosts": ["x.example.com"], "secretName": "cert"}],
+        ),
+        f"{ingress}.annotations": (
+            at(ingress, {**on, "annotations": {"a": "b"}}),
+            spec("Ingress", name, "metadata", "annotations"),
+            {"a": "b"},
+        ),
+        f"{route}.enabled": (
+            at(route, routed),
+            spec(resource, "gateway", "spec", "rules", 0, "backendRefs"),
+            [{"name": "lathe-gateway", "port": port}],
+        ),
+        f"{route}.enabled: off": ({}, lambda r: r.of(resource), []),
+        f"{route}.parentRefs": (
+            at(route, routed),
+            spec(resource, "gateway", "spec", "parentRefs"),
+            [{"name": "door"}],
+        ),
+        f"{route}.hostnames": (
+            at(route, {**routed, "hostnames": ["y.example.com"]}),
+            spec(resource, "gateway", "spec", "hostnames"),
+            ["y.example.com"],
+        ),
+    }
+
+
+NAMES: dict[str, Case] = {
+    "nameOverride": (
+        at("nameOverride", "tuner"),
+        lambda r: "lathe-tuner-jobs" in r.names("Deployment"),
+        True,
+    ),
+    "fullnameOverride": (at("fullnameOverride", "x"), lambda r: "x-jobs" in r.names("Deployment"), True),
+    "global.imageRegistry": (
+        at("global.imageRegistry", "r.example.com/team/"),
+        images,
+        {f"r.example.com/team/lathe/{name}:0.1.0" for name in ("control", "engine", "tryout")},
+    ),
+    "global.imagePullSecrets": (
+        at("global.imagePullSecrets", ["pull"]),
+        lambda r: [template["spec"]["imagePullSecrets"] for _, template in r.pods()],
+        [[{"name": "pull"}]] * 9,
+    ),
+    "images.pullPolicy": (
+        at("images.pullPolicy", "Never"),
+        lambda r: {main(name)(r)["imagePullPolicy"] for name, _ in r.pods()},
+        {"Never"},
+    ),
+    "images: as they come": ({}, images, {f"lathe/{name}:0.1.0" for name in ("control", "engine", "tryout")}),
+}
+for _image, _users in {
+    "control": ("jobs", "migrate"),
+    "engine": ("engine:cpu",),
+    "tryout": ("postgres", "seaweedfs"),
+}.items():
+    for _user in _users:
+        _path = f"images.{_image}"
+        NAMES |= {
+            f"{_path}.repository: {_user}": (
+                at(f"{_path}.repository", "mine"),
+                lambda r, user=_user: main(user)(r)["image"],
+                "mine:0.1.0",
+            ),
+            f"{_path}.tag: {_user}": (
+                at(f"{_path}.tag", "dev"),
+                lambda r, user=_user: main(user)(r)["image"],
+                f"lathe/{_image}:dev",
+            ),
+            f"{_path}.digest: {_user}": (
+                at(_path, {"digest": DIGEST, "tag": "dev"}),
+                lambda r, user=_user: main(user)(r)["image"],
+                f"lathe/{_image}@{DIGEST}",
+            ),
+        }
+
+STORE: dict[str, Case] = {
+    "tryout.enabled": ({}, lambda r: r.names("StatefulSet"), {"lathe-postgres", "lathe-seaweedfs"}),
+    "tryout.enabled: off": (EXTERNAL, lambda r: r.names("StatefulSet"), set()),
+    "tryout: with a database of one's own": (
+        {"database": EXTERNAL["database"]},
+        lambda r: r.names("StatefulSet"),
+        {"lathe-seaweedfs"},
+    ),
+    "tryout: with a store of one's own": (
+        {"store": EXTERNAL["store"]},
+        lambda r: r.names("StatefulSet"),
+        {"lathe-postgres"},
+    ),
+    "store: the try-out's": ({}, env("models", "LATHE_STORE__ENDPOINT"), "lathe-seaweedfs:8333"),
+    "store.endpoint": (EXTERNAL, env("models", "LATHE_STORE__ENDPOINT"), "s3.example.com:443"),
+    "store.endpoint: engines": (EXTERNAL, env("engine:cpu", "LATHE_STORE__ENDPOINT"), "s3.example.com:443"),
+    "store.bucket": (EXTERNAL, env("gateway", "LATHE_STORE__BUCKET"), "lathe"),
+    "store.bucket: the try-out makes it": (at("store.bucket", "own"), env("seaweedfs", "S3_BUCKET"), "own"),
+    "store.existingSecret": (EXTERNAL, env("datasets", "LATHE_STORE__SECRET_KEY"), "s3-keys/secret-key"),
+    "store.existingSecret: engines": (
+        EXTERNAL,
+        env("engine:cpu", "LATHE_STORE__ACCESS_KEY"),
+        "s3-keys/access-key",
+    ),
+    "store.region": (at("store.region", "eu-1"), env("models", "LATHE_STORE__REGION"), "eu-1"),
+    "store.secure": (EXTERNAL, env("models", "LATHE_STORE__SECURE"), "true"),
+    "store.secure: off": (
+        merged(EXTERNAL, at("store.secure", False)),
+        env("engine:cpu", "LATHE_STORE__SECURE"),
+        "false",
+    ),
+    "store.publicEndpoint": (
+        at("store.publicEndpoint", "s3.out:443"),
+        env("gateway", "LATHE_STORE__PUBLIC_ENDPOINT"),
+        "s3.out:443",
+    ),
+    "store.publicEndpoint: none": ({}, env("gateway", "LATHE_STORE__PUBLIC_ENDPOINT"), None),
+}
+
+TLS = at("tls.existingSecrets", {name: f"tls-{name}" for name in (*SERVICES, "engine")})
+TRUST: dict[str, Case] = {
+    "bootstrapKey.existingSecret": (
+        at("bootstrapKey.existingSecret", "mine"),
+        env("accounts", "LATHE_ACCOUNTS_BOOTSTRAP_KEY"),
+        "mine/api-key",
+    ),
+    "bootstrapKey.existingSecret: none made": (
+        at("bootstrapKey.existingSecret", "mine"),
+        lambda r: "lathe-bootstrap" in r.names("Secret"),
+        False,
+    ),
+    "serviceToken.existingSecret": (
+        at("serviceToken.existingSecret", "mine"),
+        lambda r: {secret_of(name, "service-token")(r) for name in (*SERVICES, "engine:cpu")},
+        {"mine"},
+    ),
+    "engineToken.existingSecret": (
+        at("engineToken.existingSecret", "mine"),
+        lambda r: [secret_of(name, "engine-token")(r) for name in ("jobs", "engine:cpu", "gateway")],
+        ["mine", "mine", None],
+    ),
+    **{
+        f"tls.existingSecrets.{name}": (
+            TLS,
+            secret_of("engine:cpu" if name == "engine" else name, "tls"),
+            f"tls-{name}",
+        )
+        for name in (*SERVICES, "engine")
+    },
+    "tls.existingSecrets: none made": (
+        TLS,
+        lambda r: [name for name in r.names("Secret") if "tls" in name],
+        [],
+    ),
+    "gateway.tls.existingSecret": (
+        at("gateway.tls.existingSecret", "public"),
+        lambda r: (secret_of("gateway", "public-tls")(r), env("gateway", "LATHE_RPC__TLS_CERT_FILE")(r)),
+        ("public", "/etc/lathe/public-tls/tls.crt"),
+    ),
+    "gateway.tls.existingSecret: plain": ({}, env("gateway", "LATHE_RPC__TLS_CERT_FILE"), None),
+}
+
+RUNNING: dict[str, Case] = {
+    "log.level": (at("log.level", "DEBUG"), env("datasets", "LATHE_LOG__LEVEL"), "DEBUG"),
+    "log.level: engines": (at("log.level", "DEBUG"), env("engine:cpu", "LATHE_LOG__LEVEL"), "DEBUG"),
+    "log.format": (at("log.format", "console"), env("models", "LATHE_LOG__FORMAT"), "console"),
+    "migrations.timeoutSeconds": (
+        at("migrations.timeoutSeconds", 11),
+        lambda r: (main("migrate")(r)["args"][-1], r.pod("jobs")["spec"]["initContainers"][0]["args"][-1]),
+        ("11", "11"),
+    ),
+    "migrations.resources": (
+        at("migrations.resources", RESOURCES),
+        lambda r: main("migrate")(r)["resources"],
+        RESOURCES,
+    ),
+    "drain.delaySeconds": (at("drain.delaySeconds", 9), env("gateway", "LATHE_RPC__DRAIN_DELAY_S"), "9"),
+    "drain.graceSeconds": (at("drain.graceSeconds", 9), env("jobs", "LATHE_RPC__GRACE_S"), "9"),
+    "gateway.service.type": (
+        at("gateway.service.type", "LoadBalancer"),
+        lambda r: [r.one("Service", name)["spec"]["type"] for name in ("gateway", "jobs")],
+        ["LoadBalancer", "ClusterIP"],
+    ),
+    "gateway.service.annotations": (
+        at("gateway.service.annotations", {"a": "b"}),
+        spec("Service", "gateway", "metadata", "annotations"),
+        {"a": "b"},
+    ),
+    "gateway.autoscaling": (
+        at(
+            "gateway.autoscaling",
+            {"enabled": True, "minReplicas": 3, "maxReplicas": 5, "targetCPUUtilizationPercentage": 40},
+        ),
+        lambda r: [
+            *(
+                r.one("HorizontalPodAutoscaler", "gateway")["spec"][name]
+                for name in ("minReplicas", "maxReplicas")
+            ),
+            r.one("HorizontalPodAutoscaler", "gateway")["spec"]["metrics"][0]["resource"]["target"],
+            "replicas" in r.one("Deployment", "gateway")["spec"],
+            r.names("PodDisruptionBudget"),
+        ],
+        [3, 5, {"type": "Utilization", "averageUtilization": 40}, False, {"lathe-gateway"}],
+    ),
+    "gateway.autoscaling: off": ({}, lambda r: r.of("HorizontalPodAutoscaler"), []),
+    "replicas: no budget for one": ({}, lambda r: r.of("PodDisruptionBudget"), []),
+    "podMonitor.enabled": (
+        at("podMonitor.enabled", True),
+        spec("PodMonitor", "lathe", "spec", "podMetricsEndpoints"),
+        [{"port": "metrics", "interval": "30s"}],
+    ),
+    "podMonitor.enabled: off": ({}, lambda r: r.of("PodMonitor"), []),
+    "podMonitor.interval": (
+        at("podMonitor", {"enabled": True, "interval": "5s"}),
+        spec("PodMonitor", "lathe", "spec", "podMetricsEndpoints", 0, "interval"),
+        "5s",
+    ),
+    "podMonitor.labels": (
+        at("podMonitor", {"enabled": True, "labels": {"team": "ml"}}),
+        spec("PodMonitor", "lathe", "metadata", "labels", "team"),
+        "ml",
+    ),
+    "pods are found by Prometheus": (
+        {},
+        lambda r: {
+            name
+            for name, template in r.pods()
+            if template["metadata"].get("annotations", {}).get("prometheus.io/scrape") == "true"
+            and template["metadata"]["annotations"]["prometheus.io/port"] == "9090"
+        },
+        {*SERVICES, "engine:cpu"},
+    ),
+}
+
+
+def of_class(given: Mapping[str, Any]) -> dict[str, Any]:
+    return at("engines.classes", {"big": given})
+
+
+ENGINES: dict[str, Case] = {
+    **{
+        f"engines.{name}": (at(f"engines.{name}", value), env("jobs", f"LATHE_JOBS_{variable}"), str(value))
+        for name, value, variable in (
+            ("kind", "rayjob", "LAUNCHER__KUBERNETES__ENGINES"),
+            ("min", 1, "MIN_ENGINES"),
+            ("maxPerBase", 3, "MAX_ENGINES_PER_BASE"),
+            ("max", 7, "MAX_ENGINES"),
+            ("idleTimeoutSeconds", 77, "ENGINE_IDLE_TIMEOUT_S"),
+        )
+    },
+    "engines.kind: auto": ({}, env("jobs", "LATHE_JOBS_LAUNCHER__KUBERNETES__ENGINES"), "auto"),
+    "engines.readNodes": (at("engines.readNodes", False), lambda r: r.of("ClusterRoleBinding"), []),
+    "engines.defaultClass": (
+        merged(of_class({}), at("engines.defaultClass", "big")),
+        env("jobs", "LATHE_JOBS_DEFAULT_ENGINE_CLASS"),
+        "big",
+    ),
+    "engines.drainGraceSeconds": (
+        at("engines.drainGraceSeconds", 44),
+        lambda r: (
+            env("engine:cpu", "LATHE_ENGINE_DRAIN_GRACE_S")(r),
+            r.pod("engine:cpu")["spec"]["terminationGracePeriodSeconds"] > 44,
+            main("engine:cpu")(r)["lifecycle"]["preStop"]["exec"]["command"],
+        ),
+        ("44", True, ["lathe", "engine", "drain"]),
+    ),
+    "engines.podAnnotations": (
+        at("engines.podAnnotations", {"a": "b"}),
+        lambda r: r.pod("engine:cpu")["metadata"]["annotations"]["a"],
+        "b",
+    ),
+    "engines.settings": (
+        at("engines.settings", {"LATHE_ENGINE_MAX_ATTEMPTS": "2"}),
+        env("engine:cpu", "LATHE_ENGINE_MAX_ATTEMPTS"),
+        "2",
+    ),
+    "engines.cache.sizeLimit": (
+        at("engines.cache.sizeLimit", "5Gi"),
+        lambda r: [one for one in r.pod("engine:cpu")["spec"]["volumes"] if one["name"] == "cache"],
+        [{"name": "cache", "emptyDir": {"sizeLimit": "5Gi"}}],
+    ),
+    "engines.cache.existingClaim": (
+        at("engines.cache.existingClaim", "weights"),
+        lambda r: [one for one in r.pod("engine:cpu")["spec"]["volumes"] if one["name"] == "cache"],
+        [{"name": "cache", "persistentVolumeClaim": {"claimName": "weights"}}],
+    ),
+    "engines.classes": (of_class({}), env("jobs", "LATHE_JOBS_ENGINE_CLASSES"), '["big","cpu"]'),
+    "engines.classes.*.image": (
+        of_class({"image": {"tag": "cuda"}}),
+        lambda r: (main("engine:big")(r)["image"], main("engine:cpu")(r)["image"]),
+        ("lathe/engine:cuda", "lathe/engine:0.1.0"),
+    ),
+    "engines.classes.*.device": (
+        of_class({"device": "cuda"}),
+        env("engine:big", "LATHE_ENGINE_DEVICE"),
+        "cuda",
+    ),
+    "engines.classes.*.gpus": (
+        of_class({"gpus": 2, "resources": {"limits": {"memory": "8Gi"}}}),
+        lambda r: main("engine:big")(r)["resources"],
+        {"limits": {"memory": "8Gi", "nvidia.com/gpu": "2"}, "requests": {"nvidia.com/gpu": "2"}},
+    ),
+    "engines.classes.*.gpuResource": (
+        of_class({"gpus": 1, "gpuResource": "amd.com/gpu"}),
+        lambda r: main("engine:big")(r)["resources"]["limits"],
+        {"amd.com/gpu": "1"},
+    ),
+    "engines.classes.*.resources": (
+        of_class({"resources": RESOURCES}),
+        lambda r: main("engine:big")(r)["resources"],
+        RESOURCES,
+    ),
+    "engines.classes.*.nodeSelector": (
+        of_class({"nodeSelector": {"gpu": "a100"}}),
+        pod("engine:big", "nodeSelector"),
+        {"gpu": "a100"},
+    ),
+    "engines.classes.*.tolerations": (
+        of_class({"tolerations": [TOLERATION]}),
+        last_toleration("engine:big"),
+        TOLERATION,
+    ),
+    "engines.classes.*.settings": (
+        merged(
+            at("engines.settings", {"LATHE_LOG__LEVEL": "ERROR"}),
+            of_class({"settings": {"LATHE_LOG__LEVEL": "DEBUG"}}),
+        ),
+        lambda r: (env("engine:big", "LATHE_LOG__LEVEL")(r), env("engine:cpu", "LATHE_LOG__LEVEL")(r)),
+        ("DEBUG", "ERROR"),
+    ),
+}
+
+CASES: dict[str, Case] = {
+    **NAMES,
+    **STORE,
+    **TRUST,
+    **RUNNING,
+    **ENGINES,
+    **of_tryout("postgres"),
+    **of_tryout("seaweedfs"),
+    **of_route("http", 8080),
+    **of_route("grpc", 7460),
+    **{name: case for service in SERVICES for name, case in of_service(service).items()},
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_value_does_what_it_says(name: str) -> None:
+    values, look, expected = CASES[name]
+    assert look(render(values)) == expected
+
+
+def leaves(schema: Mapping[str, Any], defs: Mapping[str, Any], path: str = "") -> Iterator[str]:
+    """The paths of all values that are no groups."""
+    while "$ref" in schema:
+        schema = defs[schema["$ref"].rsplit("/", 1)[1]]
+    if not schema.get("properties"):
+        yield path
+    for name, value in schema.get("properties", {}).items():
+        yield from leaves(value, defs, f"{path}.{name}" if path else name)
+
+
+def test_no_value_is_without_a_case() -> None:
+    schema = json.loads((CHART / "values.schema.json").read_text())
+    elsewhere = {
+        # tests/charts/test_network.py, and what the certificates hold in test_secrets.py.
+        *(path for path in leaves(schema, schema["$defs"]) if path.startswith("networkPolicy.")),
+        "tls.validityDays",
+    }
+    named = [name.split(":")[0] for name in CASES]
+    missing = [
+        path
+        for path in leaves(schema, schema["$defs"])
+        if path not in elsewhere and not any(path == name or path.startswith(name + ".") for name in named)
+    ]
+    assert not missing
+
+
+def test_a_change_of_settings_replaces_the_pods_that_read_them() -> None:
+    def sums(r: Rendered) -> dict[str, dict[str, str]]:
+        return {name: r.pod(name)["metadata"]["annotations"] for name in SERVICES}
+
+    before = sums(render())
+    assert sums(render()) == before
+    louder = sums(render(at("log.level", "DEBUG")))
+    assert all(louder[name]["checksum/config"] != before[name]["checksum/config"] for name in SERVICES)
+    bigger = sums(render(at("engines.cache.sizeLimit", "1Gi")))
+    assert {name for name in SERVICES if bigger[name] != before[name]} == {"jobs"}
+    one = sums(render(at("models.settings", {"LATHE_MODELS_SWEEP_INTERVAL_S": "5"})))
+    assert {name for name in SERVICES if one[name] != before[name]} == {"models"}
+
+
+def test_a_pod_has_the_time_that_its_end_takes() -> None:
+    rendered = render(at("drain", {"delaySeconds": 20, "graceSeconds": 100}))
+    for name in SERVICES:
+        assert rendered.pod(name)["spec"]["terminationGracePeriodSeconds"] > 120, name
