@@ -327,10 +327,22 @@ TRUST: dict[str, Case] = {
     ),
     "gateway.tls.existingSecret": (
         at("gateway.tls.existingSecret", "public"),
-        lambda r: (secret_of("gateway", "public-tls")(r), env("gateway", "LATHE_RPC__TLS_CERT_FILE")(r)),
+        lambda r: (
+            secret_of("gateway", "public-tls")(r),
+            env("gateway", "LATHE_GATEWAY_RPC__TLS_CERT_FILE")(r),
+        ),
         ("public", "/etc/lathe/public-tls/tls.crt"),
     ),
-    "gateway.tls.existingSecret: plain": ({}, env("gateway", "LATHE_RPC__TLS_CERT_FILE"), None),
+    "gateway.tls.existingSecret: HTTP": (
+        at("gateway.tls.existingSecret", "public"),
+        env("gateway", "LATHE_GATEWAY_HTTP_TLS_KEY_FILE"),
+        "/etc/lathe/public-tls/tls.key",
+    ),
+    "gateway.tls.existingSecret: plain": (
+        {},
+        lambda r: [name for name in r.env("gateway") if "TLS_CERT" in name or "TLS_KEY" in name],
+        [],
+    ),
 }
 
 RUNNING: dict[str, Case] = {
@@ -349,6 +361,11 @@ RUNNING: dict[str, Case] = {
     ),
     "drain.delaySeconds": (at("drain.delaySeconds", 9), env("gateway", "LATHE_RPC__DRAIN_DELAY_S"), "9"),
     "drain.graceSeconds": (at("drain.graceSeconds", 9), env("jobs", "LATHE_RPC__GRACE_S"), "9"),
+    "drain.streamGraceSeconds": (
+        at("drain.streamGraceSeconds", 9),
+        env("gateway", "LATHE_RPC__GRACE_S"),
+        "9",
+    ),
     "gateway.service.type": (
         at("gateway.service.type", "LoadBalancer"),
         lambda r: [r.one("Service", name)["spec"]["type"] for name in ("gateway", "jobs")],
@@ -435,7 +452,7 @@ ENGINES: dict[str, Case] = {
             r.pod("engine:cpu")["spec"]["terminationGracePeriodSeconds"] > 44,
             main("engine:cpu")(r)["lifecycle"]["preStop"]["exec"]["command"],
         ),
-        ("44", True, ["lathe", "engine", "drain"]),
+        ("44", True, ["lathe", "engine", "drain", "--grace", "44"]),
     ),
     "engines.podAnnotations": (
         at("engines.podAnnotations", {"a": "b"}),
@@ -471,7 +488,10 @@ ENGINES: dict[str, Case] = {
     "engines.classes.*.gpus": (
         of_class({"gpus": 2, "resources": {"limits": {"memory": "8Gi"}}}),
         lambda r: main("engine:big")(r)["resources"],
-        {"limits": {"memory": "8Gi", "nvidia.com/gpu": "2"}, "requests": {"nvidia.com/gpu": "2"}},
+        {
+            "limits": {"memory": "8Gi", "nvidia.com/gpu": "2"},
+            "requests": {"memory": "8Gi", "nvidia.com/gpu": "2"},
+        },
     ),
     "engines.classes.*.gpuResource": (
         of_class({"gpus": 1, "gpuResource": "amd.com/gpu"}),
@@ -564,6 +584,7 @@ def test_a_change_of_settings_replaces_the_pods_that_read_them() -> None:
 
 
 def test_a_pod_has_the_time_that_its_end_takes() -> None:
-    rendered = render(at("drain", {"delaySeconds": 20, "graceSeconds": 100}))
+    rendered = render(at("drain", {"delaySeconds": 20, "graceSeconds": 100, "streamGraceSeconds": 300}))
     for name in SERVICES:
-        assert rendered.pod(name)["spec"]["terminationGracePeriodSeconds"] > 120, name
+        least = 320 if name == "gateway" else 120
+        assert least < rendered.pod(name)["spec"]["terminationGracePeriodSeconds"] < least + 60, name
