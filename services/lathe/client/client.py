@@ -14,10 +14,14 @@ from lathe.client.inference import chat_request
 from lathe.client.jobs import Jobs
 from lathe.client.models import Adapters, Models
 from lathe.client.transport import Tls, Transport
+from lathe.common.errors import Unavailable
 from lathe.v1 import accounts_pb2, diagnosis_pb2, inference_pb2
 from lathe.v1.accounts_pb2_grpc import AccountsServiceStub
 from lathe.v1.diagnosis_pb2_grpc import PlatformServiceStub
 from lathe.v1.inference_pb2_grpc import InferenceServiceStub
+
+# HealthCheckResponse{status: SERVING}
+_SERVING = b"\x08\x01"
 
 
 class Client:
@@ -68,6 +72,15 @@ class Client:
         """Who the key is. Raises Unauthenticated."""
         stub = AccountsServiceStub(self._transport.channel)
         return self._transport.call(stub.GetCaller, accounts_pb2.GetCallerRequest())
+
+    def check(self, *, timeout: float = 5.0) -> None:
+        """Raise Unavailable unless the platform says that it is well. Needs no valid key."""
+        # The protocol is gRPC's own and one number long: no package is needed for it.
+        answer: bytes = self._transport.once(
+            self._transport.channel.unary_unary("/grpc.health.v1.Health/Check"), b"", timeout=timeout
+        )
+        if answer != _SERVING:
+            raise Unavailable("It answers, but says that it does not serve now.", reason="NOT_SERVING")
 
     def diagnose(self, *, timeout: float = 30.0) -> diagnosis_pb2.PlatformDiagnosis:
         """Have the platform examine itself: every service, its database and store, and what engines run on.
