@@ -16,7 +16,8 @@ rm -rf pyarrow/libarrow_flight.so* pyarrow/_flight.* pyarrow/_substrait.* pyarro
 # torch: programs for building and for tests. torch_shm_manager is asked for at every import.
 if [ -d torch/bin ]; then find torch/bin -type f ! -name torch_shm_manager -delete; fi
 rm -f torch/lib/*_test.so torch/lib/libaoti_custom_ops.so torch/lib/libbackend_with_compiler.so
-rm -rf torch/share torchgen
+# torchgen, its code generator, is imported by torch itself.
+rm -rf torch/share
 
 # Ray: engines use its core, its job server and nothing of its libraries.
 rm -rf ray/jars ray/rllib ray/cpp
