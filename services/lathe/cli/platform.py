@@ -133,6 +133,7 @@ async def _migrate(service: str, wait: bool, timeout: float, config: Path | None
     url = _settings_class(service).load(config).db.url.get_secret_value()
     db = Database(url, answer_timeout_s=_MIGRATION_S)
     deadline = clock.monotonic() + timeout
+    said = ""
     try:
         while True:
             try:
@@ -143,6 +144,9 @@ async def _migrate(service: str, wait: bool, timeout: float, config: Path | None
                 hopeless = error.reason == "DATABASE_NEWER" or (not wait and error.reason == "DATABASE_OLDER")
                 if hopeless or clock.monotonic() >= deadline:
                     raise
+                if error.message != said:
+                    said = error.message
+                    print(f"{service} waits: {said}", file=sys.stderr, flush=True)
                 await clock.sleep(1.0)
     finally:
         await db.close()

@@ -170,7 +170,7 @@ def _unstarted(pod: Object, state: ClusterState) -> Iterator[Finding]:
 
 
 def _container(pod: Object, status: Object, init: bool, state: ClusterState) -> Iterator[Finding]:
-    name, where = _name(pod), f"{_name(pod)} ({status['name']})"
+    name, where = _name(pod), f"The container {status['name']}"
     waiting = (status.get("state") or {}).get("waiting") or {}
     reason, said = waiting.get("reason", ""), waiting.get("message", "")
     if reason in _PULL:
@@ -180,7 +180,7 @@ def _container(pod: Object, status: Object, init: bool, state: ClusterState) -> 
             "image.tag, imagePullSecrets)."
         )
         yield Finding(
-            name, False, f"{where}: the image {image} cannot be pulled: {_short(said) or reason}.", advice
+            name, False, f"{where}: its image {image} cannot be pulled: {_short(said) or reason}.", advice
         )
     elif reason == "CreateContainerConfigError":
         yield Finding(name, False, f"{where} cannot start: {_short(said)}.", _missing_advice(said))

@@ -62,14 +62,25 @@ Running = Callable[[S, Metrics], AbstractAsyncContextManager[RunningService]]
 def run_service(running: Running[S], settings_class: type[S], config: Path | None = None) -> int:
     """Run one service until SIGTERM or SIGINT; the process's exit code.
 
-    A setting that is wrong, a port in use, a database of a newer version: one sentence on stderr and 1.
+    A setting that is wrong, a port in use, a database that is away or of a newer version: 1, and one sentence as the
+    last line on stderr, so that a container that is restarted again and again says why.
     """
     try:
         settings = settings_class.load(config)
-        configure_logging(settings.log.level, settings.log.format)
-        asyncio.run(_serve(running, settings))
     except LatheError as error:
         print(error.message, file=sys.stderr)
+        return 1
+    configure_logging(settings.log.level, settings.log.format)
+    try:
+        asyncio.run(_serve(running, settings))
+    except LatheError as error:
+        if settings.log.format == "json":
+            log.critical(error.message, extra={"reason": error.reason})
+        else:
+            print(error.message, file=sys.stderr)
+        return 1
+    except Exception as error:
+        log.critical("Ended by a fault of Lathe itself: %s: %s", type(error).__name__, error, exc_info=error)
         return 1
     return 0
 
