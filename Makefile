@@ -102,6 +102,23 @@ bench-engine: $(VENV)/.dev ## training and sampling beside PEFT and transformers
 bench-interleave: $(VENV)/.dev ## how long a chat beside a running job waits for its next token
 	PYTHONPATH=services:. $(BIN)/python tests/benchmarks/bench_interleave.py
 
+# --- images: docker/README.md ------------------------------------------------------------------------------
+#
+# BASE_IMAGE  what they are made from: a slim Python, or any Debian with Python 3.11 (docker/debian-base.sh makes one)
+# IMAGES      which of control, engine and tryout
+# TORCH_BUILD torch's build in the engine: cpu, or cu126 and the like together with an index in TORCH_FROM
+# REGISTRY    where `make images-push` publishes, e.g. registry.example.com/team
+
+.PHONY: images images-push images-check
+images: ## build the container images (BASE_IMAGE=…, IMAGES="control engine tryout", TORCH_FROM=…)
+	@TORCH="$(TORCH)" TORCH_FROM="$(TORCH_FROM)" PYTHON="$(PYTHON)" docker/images.sh
+
+images-push: ## publish the images (REGISTRY=…)
+	@docker/push.sh
+
+images-check: ## look into the built images: sizes, user, nothing needless, a start on a read-only root
+	@docker/check-images.sh
+
 # --- the environment ---------------------------------------------------------------------------------------
 
 $(VENV)/.torch:
