@@ -114,10 +114,15 @@ class Work:
         job = start_long(self.client, self.base_model, self.dataset, n_epochs)
         return wait_for_step(self.client, job, step, START_S)
 
-    def check(self, job: jobs_pb2.Job, timeout: float = END_S) -> jobs_pb2.Job:
-        """It succeeds, tells everything once, makes the very bytes of an undisturbed one, and its model answers."""
+    def finish(self, job: jobs_pb2.Job, timeout: float = END_S) -> jobs_pb2.Job:
+        """It succeeds and tells everything once."""
         job = wait_for_success(self.client, job, timeout)
         check_history(self.client, job)
+        return job
+
+    def check(self, job: jobs_pb2.Job, timeout: float = END_S) -> jobs_pb2.Job:
+        """It succeeds, tells everything once, makes the very bytes of an undisturbed one, and its model answers."""
+        job = self.finish(job, timeout)
         assert final_adapter(self.platform, self.client, job) == self.expected
         self.check_answers(job.fine_tuned_model)
         return job

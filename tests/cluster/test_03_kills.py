@@ -20,7 +20,7 @@ SAID_S = 20.0
 @pytest.mark.parametrize("component", ["engine", *SERVICES])
 def test_a_pod_is_killed(release: Release, work: Work, component: str) -> None:
     job = work.begin()
-    with open_streams(work.platform, job.model or work.base_model) as streams:
+    with open_streams(work.platform, work.base_model) as streams:
         killed = kill(release, component)
         until(lambda: streams.served_after(killed), START_S, "a stream after the kill")
     work.check(job)
