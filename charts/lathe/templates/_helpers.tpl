@@ -111,7 +111,8 @@ automountServiceAccountToken: false
 startupProbe:
   grpc: {port: 7461}
   periodSeconds: 1
-  timeoutSeconds: 5
+  # A probe of a port that is not open yet uses up its time.
+  timeoutSeconds: 2
   failureThreshold: {{ .startupSeconds }}
 readinessProbe:
   grpc: {port: 7461}
