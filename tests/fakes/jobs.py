@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
@@ -14,7 +15,17 @@ from lathe.common.metrics import Metrics
 from lathe.jobs.changes import Changes
 from lathe.jobs.contact import Contact
 from lathe.jobs.directory import EngineDirectory
-from lathe.jobs.model import AdapterObject, BaseRef, Job, JobRequest, StepMetrics, TokenObject
+from lathe.jobs.model import (
+    ONE_CLASS,
+    AdapterObject,
+    BaseRef,
+    EngineClasses,
+    Job,
+    JobRequest,
+    Outcome,
+    StepMetrics,
+    TokenObject,
+)
 from lathe.jobs.policy import Limits
 from lathe.jobs.ports import (
     AdapterRegistration,
@@ -34,7 +45,7 @@ from lathe.jobs.service import JobsService
 from lathe.jobs.steps import JobSteps
 from lathe.jobs.store import SqlJobStore
 from lathe.jobs.store.tables import metadata
-from lathe.jobs.workers import Completion, Lease, Outcome, Progress, Registration, WorkersService
+from lathe.jobs.workers import Completion, Lease, Progress, Registration, WorkersService
 from tests.fakes.clock import FakeClock
 from tests.fakes.ids import FakeIds
 
@@ -130,8 +141,11 @@ class FakeLauncher:
     launches: dict[str, EngineLaunch] = dataclasses.field(default_factory=dict)
     fails: LatheError | None = None
     down: LatheError | None = None
+    # Calls to start and stop never answer.
+    hangs: bool = False
 
     async def start(self, launch: EngineLaunch) -> None:
+        await self._answer()
         if self.fails is not None:
             raise self.fails
         self.launches[launch.engine_id] = launch
@@ -143,7 +157,12 @@ class FakeLauncher:
         return [*self.processes.values()]
 
     async def stop(self, engine_id: str) -> None:
+        await self._answer()
         self.processes.pop(engine_id, None)
+
+    async def _answer(self) -> None:
+        if self.hangs:
+            await asyncio.Event().wait()
 
     async def check(self) -> Sequence[Finding]:
         if self.down is not None:
@@ -152,6 +171,10 @@ class FakeLauncher:
 
     async def close(self) -> None:
         self.processes.clear()
+
+    def wait_for(self, engine_id: str, sentence: str) -> None:
+        """The engine is not started yet, for this reason; none: it runs."""
+        self.processes[engine_id] = LaunchedEngine(engine_id, True, waiting_for=sentence)
 
     def die(
         self, engine_id: str, status: str = "exit code 1", log: str = "boom", killed: bool = False
@@ -171,6 +194,7 @@ class World:
     models: FakeModels = dataclasses.field(default_factory=FakeModels)
     accounts: FakeAccounts = dataclasses.field(default_factory=FakeAccounts)
     launcher: FakeLauncher = dataclasses.field(default_factory=FakeLauncher)
+    classes: EngineClasses = ONE_CLASS
 
     def __post_init__(self) -> None:
         self.datasets.add("file-1")
@@ -179,14 +203,14 @@ class World:
     def start(self) -> None:
         """Wire a process anew on the same database, as after a kill."""
         changes = Changes(self.clock)
-        metrics = Metrics()
+        self.metrics = metrics = Metrics()
         self.contact = Contact(self.clock, 15.0)
         quotas = Quotas(self.accounts, self.clock, ttl_s=0.0)
         self.service = JobsService(
-            self.store, self.accounts, self.models, self.datasets, changes, self.clock, self.ids
+            self.store, self.accounts, self.models, self.datasets, changes, self.clock, self.ids, self.classes
         )
         self.workers = WorkersService(
-            self.store, quotas, changes, self.contact, self.clock, self.ids, metrics
+            self.store, quotas, changes, self.contact, self.clock, self.ids, metrics, classes=self.classes
         )
         self.reconciler = Reconciler(
             self.store,
@@ -198,11 +222,17 @@ class World:
             self.ids,
             metrics,
             self.limits,
+            classes=self.classes,
+            patience_s=0.02,
         )
         self.steps = JobSteps(self.store, self.datasets, self.models, changes, self.clock)
         self.directory = EngineDirectory(
-            self.store, self.models, changes, self.contact, self.clock, self.limits
+            self.store, self.models, changes, self.contact, self.clock, self.limits, self.classes
         )
+
+    def replica(self) -> World:
+        """Another process of jobs on the same database and the same launcher."""
+        return dataclasses.replace(self)
 
     async def create(self, **fields: object) -> Job:
         request = JobRequest(project="acme", model="tiny", training="file-1")
@@ -263,14 +293,16 @@ def measured(step: int, loss: float = 1.5) -> StepMetrics:
 
 
 @asynccontextmanager
-async def a_world(url: str = "sqlite+aiosqlite://", limits: Limits | None = None) -> AsyncIterator[World]:
+async def a_world(
+    url: str = "sqlite+aiosqlite://", limits: Limits | None = None, classes: EngineClasses = ONE_CLASS
+) -> AsyncIterator[World]:
     """A world on a fresh database; in memory by default."""
     database = Database(url)
     async with database.write() as connection:
         await connection.run_sync(metadata.create_all)
     clock, ids = FakeClock(), FakeIds()
     try:
-        yield World(SqlJobStore(database, clock, ids), clock, ids, limits or Limits())
+        yield World(SqlJobStore(database, clock, ids), clock, ids, limits or Limits(), classes=classes)
     finally:
         await database.close()
 

@@ -57,8 +57,9 @@ async def running(
 
     Raises FailedPrecondition for a database that is not this version's, a port in use, a missing token file.
     """
+    machine_clock = clock or SystemClock()
     # On several machines, the database's clock judges the leases.
-    clock = SharedClock(clock or SystemClock())
+    clock = SharedClock(machine_clock)
     ids = ids or RandomIds()
     async with AsyncExitStack() as stack:
         db = Database(settings.db.url.get_secret_value(), settings.db.pool_size)
@@ -96,7 +97,7 @@ async def running(
             Registration(
                 add_WorkerServiceServicer_to_server, WorkerServicer(workers), "lathe.v1.WorkerService"
             ),
-            diagnosis("jobs", clock, database_probe(db, PACKAGE, clock), engines.probe),
+            diagnosis("jobs", machine_clock, database_probe(db, PACKAGE, machine_clock), engines.probe),
         ]
         credentials = ServiceCredentials.from_files(
             settings.rpc.service_token_file, settings.rpc.engine_token_file

@@ -145,6 +145,12 @@ def is_silent(engine: EngineRecord, now: datetime, limits: Limits) -> bool:
     return now - (engine.heartbeat_time or engine.create_time) > timedelta(seconds=limits.engine_silence_s)
 
 
+def end_of(engine: EngineRecord) -> str:
+    """What it means that the engine's process is gone: one of lathe_engine_ends_total's whys."""
+    ends = {EngineState.LAUNCHING: "failed", EngineState.READY: "died", EngineState.STOPPING: "stopped"}
+    return ends[engine.state]
+
+
 def waits_anew(engine: EngineRecord, waiting_for: str, now: datetime) -> bool:
     """Whether what a launching engine waits for is worth a write: other words, or the same for a while longer."""
     if waiting_for != engine.waiting_for:

@@ -15,6 +15,7 @@ from lathe.jobs import lifecycle, policy
 from lathe.jobs.calls import LauncherCalls
 from lathe.jobs.changes import Changes
 from lathe.jobs.contact import Contact
+from lathe.jobs.measures import measure
 from lathe.jobs.model import (
     LEASED_STATES,
     ONE_CLASS,
@@ -108,7 +109,7 @@ class Reconciler:
             for decision in policy.decide(picture):
                 wrote |= await self._act(decision, picture)
             await self._calls.settle()
-            await self._measure(picture.engines)
+            await measure(self.store, self.metrics, picture.queued, picture.engines, picture.now)
         if wrote:
             self.changes.ring()
 
@@ -202,6 +203,7 @@ class Reconciler:
             if current.state is EngineState.LAUNCHING:
                 why = "" if killed else said or status
                 await self._note_failure(session, engine, why, counts=not killed)
+        self._ended(policy.end_of(current))
         log.warning("Engine %s ended (%s). %s", engine.id, status, said)
         if process is not None:
             self._calls.end(engine.id)
@@ -232,6 +234,7 @@ class Reconciler:
                 if current is None or not policy.is_silent(current, self.clock.now(), self.limits):
                     continue
                 await self._remove(session, current, "its engine was not heard of in time")
+            self._ended("lost")
             log.warning("Engine %s was not heard of in time and is given up.", engine.id)
             if engine.launched:
                 self._calls.end(engine.id)
@@ -316,6 +319,7 @@ class Reconciler:
                     # An answer that got lost on its way may have started it nevertheless.
                     await self._remove(session, current, "its engine could not be started")
                     await self._note_failure(session, engine, error.message, counts=counts)
+            self._ended("failed")
             self.changes.ring()
 
     async def _stop(self, decision: StopEngine) -> bool:
@@ -333,6 +337,7 @@ class Reconciler:
                     replace(engine, state=EngineState.STOPPING, stop_time=self.clock.now())
                 )
         if decision.force:
+            self._ended("failed" if decision.failed else "stopped")
             self._calls.end(decision.engine_id)
         return True
 
@@ -383,14 +388,8 @@ class Reconciler:
             ),
         )
 
-    async def _measure(self, engines: Sequence[EngineRecord]) -> None:
-        async with self.store.read() as session:
-            counts = await session.count_by_state()
-        for state, count in counts.items():
-            self.metrics.jobs.labels(state=str(state)).set(count)
-        for engine_state in EngineState:
-            of_state = sum(engine.state is engine_state for engine in engines)
-            self.metrics.engines.labels(state=str(engine_state)).set(of_state)
+    def _ended(self, why: str) -> None:
+        self.metrics.engine_ends.labels(why).inc()
 
 
 async def _pool(session: JobSession, place: Place) -> Pool | None:

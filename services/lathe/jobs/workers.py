@@ -353,6 +353,8 @@ class WorkersService:
                 await lose(session, attempt, "its engine ended", self.clock)
             if engine is not None:
                 await session.delete_engine(engine_id)
+        if engine is not None:
+            self.metrics.engine_ends.labels("stopped").inc()
         self.changes.ring()
 
 

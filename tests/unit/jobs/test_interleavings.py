@@ -17,6 +17,7 @@ ACTIONS = st.tuples(
         [
             *("lease", "lease", "report", "beat", "complete", "fail", "retry", "release"),
             *("cancel", "restart", "wait", "long", "register"),
+            *("both", "kill", "sleep"),
         ]
     ),
     st.integers(0, 7),
@@ -28,6 +29,8 @@ class Run:
 
     def __init__(self, world: World) -> None:
         self.world = world
+        # Another replica of jobs, with a picture of its own of what it can trust.
+        self.other = world.replica()
         self.leases: list[Lease] = []
         self.succeeded: set[str] = set()
         self.jobs: list[str] = []
@@ -56,14 +59,27 @@ class Run:
                     return
             case "restart":
                 world.start()
-            case "wait":
-                world.clock.tick(number)
-                await world.reconciler.run_once()
-                await world.steps.run_once()
-            case "long":
-                await world.pass_time(35, step=7)
+            case "wait" | "both" | "sleep" | "long":
+                await self.of_time(name, number)
+            case "kill":
+                names = sorted(world.launcher.processes)
+                if names:
+                    world.launcher.die(names[number % len(names)], killed=True)
             case _ if lease is not None:
                 await self.of_engine(name, lease, number)
+
+    async def of_time(self, name: str, number: int) -> None:
+        world = self.world
+        if name == "long":
+            await world.pass_time(35, step=7)
+        elif name == "wait":
+            world.clock.tick(number)
+            await world.reconciler.run_once()
+            await world.steps.run_once()
+        else:
+            for _ in range(5 if name == "sleep" else 1):
+                world.clock.tick(4)
+                await asyncio.gather(world.reconciler.run_once(), self.other.reconciler.run_once())
 
     async def of_engine(self, name: str, lease: Lease, number: int) -> None:
         outcomes = {
@@ -91,6 +107,10 @@ class Run:
     async def check(self) -> None:
         async with self.world.store.read() as session:
             open_attempts = await session.open_attempts()
+            engines, lost = await session.engines(), await session.lost_engines()
+        assert not {engine.id for engine in engines} & set(lost)
+        launched = [engine for engine in engines if engine.launched]
+        assert len(launched) <= self.world.limits.max_engines_per_base
         for job_id in self.jobs:
             job = await self.world.job(job_id)
             held = [attempt for attempt in open_attempts if attempt.job_id == job_id]

@@ -1,0 +1,154 @@
+"""Several replicas of jobs on one database and one launcher."""
+
+import asyncio
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime, timedelta
+
+from lathe.jobs import policy
+from lathe.jobs.model import EngineState, JobState
+from lathe.jobs.policy import Launch
+from lathe.jobs.ports import LaunchedEngine
+from lathe.jobs.reconciler import Reconciler
+from lathe.jobs.sharedclock import SharedClock
+from lathe.jobs.store import SqlJobStore
+from lathe.jobs.workers import Beat
+from tests.fakes.clock import FakeClock
+from tests.fakes.jobs import OTHER, World, a_world
+
+
+async def engines(world: World) -> list[tuple[str, EngineState]]:
+    async with world.store.read() as session:
+        return [(engine.id, engine.state) for engine in await session.engines()]
+
+
+async def test_a_row_whose_process_another_replica_is_about_to_start_is_left_alone(world: World) -> None:
+    other = world.replica()
+    await world.queued()
+    await world.reconciler.run_once()
+    [engine_id] = world.launcher.processes
+    # As if the start were still on its way to the launcher.
+    world.launcher.processes.clear()
+    await other.pass_time(50, step=5)
+    assert await engines(other) == [(engine_id, EngineState.LAUNCHING)]
+    # As if the replica had died before it started it.
+    await other.pass_time(15, step=5)
+    assert [name for name, _ in await engines(other)] != [engine_id]
+
+
+async def test_what_the_launcher_says_ended_is_buried_at_once_and_once(world: World) -> None:
+    other = world.replica()
+    await world.queued()
+    await world.reconciler.run_once()
+    [engine_id] = world.launcher.processes
+    world.launcher.die(engine_id, log="no weights")
+    await asyncio.gather(world.reconciler.run_once(), other.reconciler.run_once())
+    async with world.store.read() as session:
+        [pool] = await session.pools()
+    assert (pool.start_failures, pool.last_error) == (1, "no weights")
+
+
+async def test_two_replicas_that_see_the_same_launch_one_engine(world: World) -> None:
+    other = world.replica()
+    await world.queued()
+    pictures = [await one.reconciler._picture(await one.reconciler._load()) for one in (world, other)]
+    for one, picture in zip((world, other), pictures, strict=True):
+        [launch] = [decision for decision in policy.decide(picture) if isinstance(decision, Launch)]
+        await one.reconciler._launch(launch, picture)
+        await one.reconciler._calls.settle()
+    assert len(await engines(world)) == len(world.launcher.launches) == 1
+
+
+async def test_two_replicas_keep_to_the_most_engines_together() -> None:
+    async with a_world(limits=policy.Limits(max_engines=1)) as world:
+        other = world.replica()
+        await world.queued()
+        await world.queued(model=OTHER.id)
+        pictures = [await one.reconciler._picture(await one.reconciler._load()) for one in (world, other)]
+        for one, picture, base in zip((world, other), pictures, ("tiny", "other"), strict=True):
+            wanted = replace(picture, queued=[job for job in picture.queued if job.base.id == base])
+            [launch] = [decision for decision in policy.decide(wanted) if isinstance(decision, Launch)]
+            await one.reconciler._launch(launch, picture)
+        assert len(await engines(world)) == 1
+
+
+async def test_a_process_that_nobody_owns_ends_after_a_while(world: World) -> None:
+    other = world.replica()
+    world.launcher.processes["eng-stray"] = LaunchedEngine("eng-stray", running=True)
+    for _ in range(5):
+        world.clock.tick(10)
+        await asyncio.gather(world.reconciler.run_once(), other.reconciler.run_once())
+    assert "eng-stray" in world.launcher.processes
+    for _ in range(3):
+        world.clock.tick(10)
+        await asyncio.gather(world.reconciler.run_once(), other.reconciler.run_once())
+    assert not world.launcher.processes
+
+
+async def test_what_another_replica_wrote_is_told_within_a_second(world: World) -> None:
+    other = world.replica()
+    job = await world.queued()
+    jobs, serving = other.service.watch("acme", job.id, 0), other.directory.watch()
+    await anext(jobs)
+    assert await anext(serving) == []
+    job_told, engines_told = asyncio.ensure_future(anext(jobs)), asyncio.ensure_future(anext(serving))
+    await asyncio.sleep(0.01)
+    await world.register()
+    assert await world.workers.lease("eng-a") is not None
+    for _ in range(10):
+        await asyncio.sleep(0.005)
+        await world.clock.advance(0.1)
+    (told, _), [engine] = await asyncio.wait_for(asyncio.gather(job_told, engines_told), 5)
+    assert (told.state, engine.id) == (JobState.STARTING, "eng-a")
+    await jobs.aclose()  # type: ignore[attr-defined]
+    await serving.aclose()  # type: ignore[attr-defined]
+
+
+@dataclass
+class SkewedStore:
+    """A store whose database has a clock of its own."""
+
+    store: SqlJobStore
+    database: FakeClock
+    asks: SharedClock
+
+    def read(self):  # type: ignore[no-untyped-def]
+        return self.store.read()
+
+    def write(self):  # type: ignore[no-untyped-def]
+        return self.store.write()
+
+    async def clock_offset(self) -> float:
+        return (self.database.now() - self.asks.now()).total_seconds()
+
+
+async def test_a_replica_whose_clock_is_wrong_takes_no_lease_away(world: World) -> None:
+    lease = await world.leased()
+    machine = FakeClock(datetime(2026, 1, 1, 0, 1, tzinfo=UTC))
+    clock = SharedClock(machine)
+    other = World(world.store, clock, world.ids, world.limits, launcher=world.launcher)  # type: ignore[arg-type]
+    made = other.reconciler
+    store = SkewedStore(world.store, world.clock, clock)
+    reconciler = Reconciler(
+        store,
+        made.launcher,
+        made.quotas,
+        made.changes,
+        made.contact,
+        clock,
+        made.ids,
+        made.metrics,
+        made.limits,
+        shared_clock=clock,
+    )
+    for _ in range(20):
+        await world.workers.heartbeat(Beat("eng-a", [(lease.attempt.id, lease.attempt.lease_token)]))
+        for each in (world.clock, machine):
+            each.tick(3)
+        await reconciler.run_once()
+    assert abs(clock.now() - world.clock.now()) < timedelta(seconds=0.2)
+    assert (await world.job(lease.job.id)).state is JobState.STARTING
+    for _ in range(6):
+        for each in (world.clock, machine):
+            each.tick(3)
+        await reconciler.run_once()
+    assert (await world.job(lease.job.id)).state is JobState.QUEUED
