@@ -22,7 +22,7 @@
 apiVersion: batch/v1
 kind: Job
 metadata:
-  name: {{ include "lathe.name" . }}{{ if .hook }}-upgrade{{ end }}
+  name: {{ include "lathe.name" . }}{{ if .root.Release.IsUpgrade }}-upgrade{{ end }}
   namespace: {{ .root.Release.Namespace }}
   labels:
     {{- include "lathe.labels" . | nindent 4 }}
