@@ -292,3 +292,26 @@ async def test_a_whole_job_with_a_lost_engine(world: World) -> None:
     job = await world.job(first.job.id)
     assert (job.state, job.lost_lease_count, job.trained_tokens) == (JobState.SUCCEEDED, 1, 21)
     assert sum(m.startswith("Step") for m in await world.messages(job.id)) == 3
+
+
+async def test_replicas_launch_one_engine_together(world: World) -> None:
+    replicas = [world, world.replica(), world.replica()]
+    await world.queued()
+    await world.queued(model="other")
+    for _ in range(3):
+        await asyncio.gather(*(replica.reconciler.run_once() for replica in replicas))
+    async with world.store.read() as session:
+        bases = sorted(engine.base.id for engine in await session.engines())
+    assert bases == ["other", "tiny"] and len(world.launcher.launches) == 2
+
+
+async def test_replicas_take_a_silent_engines_job_away_once(world: World) -> None:
+    replicas = [world, world.replica(), world.replica()]
+    lease = await world.leased()
+    for _ in range(40):
+        world.clock.tick(1)
+        await asyncio.gather(*(replica.reconciler.run_once() for replica in replicas))
+    job = await world.job(lease.job.id)
+    assert (job.state, job.lost_lease_count) == (JobState.QUEUED, 1)
+    async with world.store.read() as session:
+        assert len(await session.engines()) == len(world.launcher.launches) == 1
