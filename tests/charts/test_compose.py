@@ -27,7 +27,7 @@ def compose_command() -> list[str] | None:
     for command in (["docker", "compose"], ["docker-compose"]):
         if (
             shutil.which(command[0])
-            and subprocess.run([*command, "version"], capture_output=True).returncode == 0
+            and subprocess.run([*command, "version"], check=False, capture_output=True).returncode == 0
         ):
             return command
     return None
