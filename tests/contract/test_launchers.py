@@ -1,4 +1,7 @@
-"""What every launcher does, on the fake and on real child processes. Ray's run is in tests/integration."""
+"""What every launcher does: on the fake, on real child processes, and on a Kubernetes in memory.
+
+Ray's run is in tests/integration, a real Kubernetes' in tests/cluster.
+"""
 
 import asyncio
 import os
@@ -11,9 +14,13 @@ from pathlib import Path
 import pytest
 
 from lathe.common.errors import FailedPrecondition
+from lathe.jobs.launchers.kuberay import KubernetesLauncher
+from lathe.jobs.launchers.manifests import Frame
 from lathe.jobs.launchers.subprocess import SubprocessLauncher
 from lathe.jobs.ports import EngineLaunch, LaunchedEngine, Launcher
+from tests.fakes.clock import FakeClock
 from tests.fakes.jobs import FakeLauncher
+from tests.fakes.kubernetes import FakeKubeApi
 
 SLEEPER = (sys.executable, "-c", "import os, time; print(dict(os.environ), flush=True); time.sleep(60)")
 BROKEN = (sys.executable, "-c", "import sys; print('first'); sys.exit('no weights here')")
@@ -52,9 +59,22 @@ def subprocesses(folder: Path, command: tuple[str, ...] = SLEEPER) -> Subprocess
     )
 
 
-@pytest.fixture(params=["fake", "subprocess"])
+def on_kubernetes(folder: Path, *, kuberay: bool) -> KubernetesLauncher:
+    (folder / "default.yaml").write_text("{spec: {containers: [{name: engine, image: 'lathe/engine:1'}]}}")
+    frame = Frame("lathe", "lathe", "jobs:7460", "2.60.0")
+    return KubernetesLauncher(FakeKubeApi(kuberay=kuberay), frame, folder, FakeClock())
+
+
+@pytest.fixture(params=["fake", "subprocess", "rayjob", "deployment"])
 async def launcher(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Launcher]:
-    made: Launcher = FakeLauncher() if request.param == "fake" else subprocesses(tmp_path)
+    made: Launcher
+    match request.param:
+        case "fake":
+            made = FakeLauncher()
+        case "subprocess":
+            made = subprocesses(tmp_path)
+        case kind:
+            made = on_kubernetes(tmp_path, kuberay=kind == "rayjob")
     yield made
     await made.close()
 
@@ -110,6 +130,8 @@ async def test_an_engine_gets_its_own_settings_and_nobody_elses(tmp_path: Path) 
         "'LATHE_ENGINE_ENGINE_ID': 'eng-1'",
         "'LATHE_ENGINE_BASE_MODEL': 'baseModels/tiny'",
         "'LATHE_ENGINE_JOBS_ADDRESS': '127.0.0.1:1'",
+        "'LATHE_ENGINE_ENGINE_CLASS': 'default'",
+        "'LATHE_ENGINE_JOB_ID': ''",
         "'LATHE_ENGINE_THREADS': '2'",
         "'LATHE_ENGINE_RPC__PORT': '0'",
         f"'LATHE_ENGINE_PARENT_PID': '{os.getpid()}'",

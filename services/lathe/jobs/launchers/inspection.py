@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,12 +13,17 @@ from lathe.common.diagnosis import Finding
 from lathe.common.errors import LatheError, PermissionDenied
 from lathe.jobs.launchers.kube_api import Kind, KubeApi
 from lathe.jobs.launchers.manifests import device_resources
+from lathe.jobs.launchers.observed import is_unnoticed
 
 _RAY = "ray.io/v1"
 
 
 def look(
-    api: KubeApi, templates: Path, engines: Literal["auto", "rayjob", "deployment"], selector: str
+    api: KubeApi,
+    templates: Path,
+    engines: Literal["auto", "rayjob", "deployment"],
+    selector: str,
+    now: datetime,
 ) -> Sequence[Finding]:
     """Every finding, the bad ones too; never raises."""
     try:
@@ -36,7 +42,7 @@ def look(
     found = [Finding("kubernetes", True, "Kubernetes' API answers jobs."), _runs_as(used, has_ray, engines)]
     found.append(_rights(api, used, selector))
     if used is Kind.RAYJOB and has_ray:
-        found.append(_operator(api, selector))
+        found.append(_operator(api, selector, now))
     found.append(_classes(templates))
     found.extend(_devices(api, templates))
     return found
@@ -81,13 +87,13 @@ def _rights(api: KubeApi, used: Kind, selector: str) -> Finding:
     return Finding("engine rights", True, "jobs sees its engines' objects and pods.")
 
 
-def _operator(api: KubeApi, selector: str) -> Finding:
+def _operator(api: KubeApi, selector: str, now: datetime) -> Finding:
     """The operator itself is in another namespace, which jobs has no right to see: its traces have to do."""
     try:
         made = api.list(Kind.RAYJOB, labels=selector)
     except LatheError as error:
         return Finding("kuberay operator", False, f"RayJobs cannot be listed: {error.message}")
-    waiting = [job for job in made if not (job.get("status") or {}).get("jobDeploymentStatus")]
+    waiting = [job for job in made if is_unnoticed(job, now)]
     if waiting:
         return Finding(
             "kuberay operator",

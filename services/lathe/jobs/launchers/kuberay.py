@@ -95,7 +95,9 @@ class KubernetesLauncher:
 
     async def check(self) -> Sequence[Finding]:
         return await self._run(
-            lambda: inspection.look(self.api, self.templates, self.engines, self._selector())
+            lambda: inspection.look(
+                self.api, self.templates, self.engines, self._selector(), self.clock.now()
+            )
         )
 
     async def close(self) -> None:

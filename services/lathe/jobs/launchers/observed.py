@@ -51,7 +51,7 @@ def observe_rayjob(job: Mapping[str, Any], pods: Sequence[Mapping[str, Any]], no
     running = LaunchedEngine(_engine_id(job), running=True)
     if _age_s(job, now) < _UNNOTICED_S:
         return Observed(running)
-    if not state:
+    if is_unnoticed(job, now):
         why = f"KubeRay's operator has not taken the RayJob {_name(job)}: check that it runs and watches this namespace"
         return Observed(replace(running, waiting_for=why), events_of=(_name(job),))
     why = "KubeRay has not made its pod yet: see the events of the RayCluster"
@@ -118,6 +118,11 @@ def last_line(text: str) -> str:
     """The last line that is not blank."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return lines[-1] if lines else ""
+
+
+def is_unnoticed(job: Mapping[str, Any], now: datetime) -> bool:
+    """Whether KubeRay's operator has had its time to take a RayJob, and has not."""
+    return not (job.get("status") or {}).get("jobDeploymentStatus") and _age_s(job, now) >= _UNNOTICED_S
 
 
 def is_deleted(thing: Mapping[str, Any]) -> bool:

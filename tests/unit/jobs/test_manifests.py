@@ -1,0 +1,151 @@
+"""What the launcher makes on Kubernetes for an engine."""
+
+from typing import Any
+
+import pytest
+
+from lathe.common.errors import FailedPrecondition
+from lathe.jobs.launchers.manifests import Frame, Owner, deployment, object_name, rayjob
+from lathe.jobs.ports import EngineLaunch
+
+LAUNCH = EngineLaunch("eng-1", "baseModels/tiny", "d" * 64, "cpu")
+FRAME = Frame("lathe", "lathe", "lathe-jobs:7460", "2.60.0", Owner("lathe-jobs", "uid-1"))
+
+
+def template(**container: Any) -> dict[str, Any]:
+    return {
+        "metadata": {
+            "labels": {"app.kubernetes.io/name": "lathe"},
+            "annotations": {"prometheus.io/port": "9090"},
+        },
+        "spec": {
+            "terminationGracePeriodSeconds": 60,
+            "containers": [
+                {"name": "beside", "image": "other"},
+                {
+                    "name": "engine",
+                    "image": "lathe/engine:1",
+                    "env": [
+                        {"name": "POD_IP", "valueFrom": {"fieldRef": {"fieldPath": "status.podIP"}}},
+                        {"name": "LATHE_ENGINE_ADVERTISE_ADDRESS", "value": "$(POD_IP):7460"},
+                        {"name": "LATHE_ENGINE_ENGINE_ID", "value": "mine"},
+                    ],
+                    "ports": [{"name": "grpc", "containerPort": 7460}],
+                    "startupProbe": {"grpc": {"port": 7461}},
+                    "readinessProbe": {"grpc": {"port": 7461}},
+                    "livenessProbe": {"grpc": {"port": 7461}},
+                    **container,
+                },
+            ],
+        },
+    }
+
+
+def head(made: dict[str, Any]) -> dict[str, Any]:
+    pod: dict[str, Any] = made["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]
+    return pod
+
+
+def environment(container: dict[str, Any]) -> dict[str, Any]:
+    names = [entry["name"] for entry in container["env"]]
+    assert len(names) == len(set(names))
+    return {entry["name"]: entry.get("value") for entry in container["env"]}
+
+
+def test_a_rayjob_is_one_head_and_one_try() -> None:
+    made = rayjob(LAUNCH, template(), FRAME)
+    spec = made["spec"]
+    assert (spec["submissionMode"], spec["backoffLimit"], spec["jobId"]) == ("HTTPMode", 0, "eng-1")
+    assert spec["shutdownAfterJobFinishes"] and spec["ttlSecondsAfterFinished"] == 300
+    assert "workerGroupSpecs" not in spec["rayClusterSpec"]
+    assert spec["rayClusterSpec"]["authOptions"] == {"mode": "token"}
+    assert head(made)["spec"]["restartPolicy"] == "Never"
+    # KubeRay copies it to the cluster: a second head would be given the engine again.
+    assert made["metadata"]["annotations"]["ray.io/disable-provisioned-head-restart"] == "true"
+    assert "lathe.engine.main" in spec["entrypoint"]
+
+
+@pytest.mark.parametrize("make", [rayjob, deployment])
+def test_what_is_made_is_owned_and_found_again(make: Any) -> None:
+    made = make(LAUNCH, template(), FRAME)
+    [owner] = made["metadata"]["ownerReferences"]
+    assert (owner["kind"], owner["name"], owner["uid"]) == ("Deployment", "lathe-jobs", "uid-1")
+    assert not owner["blockOwnerDeletion"]
+    pod = head(made) if make is rayjob else made["spec"]["template"]
+    for metadata in (made["metadata"], pod["metadata"]):
+        assert metadata["labels"] == {
+            "app.kubernetes.io/name": "lathe",
+            "app.kubernetes.io/instance": "lathe",
+            "lathe.internal/engine": "eng-1",
+            "lathe.internal/base-digest": "d" * 63,
+        }
+    assert pod["metadata"]["annotations"] == {"prometheus.io/port": "9090"}
+    assert made["metadata"]["annotations"]["lathe.internal/base-model"] == "baseModels/tiny"
+
+
+def test_the_engine_is_rays_container_and_keeps_its_settings() -> None:
+    container = head(rayjob(LAUNCH, template(command=["mine"], args=["too"]), FRAME))["spec"]["containers"][0]
+    assert container["name"] == "engine" and "command" not in container and "args" not in container
+    assert container["ports"] == [
+        {"name": "grpc", "containerPort": 7460},
+        {"name": "gcs-server", "containerPort": 6379},
+        {"name": "dashboard", "containerPort": 8265},
+    ]
+    variables = environment(container)
+    assert variables["LATHE_ENGINE_ENGINE_ID"] == "eng-1"
+    assert variables["LATHE_ENGINE_JOBS_ADDRESS"] == "lathe-jobs:7460"
+    # The kubelet puts in only what stands before.
+    names = [entry["name"] for entry in container["env"]]
+    assert names.index("POD_IP") < names.index("LATHE_ENGINE_ADVERTISE_ADDRESS")
+
+
+def test_a_head_is_ready_before_its_engine_runs() -> None:
+    container = head(rayjob(LAUNCH, template(), FRAME))["spec"]["containers"][0]
+    assert "startupProbe" not in container
+    assert container["readinessProbe"]["httpGet"]["port"] == 8265
+    assert "grpc" not in container["livenessProbe"]
+
+
+def test_a_deployment_is_the_engine_itself() -> None:
+    made = deployment(LAUNCH, template(), FRAME)
+    assert (made["spec"]["replicas"], made["spec"]["strategy"]) == (1, {"type": "Recreate"})
+    pod = made["spec"]["template"]
+    selected = made["spec"]["selector"]["matchLabels"]
+    assert selected.items() <= pod["metadata"]["labels"].items()
+    container = next(one for one in pod["spec"]["containers"] if one["name"] == "engine")
+    assert container["command"] == ["python", "-m", "lathe.engine.main"]
+    assert container["readinessProbe"] == {"grpc": {"port": 7461}}
+    assert environment(container)["LATHE_ENGINE_BASE_DIGEST"] == "d" * 64
+
+
+def test_the_devices_of_a_class_are_given_to_the_engine() -> None:
+    made = rayjob(LAUNCH, template(resources={"limits": {"nvidia.com/gpu": "2", "memory": "1Gi"}}), FRAME)
+    assert made["spec"]["entrypointNumGpus"] == 2
+    assert made["spec"]["rayClusterSpec"]["headGroupSpec"]["rayStartParams"]["num-gpus"] == "2"
+    assert "entrypointNumGpus" not in rayjob(LAUNCH, template(), FRAME)["spec"]
+
+
+def test_a_template_serves_for_many_engines() -> None:
+    given = template()
+    rayjob(LAUNCH, given, FRAME)
+    deployment(LAUNCH, given, FRAME)
+    assert given == template()
+
+
+def test_a_job_of_its_own_is_written_down() -> None:
+    own = EngineLaunch("eng-1", "baseModels/tiny", "d" * 64, "cpu", job_id="job-9")
+    assert deployment(own, template(), FRAME)["metadata"]["annotations"]["lathe.internal/job"] == "job-9"
+
+
+@pytest.mark.parametrize(
+    "prefix", ["lathe", "a-very-long-release-name-that-helm-allows-to-be-53-long", "x." * 20]
+)
+def test_names_fit_kuberay(prefix: str) -> None:
+    name = object_name(prefix, "eng-1")
+    assert len(name) <= 47 and "--" not in name and ".-" not in name
+    assert name == object_name(prefix, "eng-1") != object_name(prefix, "eng-2")
+
+
+def test_a_template_without_an_engine() -> None:
+    with pytest.raises(FailedPrecondition, match="'engine'"):
+        rayjob(LAUNCH, {"spec": {"containers": [{"name": "other"}]}}, FRAME)
