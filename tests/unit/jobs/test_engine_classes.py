@@ -5,11 +5,21 @@ from collections.abc import AsyncIterator
 import pytest
 
 from lathe.common.errors import InvalidArgument
-from lathe.jobs.model import ComputeSpec, EngineClasses, EngineState, JobState, Outcome
+from lathe.jobs import protos
+from lathe.jobs.model import (
+    ComputeSpec,
+    DatasetRef,
+    EngineClasses,
+    EngineState,
+    Job,
+    JobState,
+    Outcome,
+)
 from lathe.jobs.policy import Limits
 from lathe.jobs.settings import JobsSettings
 from lathe.jobs.workers import Beat
-from tests.fakes.jobs import World, a_world
+from lathe.v1 import jobs_pb2, worker_pb2
+from tests.fakes.jobs import BASE, World, a_world
 
 CLASSES = EngineClasses(("cpu", "gpu"), "cpu")
 GPU = ComputeSpec("gpu")
@@ -157,6 +167,33 @@ async def test_a_dedicated_job_needs_an_engine_of_its_own_even_beside_a_free_one
     async with world.store.read() as session:
         states = {engine.job_id: engine.state for engine in await session.engines()}
     assert states == {"": EngineState.READY, job.id: EngineState.LAUNCHING}
+
+
+def test_compute_comes_and_goes_over_the_wire(world: World) -> None:
+    sent = jobs_pb2.CreateJobRequest(
+        parent="projects/acme",
+        job=jobs_pb2.Job(compute=jobs_pb2.ComputeSpec(engine_class="gpu", dedicated=True)),
+    )
+    assert protos.job_request(sent).compute == ComputeSpec("gpu", True)
+    job = Job("j", "acme", "tiny", BASE, DatasetRef("f"), 1, world.clock.now(), compute=GPU)
+    assert protos.job_pb(job).compute == jobs_pb2.ComputeSpec(engine_class="gpu")
+
+
+async def test_an_engine_that_jobs_does_not_know_says_what_it_is_for(world: World) -> None:
+    gpu, own = await world.queued(compute=GPU), await world.queued(compute=OWN)
+    for engine_id, engine_class, job_id in (("eng-gpu", "gpu", ""), ("eng-own", "cpu", own.id)):
+        message = worker_pb2.RegisterRequest(
+            engine_id=engine_id,
+            base_model=BASE.name,
+            base_digest=BASE.digest,
+            address="a:1",
+            capacity=worker_pb2.Capacity(max_attempts=1),
+            engine_class=engine_class,
+            job_id=job_id,
+        )
+        await world.workers.register(protos.registration(message))
+    taken = [await world.workers.lease(engine_id) for engine_id in ("eng-own", "eng-gpu")]
+    assert [lease.job.id for lease in taken if lease is not None] == [own.id, gpu.id]
 
 
 @pytest.mark.parametrize("given", ["cpu, gpu", '["cpu", "gpu"]'])
