@@ -42,6 +42,7 @@ lint: $(VENV)/.dev proto-check docs-check ## ruff, mypy, import rules, buf
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/buf lint
+	$(BIN)/hadolint docker/Dockerfile
 	$(MAKE) breaking
 
 format: $(VENV)/.dev ## let ruff format and fix
