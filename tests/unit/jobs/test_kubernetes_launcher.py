@@ -239,6 +239,17 @@ async def test_a_pod_on_a_lost_node_hangs_in_its_end(ray: Cluster, plain: Cluste
         assert not found.running and found.killed
 
 
+async def test_a_pod_that_drains_has_its_engine_until_its_time_is_up(ray: Cluster) -> None:
+    await ray.start()
+    ray.says(jobDeploymentStatus="Running", jobStatus="RUNNING", dashboardURL="head:8265")
+    ray.api.add_pod(
+        "eng-1", state(ready=True, state={"running": {}}), deletionTimestamp="2026-01-01T00:01:00Z"
+    )
+    assert (await ray.engine()).running
+    ray.clock.tick(60)
+    assert not (await ray.engine()).running
+
+
 async def test_an_object_that_is_being_deleted_is_forgotten(ray: Cluster) -> None:
     await ray.start()
     made = ray.api.made(Kind.RAYJOB, "eng-1")

@@ -65,6 +65,12 @@ def test_a_rayjob_is_one_head_and_one_try() -> None:
     assert "lathe.engine.main" in spec["entrypoint"]
 
 
+def test_rays_guess_of_threads_is_dropped_but_not_the_operators() -> None:
+    assert "unset OMP_NUM_THREADS" in rayjob(LAUNCH, template(), FRAME)["spec"]["entrypoint"]
+    chosen = template(env=[{"name": "OMP_NUM_THREADS", "value": "4"}])
+    assert "OMP_NUM_THREADS" not in rayjob(LAUNCH, chosen, FRAME)["spec"]["entrypoint"]
+
+
 @pytest.mark.parametrize("make", [rayjob, deployment])
 def test_what_is_made_is_owned_and_found_again(make: Any) -> None:
     made = make(LAUNCH, template(), FRAME)

@@ -47,6 +47,8 @@ _RAY_ENV = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_enable_metrics_collection": "0",
     "RAY_task_events_report_interval_ms": "0",
+    # The engine has drained before Ray is told to end: preStop sees to that.
+    "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
 }
 
 
@@ -121,7 +123,7 @@ def rayjob(launch: EngineLaunch, template: Mapping[str, Any], frame: Frame) -> M
         "kind": "RayJob",
         "metadata": metadata,
         "spec": {
-            "entrypoint": _entrypoint(),
+            "entrypoint": _entrypoint(container),
             "jobId": launch.engine_id,
             "submissionMode": "HTTPMode",
             "backoffLimit": 0,
@@ -241,10 +243,12 @@ def _devices(container: Mapping[str, Any]) -> int:
     return sum(device_resources(container).values())
 
 
-def _entrypoint() -> str:
+def _entrypoint(container: Mapping[str, Any]) -> str:
     """The engine, in the place of the shell that Ray starts; what it says goes to the pod's log as well as to Ray's.
 
     tee outlives the signal that ends the engine, so that the engine's last words are heard.
     """
-    command = f"exec python -m {ENGINE_MODULE} > >(trap '' TERM INT; exec tee /proc/1/fd/1) 2>&1"
+    # Ray sets it to 1 for what asks for no CPU of Ray's.
+    given = any(entry["name"] == "OMP_NUM_THREADS" for entry in container["env"])
+    command = f"{'' if given else 'unset OMP_NUM_THREADS; '}exec python -m {ENGINE_MODULE} > >(trap '' TERM INT; exec tee /proc/1/fd/1) 2>&1"
     return f"exec bash -c {shlex.quote(command)}"

@@ -42,7 +42,8 @@ def observe_rayjob(job: Mapping[str, Any], pods: Sequence[Mapping[str, Any]], no
     state, verdict = status.get("jobDeploymentStatus") or "", status.get("jobStatus") or ""
     if state in ("Complete", "Failed"):
         return _ended_by_ray(_engine_id(job), verdict, state, str(status.get("message") or ""))
-    live = [pod for pod in pods if _lives(pod)]
+    # One that is told to end drains first: its engine lives until its time is up. On a lost node it hangs for longer.
+    live = [pod for pod in pods if _lives(pod) or _drains(pod, now)]
     if live:
         return _waiting(_engine_id(job), live[-1], job)
     # Nothing makes a head anew once the cluster was ready, and a pod that ends before has failed as well.
@@ -63,7 +64,8 @@ def observe_deployment(made: Mapping[str, Any], pods: Sequence[Mapping[str, Any]
     """A Deployment that nobody has deleted, and the engine's pods.
 
     A pod that is replaced or a container that was started again has lost its engine: what comes after it would be a
-    retry, and only jobs retries.
+    retry, and only jobs retries. A pod that drains is replaced at once, by one with the same engine id, so that both
+    must go.
     """
     dying = [pod for pod in pods if not _lives(pod)]
     restarted = [pod for pod in pods if _lives(pod) and _last_end(pod) is not None]
@@ -241,6 +243,13 @@ def _lives(pod: Mapping[str, Any]) -> bool:
     return not is_deleted(pod) and (pod.get("status") or {}).get("phase") not in ("Failed", "Succeeded")
 
 
+def _drains(pod: Mapping[str, Any], now: datetime) -> bool:
+    """Within its grace period: that is when the deletion's time stamp is."""
+    stamp = (pod.get("metadata") or {}).get("deletionTimestamp")
+    ended = (pod.get("status") or {}).get("phase") in ("Failed", "Succeeded") or "terminated" in _state(pod)
+    return bool(stamp) and not ended and now < _instant(stamp)
+
+
 def _container(pod: Mapping[str, Any]) -> Mapping[str, Any]:
     statuses: Sequence[Mapping[str, Any]] = (pod.get("status") or {}).get("containerStatuses") or []
     return next((status for status in statuses if status.get("name") == CONTAINER), {})
@@ -269,7 +278,11 @@ def _age_s(thing: Mapping[str, Any], now: datetime) -> float:
     stamp = (thing.get("metadata") or {}).get("creationTimestamp")
     if not stamp:
         return 0.0
-    return (now - datetime.fromisoformat(str(stamp).replace("Z", "+00:00"))).total_seconds()
+    return (now - _instant(stamp)).total_seconds()
+
+
+def _instant(stamp: object) -> datetime:
+    return datetime.fromisoformat(str(stamp).replace("Z", "+00:00"))
 
 
 def _name(thing: Mapping[str, Any]) -> str:
