@@ -120,6 +120,15 @@ images-push: ## publish the images (REGISTRY=…)
 images-check: ## look into the built images: sizes, user, nothing needless, a start on a read-only root
 	@docker/check-images.sh
 
+# --- on a cluster: kind, kubectl, helm and docker from PATH ---------------------------------------------------
+#
+# FAST        1: the install, the e2e suite, one killed pod of each kind and an engine's lost node, nothing more
+# ARGS        what tests/cluster/run.py takes beside: --keep, --reuse, and what pytest takes
+
+.PHONY: test-cluster
+test-cluster: $(VENV)/.dev ## build the images, make a kind cluster, install, run e2e and break things (FAST=1, ARGS="--keep")
+	PATH="$$PATH:$(CURDIR)/$(BIN)" PYTHONPATH=services:. $(BIN)/python -m tests.cluster.run $(if $(FAST),--fast) $(ARGS)
+
 # --- the environment ---------------------------------------------------------------------------------------
 
 $(VENV)/.torch:

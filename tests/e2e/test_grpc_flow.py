@@ -68,8 +68,9 @@ def test_an_upload_goes_on_where_its_connection_broke(client: Client, platform: 
         def progress(done: int, _: int) -> None:
             sent.append(done)
             if done >= 12 << 20 and not cuts:
-                # What lies in buffers on the way would arrive all the same: give it the time to.
-                time.sleep(0.5)
+                # What lies in buffers on the way would arrive all the same: give it the time to, and the first part to
+                # be stored, on a cluster by way of several hops.
+                time.sleep(3)
                 cuts.append(len(sent))
                 between.cut()
 
