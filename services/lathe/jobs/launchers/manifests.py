@@ -250,5 +250,7 @@ def _entrypoint(container: Mapping[str, Any]) -> str:
     """
     # Ray sets it to 1 for what asks for no CPU of Ray's.
     given = any(entry["name"] == "OMP_NUM_THREADS" for entry in container["env"])
-    command = f"{'' if given else 'unset OMP_NUM_THREADS; '}exec python -m {ENGINE_MODULE} > >(trap '' TERM INT; exec tee /proc/1/fd/1) 2>&1"
+    own_threads = "" if given else "unset OMP_NUM_THREADS; "
+    output = "> >(trap '' TERM INT; exec tee /proc/1/fd/1) 2>&1"
+    command = f"{own_threads}exec python -m {ENGINE_MODULE} {output}"
     return f"exec bash -c {shlex.quote(command)}"
