@@ -1,0 +1,46 @@
+"""The README's Kubernetes section, word for word, in one shell: from the images to a tuned model, and away again."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+from pathlib import Path
+
+from tests.cluster.harness.commands import ROOT
+from tests.cluster.harness.kubectl import Kubectl
+from tests.cluster.harness.release import Release
+
+LIMIT_S = 1800.0
+BLOCK = re.compile(r"^```sh\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+# Made already by whoever runs these tests, by the same commands.
+MADE = ("kind create cluster", "make images")
+# What the shell started beside it ends with it.
+SHELL = "set -euo pipefail\ntrap 'kill $(jobs -p) 2>/dev/null || true' EXIT\n"
+
+
+def commands() -> list[str]:
+    """The lines of the section's shell blocks."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    section = text.partition("## On Kubernetes\n")[2].partition("\n## ")[0]
+    lines = [line for block in BLOCK.findall(section) for line in block.splitlines() if line.strip()]
+    assert any(line.startswith("helm install") for line in lines), (
+        "the README's Kubernetes section has no blocks"
+    )
+    return lines
+
+
+def test_the_section_works(release: Release, tmp_path: Path) -> None:
+    lines = [line for line in commands() if not line.startswith(MADE)]
+    environment = {
+        **os.environ,
+        "KUBECONFIG": str(release.kind.kubeconfig),
+        "XDG_CONFIG_HOME": str(tmp_path),
+    }
+    done = subprocess.run(
+        ["bash", "-xc", SHELL + "\n".join(lines)], cwd=ROOT, env=environment, timeout=LIMIT_S, check=False
+    )
+    assert done.returncode == 0, "a command of the README failed: see above"
+    left = Kubectl(release.kind.kubeconfig, "lathe")
+    assert left.items("pods") == []
+    left.run("delete", "namespace", "lathe", "--wait=false")
