@@ -28,6 +28,7 @@ from lathe.common.rpc.channel import call, connect, stream, upload
 from lathe.common.rpc.principal import Principal, current_caller
 from lathe.common.rpc.server import MAX_MESSAGE_BYTES, Registration, RpcServer, build_server
 from lathe.common.settings import RpcSettings
+from tests.fixtures.relay import relay
 
 SERVICE = "lathe.v1.EchoService"
 USER = Principal("acme", "member", "key_1")
@@ -53,6 +54,8 @@ class Echo:
         yield request
         if request == b"missing":
             raise NotFound("gone half-way")
+        if request == b"quiet":
+            await asyncio.Event().wait()
         if request == b"endless":
             while True:
                 await asyncio.sleep(0.01)
@@ -194,6 +197,22 @@ async def test_leaving_a_stream_cancels_it(echo: Running) -> None:
             break
         await asyncio.sleep(0.02)
     assert echo.handled("ServerStream", "CANCELLED", "server_stream") == 1
+
+
+async def test_both_sides_of_a_quiet_stream_notice_that_the_other_has_vanished(echo: Running) -> None:
+    with relay(f"127.0.0.1:{echo.server.port}") as between:
+        async with connect(between.address, "service-token") as channel:
+            method = channel.unary_stream(f"/{SERVICE}/ServerStream")
+            quiet = stream(method, b"quiet", principal=USER)
+            assert await anext(quiet) == b"quiet"
+            between.freeze()
+            with pytest.raises(Unavailable):
+                await asyncio.wait_for(anext(quiet), 20)
+            for _ in range(100):
+                if echo.handled("ServerStream", "CANCELLED", "server_stream"):
+                    break
+                await asyncio.sleep(0.1)
+            assert echo.handled("ServerStream", "CANCELLED", "server_stream") == 1
 
 
 async def test_health_is_open_and_says_when_it_drains() -> None:

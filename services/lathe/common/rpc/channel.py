@@ -24,7 +24,11 @@ CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
     # A peer whose machine has vanished is noticed within 15 s.
     ("grpc.keepalive_time_ms", 10_000),
     ("grpc.keepalive_timeout_ms", 5_000),
+    # What gRPC waits for the answer to a ping; the keepalive timeout alone leaves it at a minute.
+    ("grpc.http2.ping_timeout_ms", 5_000),
     ("grpc.keepalive_permit_without_calls", 1),
+    # Otherwise the pings of a quiet stream stop after the second.
+    ("grpc.http2.max_pings_without_data", 0),
     # A peer that restarts must be found again at once, not after two minutes.
     ("grpc.initial_reconnect_backoff_ms", 200),
     ("grpc.max_reconnect_backoff_ms", 5_000),

@@ -25,7 +25,11 @@ SERVER_OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.keepalive_time_ms", 10_000),
     ("grpc.keepalive_timeout_ms", 5_000),
+    # What gRPC waits for the answer to a ping; the keepalive timeout alone leaves it at a minute.
+    ("grpc.http2.ping_timeout_ms", 5_000),
     ("grpc.keepalive_permit_without_calls", 1),
+    # Otherwise the pings of a quiet stream stop after the second.
+    ("grpc.http2.max_pings_without_data", 0),
     # Our own channels ping every 10 s; less than 5 s is abuse.
     ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
     # Otherwise a second process could bind the same port, and calls would go to either.
