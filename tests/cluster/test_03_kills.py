@@ -37,9 +37,12 @@ def test_a_server_of_the_try_out_is_killed(release: Release, work: Work, server:
 
 
 def kill(release: Release, component: str) -> float:
-    """Kill the component's pod; when."""
-    pod = release.pod(component)["metadata"]["name"]
+    """Kill the component's pod; when. An engine's process dies first: deleting its pod alone would let it drain."""
+    found = release.pod(component)
+    pod = found["metadata"]["name"]
     moment = time.monotonic()
+    if component == "engine":
+        assert release.signal_engine(found, "KILL"), f"no engine runs in {pod}"
     release.kubectl.kill(pod)
     until(
         lambda: pod not in {one["metadata"]["name"] for one in release.pods(component)},

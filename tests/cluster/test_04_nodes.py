@@ -79,7 +79,7 @@ def test_the_engines_node_is_lost(release: Release, work: Work) -> None:
             job = work.check(job)
     assert job.lost_lease_count == 1
     streams.check_none_hung(STREAM_SAID_S)
-    recovered(release)
+    recovered(release, work)
 
 
 def test_a_node_with_everything_on_it_is_lost(release: Release, work: Work) -> None:
@@ -89,7 +89,7 @@ def test_a_node_with_everything_on_it_is_lost(release: Release, work: Work) -> N
     with stopped(release, node):
         until(lambda: all_elsewhere(release, node), NODE_LOST_S + RECOVERED_S, f"everything off {node}")
         work.check(job)
-    recovered(release)
+    recovered(release, work)
 
 
 def all_elsewhere(release: Release, node: str) -> bool:
@@ -105,7 +105,7 @@ def test_a_workers_network_is_cut_for_90_seconds(release: Release, work: Work) -
     with cut_off(release, node):
         time.sleep(90)
     work.check(job)
-    recovered(release)
+    recovered(release, work)
 
 
 def test_an_engine_stands_still_for_a_minute(release: Release, work: Work) -> None:
@@ -143,7 +143,7 @@ def test_a_node_is_drained(release: Release, work: Work) -> None:
     finally:
         release.kubectl.run("uncordon", node)
     assert job.lost_lease_count == 0
-    recovered(release)
+    recovered(release, work)
 
 
 def test_workers_one_at_a_time(release: Release, work: Work) -> None:
@@ -153,7 +153,7 @@ def test_workers_one_at_a_time(release: Release, work: Work) -> None:
             until(
                 lambda node=node: all_elsewhere(release, node), NODE_LOST_S + RECOVERED_S, f"all off {node}"
             )
-        recovered(release)
+        recovered(release, work)
     work.finish(job)
 
 
@@ -162,12 +162,12 @@ def drain(release: Release, node: str) -> None:
     release.kubectl.run("drain", node, *flags, timeout=200)
 
 
-def recovered(release: Release) -> None:
+def recovered(release: Release, work: Work) -> None:
     """Everything is ready again, and the platform takes work."""
     release.wait_ready()
     with release.client() as client:
-        assert_serves(client)
+        assert_serves(client, work.base_model)
 
 
 def assert_serves(client: Client) -> None:
-    assert client.chat("tiny", [{"role": "user", "content": "Hello!"}], max_tokens=4, timeout=180).choices
+    assert client.chat(model, [{"role": "user", "content": "Hello!"}], max_tokens=4, timeout=180).choices

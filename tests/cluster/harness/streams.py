@@ -16,9 +16,11 @@ from tests.fixtures.platforms import Platform
 QUESTION = ask("Tell me everything about kettles.")
 # Longer than any that is not stuck.
 STREAM_S = 120.0
+AT_A_TIME = 3
+APART_S = 0.4
 
 
-@dataclass
+@dataclass(eq=False)
 class Ended:
     """One stream. Times are monotonic seconds; error is empty for one that came to its own end."""
 
@@ -36,19 +38,20 @@ class Ended:
 
 @dataclass
 class Streams:
-    """Opens one stream after the other until `stop`."""
+    """Several at a time, each opening one stream after the other until `stopped`: one is always in the middle."""
 
     platform: Platform
     model: str
     ended: list[Ended] = field(default_factory=list)
     stopped: threading.Event = field(default_factory=threading.Event)
-    current: Ended | None = None
+    current: list[Ended] = field(default_factory=list)
 
     def run(self) -> None:
         with Client(self.platform.grpc, self.platform.api_key, timeout=10) as client:
             while not self.stopped.is_set():
                 now = time.monotonic()
-                self.current = one = Ended(now, now)
+                one = Ended(now, now)
+                self.current.append(one)
                 try:
                     for _ in client.chat_stream(
                         self.model, QUESTION, timeout=STREAM_S, temperature=1, max_tokens=400
@@ -61,12 +64,13 @@ class Streams:
                     one.error = f"{type(error).__name__}: {error.message}"
                     time.sleep(0.2)
                 one.ended = time.monotonic()
+                self.current.remove(one)
                 self.ended.append(one)
 
     def wait_open(self, timeout: float = 120.0) -> None:
         """Until a stream has brought its first words."""
         deadline = time.monotonic() + timeout
-        while self.current is None or not self.current.chunks:
+        while not any(one.chunks for one in self.current):
             assert time.monotonic() < deadline, f"no stream opened: {[one.error for one in self.ended[-3:]]}"
             time.sleep(0.05)
 
@@ -87,11 +91,16 @@ class Streams:
 def open_streams(platform: Platform, model: str) -> Iterator[Streams]:
     """Streams of `model` while inside; the first one is open already."""
     streams = Streams(platform, model)
-    thread = threading.Thread(target=streams.run, name="streams", daemon=True)
-    thread.start()
+    threads = [
+        threading.Thread(target=streams.run, name=f"streams-{n}", daemon=True) for n in range(AT_A_TIME)
+    ]
+    for thread in threads:
+        thread.start()
+        time.sleep(APART_S)
     try:
         streams.wait_open()
         yield streams
     finally:
         streams.stopped.set()
-        thread.join(STREAM_S + 10)
+        for thread in threads:
+            thread.join(STREAM_S + 10)
