@@ -127,7 +127,8 @@ class Owners(
         file = next(file for file in self.files if file.path == request.path)
         if file.sha256 != request.sha256:
             raise InvalidArgument(f"{request.path} is not the file that was announced.")
-        await self.store.copy(request.staging_key, f"blobs/{request.sha256}")
+        if not file.object_key:
+            await self.store.copy(request.staging_key, f"blobs/{request.sha256}")
         await self.store.delete(request.staging_key)
         file.object_key = f"blobs/{request.sha256}"
         return file
@@ -176,6 +177,8 @@ class Owners(
         raise InvalidArgument("No test of the gateway calls this.")
 
     GetQuota = UploadDataset = GetDatasetUpload = DownloadDataset = ListDatasets = DeleteDataset = _unused
-    EnsureAudit = CreateResultFile = CreateBaseModel = UploadModelFile = CommitBaseModel = _unused
+    EnsureAudit = CreateResultFile = CreateBaseModel = UploadModelFile = GetModelFileUpload = (
+        CommitBaseModel
+    ) = _unused
     ListBaseModels = DeleteBaseModel = GetAdapter = ListAdapters = DeleteAdapter = _unused
     RegisterAdapter = LoadAdapter = GetEngineStatus = Drain = _unused

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -14,7 +15,16 @@ from lathe.client import Client
 from lathe.client.datasets import CHUNK_BYTES
 from lathe.common.errors import FailedPrecondition, Unavailable
 from lathe.common.rpc.status import to_rpc_status
-from lathe.v1 import accounts_pb2, accounts_pb2_grpc, datasets_pb2, datasets_pb2_grpc, jobs_pb2, jobs_pb2_grpc
+from lathe.v1 import (
+    accounts_pb2,
+    accounts_pb2_grpc,
+    datasets_pb2,
+    datasets_pb2_grpc,
+    jobs_pb2,
+    jobs_pb2_grpc,
+    models_pb2,
+    models_pb2_grpc,
+)
 
 DATA = bytes(range(256)) * (CHUNK_BYTES // 256 * 3) + b"end"
 NAME = "projects/p/datasets/file-1"
@@ -72,6 +82,34 @@ class Datasets(datasets_pb2_grpc.DatasetsServiceServicer):
             away(context)
 
 
+class Models(models_pb2_grpc.ModelsServiceServicer):
+    """One file of an import; each stream but the last breaks after a message."""
+
+    def __init__(self, breaks: int) -> None:
+        self.breaks, self.stored, self.received = breaks, bytearray(), 0
+
+    def CreateBaseModel(self, request: Any, context: Any) -> models_pb2.BaseModel:
+        return models_pb2.BaseModel(
+            name="baseModels/m", state=models_pb2.BASE_MODEL_STATE_UPLOADING, files=request.base_model.files
+        )
+
+    def GetModelFileUpload(self, request: Any, context: Any) -> models_pb2.ModelFileUpload:
+        return models_pb2.ModelFileUpload(committed_size=len(self.stored))
+
+    def UploadModelFile(self, requests: Iterator[Any], context: Any) -> models_pb2.UploadModelFileResponse:
+        assert next(requests).write_offset == len(self.stored)
+        for message in requests:
+            self.stored += message.data
+            self.received += len(message.data)
+            if self.breaks:
+                self.breaks -= 1
+                away(context)
+        return models_pb2.UploadModelFileResponse()
+
+    def CommitBaseModel(self, request: Any, context: Any) -> models_pb2.BaseModel:
+        return models_pb2.BaseModel(name=request.name, state=models_pb2.BASE_MODEL_STATE_READY)
+
+
 class Jobs(jobs_pb2_grpc.JobsServiceServicer):
     """Two events a stream, then it breaks; six make the job."""
 
@@ -101,7 +139,8 @@ def serve() -> Iterator[Any]:
     server = grpc.server(ThreadPoolExecutor(4))
     clients: list[Client] = []
 
-    def start(datasets: Datasets) -> Client:
+    def start(datasets: Datasets, models: Models | None = None) -> Client:
+        models_pb2_grpc.add_ModelsServiceServicer_to_server(models or Models(0), server)
         accounts_pb2_grpc.add_AccountsServiceServicer_to_server(Accounts(), server)
         datasets_pb2_grpc.add_DatasetsServiceServicer_to_server(datasets, server)
         jobs_pb2_grpc.add_JobsServiceServicer_to_server(Jobs(), server)
@@ -125,6 +164,14 @@ def test_an_upload_goes_on_where_it_broke(serve: Any) -> None:
     # The create was repeated under one request_id.
     assert len(datasets.request_ids) == 2
     assert len(set(datasets.request_ids)) == 1
+
+
+def test_an_import_goes_on_where_it_broke_and_sends_nothing_twice(serve: Any, tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_bytes(DATA)
+    models = Models(2)
+    serve(Datasets([]), models).models.import_folder(tmp_path, "m")
+    assert bytes(models.stored) == DATA
+    assert models.received == len(DATA)
 
 
 def test_an_upload_whose_answer_was_lost_is_complete(serve: Any) -> None:

@@ -13,13 +13,12 @@ from typing import IO
 
 from lathe.client.names import full_name
 from lathe.client.paging import pages
-from lathe.client.transport import Transport, new_request_id
+from lathe.client.transport import Transport, new_request_id, pause
 from lathe.common.errors import (
     Aborted,
     DeadlineExceeded,
     FailedPrecondition,
     InvalidArgument,
-    LatheError,
     OutOfRange,
     Unavailable,
 )
@@ -108,7 +107,7 @@ class Datasets:
                     yield message.data
                 return
             except Unavailable as error:
-                _pause(error, deadline)
+                pause(error, deadline)
 
     def delete(self, name: str) -> None:
         """Raises NotFound."""
@@ -178,7 +177,7 @@ class _Upload:
                 # Away, the broken stream not noticed yet at the other end, or stored to another point.
                 if isinstance(error, Aborted) and error.reason != "UPLOAD_RUNNING":
                     raise
-                _pause(error, deadline)
+                pause(error, deadline)
             try:
                 request = pb.GetDatasetUploadRequest(name=self._name)
                 offset = self._transport.call(self._stub.GetDatasetUpload, request).committed_size
@@ -217,11 +216,3 @@ class _Upload:
                     self._progress(offset, self._content.size)
                 if last:
                     return
-
-
-def _pause(error: LatheError, deadline: float) -> None:
-    """Wait a moment before the next try; raise `error` when the time is up."""
-    wait = (error.retry_after if isinstance(error, Unavailable) else None) or 0.5
-    if time.monotonic() + wait > deadline:
-        raise error
-    time.sleep(wait)

@@ -9,8 +9,15 @@ from pathlib import Path
 
 from lathe.client.names import full_name
 from lathe.client.paging import pages
-from lathe.client.transport import Transport, new_request_id, retrying
-from lathe.common.errors import InvalidArgument, NotFound
+from lathe.client.transport import Transport, new_request_id, pause
+from lathe.common.errors import (
+    Aborted,
+    InvalidArgument,
+    NotFound,
+    OutOfRange,
+    Unavailable,
+    Unimplemented,
+)
 from lathe.v1 import models_pb2 as pb
 from lathe.v1.models_pb2_grpc import ModelsServiceStub
 
@@ -122,7 +129,7 @@ class _Sending:
         self._progress = progress
 
     def all(self, model: pb.BaseModel) -> None:
-        """Send what is missing; a file whose connection broke is sent again."""
+        """Send what is missing."""
         total = sum(file.size_bytes for file in model.files)
         done = sum(file.size_bytes for file in model.files if file.object_key)
         for file in model.files:
@@ -131,14 +138,41 @@ class _Sending:
                 done += file.size_bytes
 
     def _send(self, name: str, path: str, done: int, total: int) -> None:
-        def once() -> pb.UploadModelFileResponse:
-            return self._transport.send(self._stub.UploadModelFile, self._messages(name, path, done, total))
+        """Send one file. A stream that broke, in this process or an earlier one, is gone on with where it was."""
+        patience = max(self._transport.timeout, _PATIENCE_S)
+        best, deadline = -1, time.monotonic() + patience
+        while True:
+            offset = self._offset(name, path)
+            if offset > best:
+                best, deadline = offset, time.monotonic() + patience
+            try:
+                self._transport.send(
+                    self._stub.UploadModelFile, self._messages(name, path, offset, done, total)
+                )
+                return
+            except (Unavailable, Aborted, OutOfRange) as error:
+                # Away, the broken stream not noticed yet at the other end, or stored to another point.
+                if isinstance(error, Aborted) and error.reason != "UPLOAD_RUNNING":
+                    raise
+                pause(error, deadline)
 
-        retrying(once, time.monotonic() + max(self._transport.timeout, _PATIENCE_S))
+    def _offset(self, name: str, path: str) -> int:
+        if (self._root / path).stat().st_size <= CHUNK_BYTES:
+            return 0
+        request = pb.GetModelFileUploadRequest(base_model=name, path=path)
+        try:
+            return self._transport.call(self._stub.GetModelFileUpload, request).committed_size
+        except Unimplemented:
+            # A platform of the version before this one: it takes whole files only.
+            return 0
 
-    def _messages(self, name: str, path: str, done: int, total: int) -> Iterator[pb.UploadModelFileRequest]:
+    def _messages(
+        self, name: str, path: str, offset: int, done: int, total: int
+    ) -> Iterator[pb.UploadModelFileRequest]:
         with (self._root / path).open("rb") as file:
-            yield pb.UploadModelFileRequest(base_model=name, path=path)
+            file.seek(offset)
+            done += offset
+            yield pb.UploadModelFileRequest(base_model=name, path=path, write_offset=offset)
             while data := file.read(CHUNK_BYTES):
                 yield pb.UploadModelFileRequest(data=data)
                 done += len(data)

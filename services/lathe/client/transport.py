@@ -12,7 +12,13 @@ from typing import Any, TypeVar
 
 import grpc
 
-from lathe.common.errors import DeadlineExceeded, FailedPrecondition, ResourceExhausted, Unavailable
+from lathe.common.errors import (
+    DeadlineExceeded,
+    FailedPrecondition,
+    LatheError,
+    ResourceExhausted,
+    Unavailable,
+)
 from lathe.common.rpc.status import from_rpc_error
 
 MAX_MESSAGE_BYTES = 4 * 1024 * 1024
@@ -22,14 +28,14 @@ _OPTIONS = (
     # A platform that has vanished is noticed within 20 s, also by a stream on which nothing comes for long.
     ("grpc.keepalive_time_ms", 10_000),
     ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.http2.ping_timeout_ms", 10_000),
+    ("grpc.http2.max_pings_without_data", 0),
     ("grpc.initial_reconnect_backoff_ms", 200),
     ("grpc.max_reconnect_backoff_ms", 5_000),
     ("grpc.enable_retries", 0),
 )
 _FIRST_WAIT_S = 0.2
 _LONGEST_WAIT_S = 5.0
-    ("grpc.http2.ping_timeout_ms", 10_000),
-    ("grpc.http2.max_pings_without_data", 0),
 
 T = TypeVar("T")
 
@@ -114,6 +120,14 @@ class Transport:
     def close(self) -> None:
         """Close the channel."""
         self.channel.close()
+
+
+def pause(error: LatheError, deadline: float) -> None:
+    """Wait a moment before the next try; raise `error` when the time (monotonic) is up."""
+    wait = (error.retry_after if isinstance(error, Unavailable) else None) or 0.5
+    if time.monotonic() + wait > deadline:
+        raise error
+    time.sleep(wait)
 
 
 def retrying(once: Callable[[], T], deadline: float) -> T:

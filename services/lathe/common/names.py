@@ -56,6 +56,11 @@ class Pattern:
         return True
 
 
+def import_staging(base_model_id: str) -> str:
+    """The prefix under which the files of an import are kept in the object store until they are whole."""
+    return f"staging/import-{base_model_id}/"
+
+
 def _wrong(name: str, template: str, field: str) -> InvalidArgument:
     message = f"{field} {name!r} must have the form {template!r}."
     return InvalidArgument(message, reason="INVALID_NAME", violations=[FieldViolation(field, message)])

@@ -11,11 +11,12 @@ from lathe.common.metrics import Metrics
 from lathe.gateway.auth import Authenticator
 from lathe.gateway.engines import EngineDirectory
 from lathe.gateway.inference import Inference
+from lathe.gateway.model_uploads import ModelUploads
 from lathe.gateway.peers import Peers
 from lathe.gateway.ports import IdempotencyStore
 from lathe.gateway.service import DeploymentService
 from lathe.gateway.settings import GatewaySettings
-from lathe.gateway.uploads import DatasetUploads, ModelUploads
+from lathe.gateway.uploads import DatasetUploads
 from lathe.v1 import datasets_pb2, models_pb2
 
 

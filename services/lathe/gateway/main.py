@@ -32,6 +32,7 @@ from lathe.gateway.forward import Forwarder, methods_of
 from lathe.gateway.gateway import Gateway
 from lathe.gateway.http.app import create_app
 from lathe.gateway.inference import Inference
+from lathe.gateway.model_uploads import ModelUploads
 from lathe.gateway.peers import AccountsKeys, JobsEngines, PeerChannels, PeerDatasets, PeerModels, Peers
 from lathe.gateway.ports import IdempotencyStore
 from lathe.gateway.resolve import ModelDirectory
@@ -40,7 +41,7 @@ from lathe.gateway.servicer import DatasetStreams, DeploymentsServicer, Inferenc
 from lathe.gateway.settings import GatewaySettings
 from lathe.gateway.store import SqlDeploymentStore, SqlIdempotencyStore
 from lathe.gateway.tokenizers import TokenizerCache
-from lathe.gateway.uploads import DatasetUploads, ModelUploads
+from lathe.gateway.uploads import DatasetUploads
 from lathe.gateway.webserver import HttpOptions, HttpServer
 from lathe.v1 import accounts_pb2, datasets_pb2, jobs_pb2, models_pb2
 from lathe.v1.deployments_pb2_grpc import add_DeploymentsServiceServicer_to_server

@@ -267,6 +267,15 @@ class UploadTarget:
 
 
 @dataclass(frozen=True, slots=True)
+class AnnouncedFile:
+    """A file that an import named: size in bytes, sha256 in lower-case hex, and whether the platform has it already."""
+
+    size: int
+    sha256: str
+    stored: bool
+
+
+@dataclass(frozen=True, slots=True)
 class StoredUpload:
     """A finished upload: one object, or the prefix of its parts; size in bytes, sha256 in lower-case hex."""
 

@@ -14,6 +14,7 @@ from lathe.common.rpc import channel as rpc
 from lathe.common.rpc.principal import Principal
 from lathe.gateway.model import (
     AdapterRef,
+    AnnouncedFile,
     BaseModelRef,
     EngineInfo,
     ServedModel,
@@ -143,11 +144,13 @@ class PeerModels:
         files = tuple(StoredFile(f.path, f.object_key, f.sha256) for f in base.files)
         return ServedModel(BaseModelRef(base.name, base.digest, base.context_length, files), adapter)
 
-    async def check(self, principal: Principal, base_model: str, path: str) -> None:
+    async def announced(self, principal: Principal, base_model: str, path: str) -> AnnouncedFile:
         request = models_pb2.GetBaseModelRequest(name=base_model)
         model = await self._peers.call(self._peers.models.GetBaseModel, request, principal=principal)
-        if path not in {file.path for file in model.files}:
-            raise NotFound(f"{base_model} has no file {path!r}; name it in CreateBaseModel first.")
+        for file in model.files:
+            if file.path == path:
+                return AnnouncedFile(file.size_bytes, file.sha256, bool(file.object_key))
+        raise NotFound(f"{base_model} has no file {path!r}; name it in CreateBaseModel first.")
 
     async def commit(
         self, principal: Principal, base_model: str, path: str, upload: StoredUpload

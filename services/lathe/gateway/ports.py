@@ -7,6 +7,7 @@ from typing import Protocol, TypeVar
 
 from lathe.common.rpc.principal import Principal
 from lathe.gateway.model import (
+    AnnouncedFile,
     BaseModelRef,
     Deployment,
     EngineInfo,
@@ -145,8 +146,8 @@ class DatasetOwner(Protocol[Committed_co]):
 class ModelOwner(Protocol[Committed_co]):
     """The models service as uploads need it."""
 
-    async def check(self, principal: Principal, base_model: str, path: str) -> None:
-        """Raises NotFound or InvalidArgument when the import does not name this file."""
+    async def announced(self, principal: Principal, base_model: str, path: str) -> AnnouncedFile:
+        """What the import said of this file. Raises NotFound when it does not name it."""
         ...
 
     async def commit(

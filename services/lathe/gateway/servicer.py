@@ -14,9 +14,10 @@ from lathe.common.names import BASE_MODEL, DATASET, PROJECT
 from lathe.common.rpc.context import ServicerContext
 from lathe.common.rpc.principal import Principal, current_caller, require_project
 from lathe.gateway.inference import Inference
+from lathe.gateway.model_uploads import ModelUploads
 from lathe.gateway.protos import chat_chunk, chat_completion, chat_request, deployment_pb
 from lathe.gateway.service import DeploymentService
-from lathe.gateway.uploads import DatasetUploads, ModelUploads, UploadChunk
+from lathe.gateway.uploads import DatasetUploads, UploadChunk
 from lathe.v1 import datasets_pb2, deployments_pb2, inference_pb2, inference_pb2_grpc, models_pb2
 from lathe.v1.deployments_pb2_grpc import DeploymentsServiceServicer
 
@@ -155,19 +156,25 @@ class DatasetStreams:
 
 
 class ModelStreams:
-    """The method of lathe.v1.ModelsService that ends in the gateway."""
+    """The methods of lathe.v1.ModelsService that end in the gateway."""
 
     def __init__(self, uploads: ModelUploads[models_pb2.ModelFile]) -> None:
         self._uploads = uploads
 
     def handlers(self) -> dict[str, grpc.RpcMethodHandler[Any, Any]]:
         """Full path -> handler."""
+        service = "/lathe.v1.ModelsService"
         return {
-            "/lathe.v1.ModelsService/UploadModelFile": grpc.stream_unary_rpc_method_handler(
+            f"{service}/UploadModelFile": grpc.stream_unary_rpc_method_handler(
                 self.upload,
                 request_deserializer=models_pb2.UploadModelFileRequest.FromString,
                 response_serializer=models_pb2.UploadModelFileResponse.SerializeToString,
-            )
+            ),
+            f"{service}/GetModelFileUpload": grpc.unary_unary_rpc_method_handler(
+                self.offset,
+                request_deserializer=models_pb2.GetModelFileUploadRequest.FromString,
+                response_serializer=models_pb2.ModelFileUpload.SerializeToString,
+            ),
         }
 
     async def upload(
@@ -185,8 +192,17 @@ class ModelStreams:
             async for message in requests:
                 yield message.data
 
-        file = await self._uploads.put_file(caller(), first.base_model, first.path, data())
+        file = await self._uploads.put_file(
+            caller(), first.base_model, first.path, data(), first.write_offset
+        )
         return models_pb2.UploadModelFileResponse(file=file)
+
+    async def offset(
+        self, request: models_pb2.GetModelFileUploadRequest, context: ServicerContext
+    ) -> models_pb2.ModelFileUpload:
+        BASE_MODEL.parse(request.base_model, field="base_model")
+        size = await self._uploads.offset(caller(), request.base_model, request.path)
+        return models_pb2.ModelFileUpload(committed_size=size)
 
 
 def _chunk(message: datasets_pb2.UploadDatasetRequest) -> UploadChunk:

@@ -13,18 +13,16 @@ from lathe.common.errors import (
     FailedPrecondition,
     FieldViolation,
     InvalidArgument,
-    LatheError,
     NotFound,
     OutOfRange,
     Unavailable,
 )
-from lathe.common.ids import IdFactory
 from lathe.common.metrics import Metrics
 from lathe.common.objectstore.base import ObjectStore
-from lathe.common.rpc.principal import Principal, Role, require_operator
+from lathe.common.rpc.principal import Principal, Role
 from lathe.gateway.auth import demand_role
 from lathe.gateway.model import StoredUpload
-from lathe.gateway.ports import DatasetOwner, ModelOwner
+from lathe.gateway.ports import DatasetOwner
 
 # OpenAI's limits: by /files, and for what comes in parts.
 MAX_FILE_BYTES = 512 * 1024 * 1024
@@ -113,7 +111,7 @@ class DatasetUploads(Generic[Committed]):
         Unavailable. Whatever is raised, nothing half is stored.
         """
         demand_role(principal, Role.MEMBER)
-        with _Alone(self._running, dataset_name):
+        with Alone(self._running, dataset_name):
             key = await self._open_target(principal, dataset_name)
             await self._store.delete_prefix(f"{key}/")
             digest = Digest(max_bytes, self._metrics)
@@ -128,7 +126,7 @@ class DatasetUploads(Generic[Committed]):
     async def offset(self, principal: Principal, dataset_name: str) -> int:
         """Where a resumable upload goes on. Raises NotFound, FailedPrecondition once it is complete."""
         key = await self._open_target(principal, dataset_name)
-        return sum([size for _, size in await self._parts(key)])
+        return sum([size for _, size in await stored_parts(self._store, key)])
 
     async def put_resumable(
         self, principal: Principal, dataset_name: str, chunks: AsyncIterable[UploadChunk]
@@ -140,21 +138,21 @@ class DatasetUploads(Generic[Committed]):
         Aborted while another upload of this dataset runs.
         """
         demand_role(principal, Role.MEMBER)
-        with _Alone(self._running, dataset_name):
+        with Alone(self._running, dataset_name):
             key = await self._open_target(principal, dataset_name)
-            parts = await self._parts(key)
+            parts = await stored_parts(self._store, key)
             digest: Digest | None = None
             stored = sum(size for _, size in parts)
             if not parts:
                 # A whole upload whose commit failed: one key cannot be an object and a folder.
                 await self._store.delete(key)
-            writer = _PartWriter(self._store, key, len(parts))
+            writer = PartWriter(self._store, key, len(parts))
             async for chunk in chunks:
                 expected = digest.size if digest is not None else stored
                 if chunk.offset != expected:
-                    raise _wrong_offset(chunk.offset, expected)
+                    raise wrong_offset(chunk.offset, expected)
                 if digest is None:
-                    digest = await self._hashed(parts)
+                    digest = await hashed(self._store, parts, Digest(MAX_RESUMABLE_BYTES, self._metrics))
                 digest.add(chunk.data)
                 await writer.write(chunk.data)
                 if chunk.finish:
@@ -193,21 +191,6 @@ class DatasetUploads(Generic[Committed]):
             )
         return target.staging_key
 
-    async def _parts(self, key: str) -> list[tuple[str, int]]:
-        """(key, size) of the stored parts without a gap, in order."""
-        found = {info.key: info.size async for info in self._store.list(f"{key}/")}
-        parts: list[tuple[str, int]] = []
-        while (name := part_key(key, len(parts))) in found:
-            parts.append((name, found[name]))
-        return parts
-
-    async def _hashed(self, parts: list[tuple[str, int]]) -> Digest:
-        digest = Digest(MAX_RESUMABLE_BYTES, self._metrics)
-        for name, _ in parts:
-            async for data in self._store.stream(name):
-                digest.add(data, counted=False)
-        return digest
-
     async def _commit(self, principal: Principal, name: str, key: str, digest: Digest) -> Committed:
         """Repeated while the owner is away: committing twice is committing once."""
         upload = StoredUpload(key, digest.size, digest.sha256)
@@ -219,40 +202,7 @@ class DatasetUploads(Generic[Committed]):
         return await self._owner.commit(principal, name, upload)
 
 
-class ModelUploads(Generic[Committed]):
-    """Files of base models going in."""
-
-    def __init__(
-        self, owner: ModelOwner[Committed], store: ObjectStore, ids: IdFactory, metrics: Metrics
-    ) -> None:
-        self._owner = owner
-        self._store = store
-        self._ids = ids
-        self._metrics = metrics
-
-    async def put_file(
-        self, principal: Principal, base_model: str, path: str, chunks: AsyncIterable[bytes]
-    ) -> Committed:
-        """Upload one file of an import. Raises NotFound for a file that the import did not name,
-        InvalidArgument for bytes other than announced, PermissionDenied to others than operators, Unavailable."""
-        require_operator(principal, "upload base models")
-        await self._owner.check(principal, base_model, path)
-        key = f"staging/{self._ids.token(32)}"
-        digest = Digest(None, self._metrics)
-        await self._store.put(key, digest.passing(chunks))
-        try:
-            return await self._owner.commit(
-                principal, base_model, path, StoredUpload(key, digest.size, digest.sha256)
-            )
-        except Unavailable:
-            # It may have been taken over all the same; staging expires by itself.
-            raise
-        except LatheError:
-            await self._store.delete(key)
-            raise
-
-
-class _PartWriter:
+class PartWriter:
     """Cuts a stream into parts of PART_BYTES under a staging key."""
 
     def __init__(self, store: ObjectStore, key: str, next_part: int) -> None:
@@ -278,8 +228,8 @@ class _PartWriter:
         self._next += 1
 
 
-class _Alone:
-    """One upload of a dataset at a time in this gateway; another gateway's is caught by the SHA-256."""
+class Alone:
+    """One upload of a name at a time in this gateway; another gateway's is caught by the SHA-256."""
 
     def __init__(self, running: set[str], name: str) -> None:
         self._running = running
@@ -297,13 +247,31 @@ class _Alone:
         self._running.discard(self._name)
 
 
+async def stored_parts(store: ObjectStore, key: str) -> list[tuple[str, int]]:
+    """(key, size) of the stored parts without a gap, in order."""
+    found = {info.key: info.size async for info in store.list(f"{key}/")}
+    parts: list[tuple[str, int]] = []
+    while (name := part_key(key, len(parts))) in found:
+        parts.append((name, found[name]))
+    return parts
+
+
+async def hashed(store: ObjectStore, parts: list[tuple[str, int]], digest: Digest) -> Digest:
+    """`digest` after the bytes of the parts, which were uploaded earlier."""
+    for name, _ in parts:
+        async for data in store.stream(name):
+            digest.add(data, counted=False)
+    return digest
+
+
 def part_key(staging_key: str, number: int) -> str:
     """staging/{random}/{nnnnn}"""
     return f"{staging_key}/{number:05d}"
 
 
-def _wrong_offset(given: int, right: int) -> OutOfRange:
-    message = f"write_offset is {given}, but the upload goes on at {right}; ask GetDatasetUpload."
+def wrong_offset(given: int, right: int, method: str = "GetDatasetUpload") -> OutOfRange:
+    """For a stream that does not begin where the stored bytes end. method: what says where that is."""
+    message = f"write_offset is {given}, but the upload goes on at {right}; ask {method}."
     return OutOfRange(
         message,
         reason="WRONG_OFFSET",

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 
 from lathe.common.clock import Clock
+from lathe.common.names import import_staging
 from lathe.common.objectstore.base import ObjectStore
 from lathe.models.model import BaseModel, file_key, manifest_key
 from lathe.models.ports import ModelStore
@@ -36,6 +37,7 @@ class Cleaner:
             await self.store.remove_adapter(adapter.project, adapter.id)
 
     async def _remove(self, model: BaseModel) -> None:
+        await self.objects.delete_prefix(import_staging(model.id))
         # The claim is committed before anyone looks whether another model lists the file, and a new model's row
         # before it looks for claims: whichever comes second sees the other.
         keys = {model.digest: manifest_key(model.digest)}

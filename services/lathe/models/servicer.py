@@ -19,7 +19,7 @@ from lathe.v1 import models_pb2_grpc as pb_grpc
 
 
 class ModelsServicer(pb_grpc.ModelsServiceServicer):
-    """The public methods. UploadModelFile ends in the gateway."""
+    """The public methods. UploadModelFile and GetModelFileUpload end in the gateway."""
 
     def __init__(self, service: ModelsService) -> None:
         self._service = service
@@ -37,6 +37,11 @@ class ModelsServicer(pb_grpc.ModelsServiceServicer):
         self, request_iterator: AsyncIterator[pb.UploadModelFileRequest], context: ServicerContext
     ) -> pb.UploadModelFileResponse:
         raise Unimplemented("UploadModelFile ends in the gateway; this service takes no bytes.")
+
+    async def GetModelFileUpload(
+        self, request: pb.GetModelFileUploadRequest, context: ServicerContext
+    ) -> pb.ModelFileUpload:
+        raise Unimplemented("GetModelFileUpload ends in the gateway; this service takes no bytes.")
 
     async def CommitBaseModel(
         self, request: pb.CommitBaseModelRequest, context: ServicerContext

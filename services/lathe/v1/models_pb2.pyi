@@ -296,20 +296,63 @@ class UploadModelFileRequest(message.Message):
     BASE_MODEL_FIELD_NUMBER: builtins.int
     PATH_FIELD_NUMBER: builtins.int
     DATA_FIELD_NUMBER: builtins.int
+    WRITE_OFFSET_FIELD_NUMBER: builtins.int
     base_model: builtins.str
     """baseModels/{base_model}; needed, with path, in the first message only."""
     path: builtins.str
     data: builtins.bytes
+    write_offset: builtins.int
+    """In the first message: where its bytes begin. 0 begins anew; else what GetModelFileUpload answers."""
     def __init__(
         self,
         *,
         base_model: builtins.str = ...,
         path: builtins.str = ...,
         data: builtins.bytes = ...,
+        write_offset: builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["base_model", b"base_model", "data", b"data", "path", b"path"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["base_model", b"base_model", "data", b"data", "path", b"path", "write_offset", b"write_offset"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class GetModelFileUploadRequest(message.Message):
+    DESCRIPTOR: descriptor.Descriptor
+
+    BASE_MODEL_FIELD_NUMBER: builtins.int
+    PATH_FIELD_NUMBER: builtins.int
+    base_model: builtins.str
+    """baseModels/{base_model}"""
+    path: builtins.str
+    def __init__(
+        self,
+        *,
+        base_model: builtins.str = ...,
+        path: builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["base_model", b"base_model", "path", b"path"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class ModelFileUpload(message.Message):
+    DESCRIPTOR: descriptor.Descriptor
+
+    COMMITTED_SIZE_FIELD_NUMBER: builtins.int
+    committed_size: builtins.int
+    """Bytes that are stored."""
+    def __init__(
+        self,
+        *,
+        committed_size: builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["committed_size", b"committed_size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -46,6 +46,11 @@ class ModelsServiceStub:
                 request_serializer=lathe_dot_v1_dot_models__pb2.UploadModelFileRequest.SerializeToString,
                 response_deserializer=lathe_dot_v1_dot_models__pb2.UploadModelFileResponse.FromString,
                 _registered_method=True)
+        self.GetModelFileUpload = channel.unary_unary(
+                '/lathe.v1.ModelsService/GetModelFileUpload',
+                request_serializer=lathe_dot_v1_dot_models__pb2.GetModelFileUploadRequest.SerializeToString,
+                response_deserializer=lathe_dot_v1_dot_models__pb2.ModelFileUpload.FromString,
+                _registered_method=True)
         self.CommitBaseModel = channel.unary_unary(
                 '/lathe.v1.ModelsService/CommitBaseModel',
                 request_serializer=lathe_dot_v1_dot_models__pb2.CommitBaseModelRequest.SerializeToString,
@@ -96,7 +101,14 @@ class ModelsServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def UploadModelFile(self, request_iterator, context):
-        """One file of an import. Ends in the gateway.
+        """One file of an import; a stream that broke is gone on with at what is stored. Ends in the gateway.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetModelFileUpload(self, request, context):
+        """How much of a file is stored already: where another stream goes on. Ends in the gateway.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -158,6 +170,11 @@ def add_ModelsServiceServicer_to_server(servicer, server):
                     servicer.UploadModelFile,
                     request_deserializer=lathe_dot_v1_dot_models__pb2.UploadModelFileRequest.FromString,
                     response_serializer=lathe_dot_v1_dot_models__pb2.UploadModelFileResponse.SerializeToString,
+            ),
+            'GetModelFileUpload': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetModelFileUpload,
+                    request_deserializer=lathe_dot_v1_dot_models__pb2.GetModelFileUploadRequest.FromString,
+                    response_serializer=lathe_dot_v1_dot_models__pb2.ModelFileUpload.SerializeToString,
             ),
             'CommitBaseModel': grpc.unary_unary_rpc_method_handler(
                     servicer.CommitBaseModel,
@@ -250,6 +267,33 @@ class ModelsService:
             '/lathe.v1.ModelsService/UploadModelFile',
             lathe_dot_v1_dot_models__pb2.UploadModelFileRequest.SerializeToString,
             lathe_dot_v1_dot_models__pb2.UploadModelFileResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetModelFileUpload(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/lathe.v1.ModelsService/GetModelFileUpload',
+            lathe_dot_v1_dot_models__pb2.GetModelFileUploadRequest.SerializeToString,
+            lathe_dot_v1_dot_models__pb2.ModelFileUpload.FromString,
             options,
             channel_credentials,
             insecure,

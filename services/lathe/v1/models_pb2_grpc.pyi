@@ -39,7 +39,9 @@ class ModelsServiceStub:
     known answers with the model that is already there.
     """
     UploadModelFile: _grpc.StreamUnaryMultiCallable[_models_pb2.UploadModelFileRequest, _models_pb2.UploadModelFileResponse]
-    """One file of an import. Ends in the gateway."""
+    """One file of an import; a stream that broke is gone on with at what is stored. Ends in the gateway."""
+    GetModelFileUpload: _grpc.UnaryUnaryMultiCallable[_models_pb2.GetModelFileUploadRequest, _models_pb2.ModelFileUpload]
+    """How much of a file is stored already: where another stream goes on. Ends in the gateway."""
     CommitBaseModel: _grpc.UnaryUnaryMultiCallable[_models_pb2.CommitBaseModelRequest, _models_pb2.BaseModel]
     """Checks the uploaded folder (safetensors only, known architecture, tokenizer, template) and makes it usable."""
     GetBaseModel: _grpc.UnaryUnaryMultiCallable[_models_pb2.GetBaseModelRequest, _models_pb2.BaseModel]
@@ -60,7 +62,9 @@ class ModelsServiceAsyncStub(ModelsServiceStub):
     known answers with the model that is already there.
     """
     UploadModelFile: _aio.StreamUnaryMultiCallable[_models_pb2.UploadModelFileRequest, _models_pb2.UploadModelFileResponse]  # type: ignore[assignment]
-    """One file of an import. Ends in the gateway."""
+    """One file of an import; a stream that broke is gone on with at what is stored. Ends in the gateway."""
+    GetModelFileUpload: _aio.UnaryUnaryMultiCallable[_models_pb2.GetModelFileUploadRequest, _models_pb2.ModelFileUpload]  # type: ignore[assignment]
+    """How much of a file is stored already: where another stream goes on. Ends in the gateway."""
     CommitBaseModel: _aio.UnaryUnaryMultiCallable[_models_pb2.CommitBaseModelRequest, _models_pb2.BaseModel]  # type: ignore[assignment]
     """Checks the uploaded folder (safetensors only, known architecture, tokenizer, template) and makes it usable."""
     GetBaseModel: _aio.UnaryUnaryMultiCallable[_models_pb2.GetBaseModelRequest, _models_pb2.BaseModel]  # type: ignore[assignment]
@@ -90,7 +94,15 @@ class ModelsServiceServicer(metaclass=_abc_1.ABCMeta):
         request_iterator: _MaybeAsyncIterator[_models_pb2.UploadModelFileRequest],
         context: _ServicerContext,
     ) -> _typing.Union[_models_pb2.UploadModelFileResponse, _abc.Awaitable[_models_pb2.UploadModelFileResponse]]:
-        """One file of an import. Ends in the gateway."""
+        """One file of an import; a stream that broke is gone on with at what is stored. Ends in the gateway."""
+
+    @_abc_1.abstractmethod
+    def GetModelFileUpload(
+        self,
+        request: _models_pb2.GetModelFileUploadRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_models_pb2.ModelFileUpload, _abc.Awaitable[_models_pb2.ModelFileUpload]]:
+        """How much of a file is stored already: where another stream goes on. Ends in the gateway."""
 
     @_abc_1.abstractmethod
     def CommitBaseModel(

@@ -28,6 +28,7 @@ from lathe.common.service import RunningService
 from lathe.common.settings import DatabaseSettings, MetricsSettings, RpcSettings, StoreSettings
 from lathe.gateway.main import running
 from lathe.gateway.settings import GatewaySettings
+from lathe.gateway.uploads import PART_BYTES
 from lathe.text.tokenizer import Tokenizer
 from lathe.v1 import (
     datasets_pb2,
@@ -240,6 +241,56 @@ async def test_a_model_file_goes_in(channel: grpc.aio.Channel, owners: Owners) -
     done = await stub.UploadModelFile(messages(weights, "model.safetensors"), metadata=OPERATOR)
     assert done.file.object_key == f"blobs/{sha256}"
     assert [info.key async for info in owners.store.list("staging/")] == []
+
+
+async def test_a_large_model_file_is_gone_on_with_where_its_stream_broke(
+    channel: grpc.aio.Channel, owners: Owners
+) -> None:
+    stub: Any = models_pb2_grpc.ModelsServiceStub(channel)
+    weights = bytes(range(256)) * (PART_BYTES // 256 * 2) + b"the rest"
+    sha256 = hashlib.sha256(weights).hexdigest()
+    path = "large.safetensors"
+    owners.files.append(models_pb2.ModelFile(path=path, sha256=sha256, size_bytes=len(weights)))
+    name = models_pb2.GetModelFileUploadRequest(base_model="baseModels/tiny", path=path)
+
+    async def messages(data: bytes, offset: int) -> AsyncIterator[models_pb2.UploadModelFileRequest]:
+        yield models_pb2.UploadModelFileRequest(base_model=name.base_model, path=path, write_offset=offset)
+        for start in range(offset, len(data), 1_000_000):
+            yield models_pb2.UploadModelFileRequest(data=data[start : start + 1_000_000])
+
+    async def broken() -> AsyncIterator[models_pb2.UploadModelFileRequest]:
+        async for message in messages(weights[: PART_BYTES + 1_500_000], 0):
+            yield message
+        await asyncio.Event().wait()
+
+    call = stub.UploadModelFile(broken(), metadata=OPERATOR)
+    async with asyncio.timeout(10):
+        while (await stub.GetModelFileUpload(name, metadata=OPERATOR)).committed_size < PART_BYTES:
+            pass
+    error = await refused(stub.UploadModelFile(messages(b"", PART_BYTES), metadata=OPERATOR))
+    assert error.reason == "UPLOAD_RUNNING"
+    call.cancel()
+    async with asyncio.timeout(10):
+        while True:
+            error = await refused(stub.UploadModelFile(messages(b"", 5), metadata=OPERATOR))
+            if error.reason != "UPLOAD_RUNNING":
+                break
+    assert error.reason == "WRONG_OFFSET", repr(error)
+    assert error.metadata["committed_size"] == str(PART_BYTES)
+    error = await refused(stub.UploadModelFile(messages(weights[:-1], PART_BYTES), metadata=OPERATOR))
+    assert error.reason == "STREAM_BROKEN"
+    other = weights[:-1] + b"?"
+    offset = (await stub.GetModelFileUpload(name, metadata=OPERATOR)).committed_size
+    assert offset == 2 * PART_BYTES
+    error = await refused(stub.UploadModelFile(messages(other, offset), metadata=OPERATOR))
+    assert error.reason == "DIGEST_MISMATCH"
+    assert (await stub.GetModelFileUpload(name, metadata=OPERATOR)).committed_size == 0
+    done = await stub.UploadModelFile(messages(weights, 0), metadata=OPERATOR)
+    assert done.file.object_key == f"blobs/{sha256}"
+    assert [info.key async for info in owners.store.list("staging/")] == []
+    assert (await stub.GetModelFileUpload(name, metadata=OPERATOR)).committed_size == len(weights)
+    again = await stub.UploadModelFile(messages(weights, len(weights)), metadata=OPERATOR)
+    assert again.file == done.file
 
 
 async def test_health_names_every_public_service(channel: grpc.aio.Channel) -> None:
