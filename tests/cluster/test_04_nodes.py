@@ -169,5 +169,5 @@ def recovered(release: Release, work: Work) -> None:
         assert_serves(client, work.base_model)
 
 
-def assert_serves(client: Client) -> None:
+def assert_serves(client: Client, model: str) -> None:
     assert client.chat(model, [{"role": "user", "content": "Hello!"}], max_tokens=4, timeout=180).choices
