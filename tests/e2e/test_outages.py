@@ -5,6 +5,8 @@ Longer than a lease term where that matters. Who stands still is worse than who 
 
 from __future__ import annotations
 
+import os
+import signal
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -204,3 +206,20 @@ def test_jobs_stands_still_for_longer_than_a_lease(
         assert client.chat(base_model, ask("Hello!"), max_tokens=4).choices
         time.sleep(LEASE_S + 5)
     check_untouched(platform, client, running, undisturbed)
+
+
+def test_an_engine_stands_still_for_longer_than_a_lease(
+    platform: Platform, client: Client, running: jobs_pb2.Job, undisturbed: dict[str, bytes]
+) -> None:
+    """Another one goes on at once; the one that stands still is ended, also before it wakes."""
+    stopped = platform.engine_pids()
+    for pid in stopped:
+        os.kill(pid, signal.SIGSTOP)
+    job = wait_for_success(client, running)
+    check_history(client, job)
+    assert (job.attempt_count, job.lost_lease_count) == (2, 1)
+    assert final_adapter(platform, client, job) == undisturbed
+    deadline = time.monotonic() + 30
+    while set(stopped) & set(platform.engine_pids()):
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
