@@ -21,6 +21,8 @@ OURS = re.compile(r"(lathe|grpc_server)_[a-z0-9_]+")
 # Prometheus's base units, and what the last word of a name may be otherwise.
 UNITS = ("seconds", "bytes", "ratio", "info")
 COUNTED = {"lathe_jobs", "lathe_engines", "lathe_datasets", "lathe_engine_adapters_loaded"}
+# 1 or 0, as Prometheus' own `up` is.
+TRUE_OR_FALSE = "_up"
 WRONG_UNITS = ("milliseconds", "ms", "minutes", "kilobytes", "mb", "mib", "percent")
 
 
@@ -49,7 +51,7 @@ def test_names_types_and_help(texts: dict[str, str]) -> None:
             assert {sample.name.rpartition("_")[2] for sample in family.samples} <= {"bucket", "sum", "count"}
         else:
             assert family.type == "gauge", family
-            assert family.name in COUNTED or family.name.endswith(UNITS), family.name
+            assert family.name in COUNTED or family.name.endswith((*UNITS, TRUE_OR_FALSE)), family.name
 
 
 def test_a_job_has_left_its_numbers(texts: dict[str, str]) -> None:
