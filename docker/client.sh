@@ -12,11 +12,15 @@ refuse() {
     exit 1
 }
 
+# The clients to try, one a line: the one that DOCKER names, or all that are on PATH.
+docker_clients() {
+    type -aP "${DOCKER:-docker}" || refuse "There is no docker client ${DOCKER:-on PATH}: install Docker 20.10 or later, or name one with DOCKER=/path/to/docker."
+}
+
 find_docker() {
-    local candidates candidate said=""
-    if [ -n "${DOCKER:-}" ]; then candidates=$DOCKER; else candidates=$(type -aP docker || true); fi
-    [ -n "$candidates" ] || refuse "There is no docker client on PATH: install Docker 20.10 or later, or name one with DOCKER=/path/to/docker."
-    for candidate in $candidates; do
+    local clients candidate said=""
+    clients=$(docker_clients) || exit 1
+    for candidate in $clients; do
         "$candidate" version >/dev/null 2>&1 || { said=daemon; continue; }
         # Only BuildKit writes what it built to a file.
         if printf 'FROM scratch\nLABEL probe=1\n' | "$candidate" build -q --output type=tar,dest=/dev/null - >/dev/null 2>&1; then
@@ -33,14 +37,15 @@ find_docker() {
 
 # What a client needs that does not build.
 find_docker_without_build() {
-    local candidate
-    for candidate in ${DOCKER:-$(type -aP docker || true)}; do
+    local clients candidate
+    clients=$(docker_clients) || exit 1
+    for candidate in $clients; do
         if "$candidate" version >/dev/null 2>&1; then
             DOCKER=$candidate
             return
         fi
     done
-    refuse "No docker client on PATH reaches a daemon: install Docker, start its daemon, or name a client with DOCKER=…."
+    refuse "Docker's daemon does not answer: start it (systemctl start docker, or dockerd), and see that this user may talk to it."
 }
 
 # The version that is in pyproject.toml, which is the chart's appVersion and the images' tag.
