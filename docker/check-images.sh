@@ -43,7 +43,7 @@ check() {
     needless=$("$DOCKER" run --rm --read-only --network none --user 0:0 --entrypoint sh "$image" -c '
         for program in cc gcc g++ c++ clang ld make pip pip3; do command -v $program; done
         ls -d /var/lib/apt/lists/*_* /var/cache/apt/*.bin /run/secrets/* 2>/dev/null
-        find /root /mnt /tools -type f ! -name ".bashrc" ! -name ".profile" 2>/dev/null
+        find /mnt /tools /var/cache/pip -type f 2>/dev/null
         find / -xdev -type d \( -name pip -path "*-packages/*" -o -name setuptools -path "*-packages/*" \) 2>/dev/null
         find / -xdev -perm -0002 -type f 2>/dev/null
         true') || true

@@ -42,4 +42,4 @@ grep -q '^lathe:' /etc/group || echo 'lathe:x:10001:' >>/etc/group
 install -d -o 10001 -g 10001 /var/cache/lathe
 
 rm -rf /var/lib/apt/lists/* /var/cache/apt/* /var/cache/debconf/*-old /var/log/apt /var/log/*.log /usr/share/doc/* \
-    /usr/share/man/* /usr/share/locale/* /root/.cache
+    /usr/share/man/* /usr/share/locale/*
