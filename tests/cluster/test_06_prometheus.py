@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import suppress
+from urllib.request import Request, urlopen
 
 import pytest
 
@@ -15,6 +16,7 @@ from tests.cluster.harness.commands import until
 from tests.cluster.harness.prometheus import Prometheus, watching
 from tests.cluster.harness.release import SERVICES, Release
 from tests.e2e.data import ask
+from tests.e2e.survival import wait_for_success
 from tests.fixtures.prometheus import dashboard_queries
 
 SCRAPED_S = 60.0
@@ -31,6 +33,10 @@ def prometheus(release: Release, tmp_path_factory: pytest.TempPathFactory) -> It
 def engine(release: Release, work: Work) -> str:
     """A pod of an engine, which a question has started if need be."""
     work.client.chat(work.base_model, ask("Hello"), max_tokens=4)
+    # The HTTP door has metrics of its own, and none before its first request.
+    key = {"Authorization": f"Bearer {work.platform.api_key}"}
+    with urlopen(Request(f"{work.platform.http}/v1/models", headers=key), timeout=30) as answer:
+        assert answer.status == 200
     return str(release.wait_for_engine(START_S)["metadata"]["name"])
 
 
@@ -119,4 +125,4 @@ def test_a_job_that_waits_long_is_told(prometheus: Prometheus, release: Release,
     finally:
         for node in nodes:
             release.kubectl.run("uncordon", node)
-    work.finish(job)
+    wait_for_success(work.client, job, START_S)
