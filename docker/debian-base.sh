@@ -30,18 +30,18 @@ command -v debootstrap >/dev/null || refuse "debootstrap is missing: apt-get ins
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 echo "Making $name with debootstrap"
-debootstrap --variant=minbase "$SUITE" "$folder/root" ${MIRROR:+"$MIRROR"} >"$folder/log" 2>&1 || {
+debootstrap --variant=minbase "$SUITE" "$folder/tree" ${MIRROR:+"$MIRROR"} >"$folder/log" 2>&1 || {
     tail -n 5 "$folder/log" >&2
     refuse "debootstrap could not make Debian $SUITE: is a mirror reachable? MIRROR=… names another."
 }
 
 # Security updates lie beside the archive on Debian's own mirror, and on most others.
-archive=$(sed -n "s/^deb \([^ ]*\) $SUITE main\$/\1/p" "$folder/root/etc/apt/sources.list")
-updates=$folder/root/etc/apt/sources.list.d/security.list
+archive=$(sed -n "s/^deb \([^ ]*\) $SUITE main\$/\1/p" "$folder/tree/etc/apt/sources.list")
+updates=$folder/tree/etc/apt/sources.list.d/security.list
 echo "deb ${archive%/}-security $SUITE-security main" >"$updates"
 # An image is made anew rather than repaired: nothing needs to reach the disk package by package.
-echo force-unsafe-io >"$folder/root/etc/dpkg/dpkg.cfg.d/unsafe-io"
-inside() { DEBIAN_FRONTEND=noninteractive chroot "$folder/root" "$@" >"$folder/log" 2>&1; }
+echo force-unsafe-io >"$folder/tree/etc/dpkg/dpkg.cfg.d/unsafe-io"
+inside() { DEBIAN_FRONTEND=noninteractive chroot "$folder/tree" "$@" >"$folder/log" 2>&1; }
 if ! inside apt-get -qq update -o APT::Update::Error-Mode=any; then
     echo "Without security updates: there are none beside $archive." >&2
     rm "$updates"
@@ -51,11 +51,11 @@ inside apt-get -qq upgrade -y || refuse "Debian's packages could not be brought 
 inside apt-get -qq install -y --no-install-recommends ca-certificates python3.11 python3.11-venv \
     || refuse "Python 3.11 could not be installed: $(tail -n 1 "$folder/log")"
 inside apt-get -qq clean
-rm "$folder/root/etc/dpkg/dpkg.cfg.d/unsafe-io"
+rm "$folder/tree/etc/dpkg/dpkg.cfg.d/unsafe-io"
 
-rm -rf "$folder"/root/var/cache/apt/* "$folder"/root/var/lib/apt/lists/* "$folder"/root/var/log/* \
-    "$folder"/root/usr/share/{doc,info,locale,man}/* "$folder"/root/tmp/* "$folder"/root/dev/*
+rm -rf "$folder"/tree/var/cache/apt/* "$folder"/tree/var/lib/apt/lists/* "$folder"/tree/var/log/* \
+    "$folder"/tree/usr/share/{doc,info,locale,man}/* "$folder"/tree/tmp/* "$folder"/tree/dev/*
 # The machine's own, which debootstrap copied in.
-rm -f "$folder/root/etc/hostname" "$folder/root/etc/resolv.conf"
-tar -C "$folder/root" -c . | "$DOCKER" import --change 'CMD ["bash"]' - "$name" >/dev/null
+rm -f "$folder/tree/etc/hostname" "$folder/tree/etc/resolv.conf"
+tar -C "$folder/tree" -c . | "$DOCKER" import --change 'CMD ["bash"]' - "$name" >/dev/null
 "$DOCKER" image inspect --format "$name is {{.Size}} bytes" "$name"

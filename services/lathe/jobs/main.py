@@ -111,21 +111,11 @@ async def running(
             # Engines end before the server does, so that they can still say how far they came.
             stack.push_async_callback(launcher.close)
         engines.launcher = launcher
+        pace = settings.reconcile_interval_s
         reconciler = Reconciler(
-            store,
-            launcher,
-            quotas,
-            changes,
-            contact,
-            clock,
-            ids,
-            metrics,
-            limits,
-            settings.reconcile_interval_s,
-            classes,
-            clock,
+            store, launcher, quotas, changes, contact, clock, ids, metrics, limits, pace, classes, clock
         )
-        steps = JobSteps(store, datasets, models, changes, clock, settings.reconcile_interval_s)
+        steps = JobSteps(store, datasets, models, changes, clock, pace)
         await stack.enter_async_context(_background(reconciler.run()))
         await stack.enter_async_context(_background(steps.run()))
         watching = watch_dependencies("jobs", {"database": db.check}, metrics, clock)
