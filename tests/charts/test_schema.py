@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -140,32 +141,39 @@ def test_the_readme_lists_every_value() -> None:
         assert f".{field}`" in text
 
 
-def test_the_notes_say_how_to_go_on(tmp_path: Path) -> None:
-    file = tmp_path / "values.json"
-    file.write_text(json.dumps(TRYOUT))
-    command = [
-        helm(),
-        "install",
-        "demo",
-        str(CHART),
-        "-n",
-        "there",
-        "--dry-run=client",
-        "--values",
-        str(file),
-    ]
-    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+def notes(folder: Path) -> str:
+    """NOTES.txt as release `demo` in namespace `there` would print it.
+
+    `helm template` leaves the notes out and `helm install --dry-run` asks a cluster, so that the text is rendered as a
+    string in a copy of the chart.
+    """
+    chart = folder / "lathe"
+    shutil.copytree(CHART, chart)
+    text = (chart / "templates" / "NOTES.txt").read_text()
+    (chart / "templates" / "NOTES.txt").unlink()
+    (chart / "templates" / "_notes.tpl").write_text('{{- define "notes" -}}' + text + "{{- end -}}")
+    (chart / "templates" / "notes.yaml").write_text('notes: {{ include "notes" . | toJson }}\n')
+    values = folder / "values.json"
+    values.write_text(json.dumps(TRYOUT))
+    command = [helm(), "template", "demo", str(chart), "-n", "there", "--values", str(values)]
+    ended = subprocess.run(
+        [*command, "--show-only", "templates/notes.yaml"], capture_output=True, text=True, check=False
+    )
     assert ended.returncode == 0, ended.stderr
-    notes = ended.stdout.partition("NOTES:\n")[2]
+    return str(yaml.safe_load(ended.stdout)["notes"])
+
+
+def test_the_notes_say_how_to_go_on(tmp_path: Path) -> None:
+    told = notes(tmp_path)
     for words in (
         "port-forward service/demo-lathe-gateway",
         "secret demo-lathe-bootstrap",
         "lathe login",
         "lathe doctor",
     ):
-        assert words in notes
+        assert words in told
     # What an uninstall leaves is told: every Secret with the policy, and the volumes.
-    kept = set(re.findall(r"^  (secret/\S+|persistentvolumeclaim/\S+)$", notes, re.MULTILINE))
+    kept = set(re.findall(r"^  (secret/\S+|persistentvolumeclaim/\S+)$", told, re.MULTILINE))
     rendered = render(release="demo", namespace="there")
     policy = "helm.sh/resource-policy"
     secrets = {
