@@ -16,6 +16,7 @@ from tests.fixtures.platforms import Platform, embedded, processes
 from tests.fixtures.tiny_chat import write_tiny_chat
 
 HERE = Path(__file__).parent
+# Weights that are there already keep the name they have: tests ask for `tuned.model`.
 BASE = "e2e-tiny"
 Upload = Callable[[bytes], datasets_pb2.Dataset]
 

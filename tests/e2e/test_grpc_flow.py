@@ -28,7 +28,7 @@ from lathe.v1 import accounts_pb2, datasets_pb2, deployments_pb2, jobs_pb2
 from lathe.v1.datasets_pb2_grpc import DatasetsServiceStub
 from lathe.v1.deployments_pb2_grpc import DeploymentsServiceStub
 from lathe.v1.jobs_pb2_grpc import JobsServiceStub
-from tests.e2e.conftest import BASE, Upload
+from tests.e2e.conftest import Upload
 from tests.e2e.data import BY_HEART, LESSONS, ask, jsonl, lessons
 from tests.fixtures.platforms import Platform
 from tests.fixtures.relay import relay
@@ -245,7 +245,7 @@ def test_importing_the_same_files_again_is_one_model(
 
 def test_a_base_with_adapters_cannot_be_deleted(client: Client, tuned: jobs_pb2.Job) -> None:
     with pytest.raises(FailedPrecondition):
-        client.models.delete(BASE)
+        client.models.delete(tuned.model)
 
 
 # --- who may what ------------------------------------------------------------------------------------------
@@ -274,11 +274,11 @@ def test_a_viewer_may_look_and_nothing_else(client: Client, platform: Platform, 
     with Client(platform.grpc, secret) as viewer:
         assert viewer.jobs.get(tuned.name).name == tuned.name
         with pytest.raises(PermissionDenied):
-            viewer.jobs.create(BASE, tuned.training_dataset)
+            viewer.jobs.create(tuned.model, tuned.training_dataset)
         with pytest.raises(PermissionDenied):
             viewer.datasets.upload(b"x", purpose="user_data")
         with pytest.raises(PermissionDenied):
-            viewer.chat(BASE, ask(QUESTION), max_tokens=1)
+            viewer.chat(tuned.model, ask(QUESTION), max_tokens=1)
 
 
 def test_a_wrong_key_is_unauthenticated(platform: Platform) -> None:
@@ -308,7 +308,7 @@ def test_what_is_another_projects_is_not_found_like_what_never_was(
         with pytest.raises(NotFound):
             neighbour.chat(name, ask(QUESTION), max_tokens=1)
     with pytest.raises(NotFound):
-        neighbour.jobs.create(BASE, dataset)
+        neighbour.jobs.create(tuned.model, dataset)
     assert list(neighbour.jobs.list()) == []
     assert list(neighbour.datasets.list()) == []
     assert list(neighbour.adapters.list()) == []
