@@ -77,7 +77,9 @@ def values(kind: Kind, kubectl: Kubectl) -> dict[str, Any]:
 
 @pytest.fixture(scope="session")
 def release(kind: Kind, kubectl: Kubectl, values: dict[str, Any]) -> Release:
-    """Installed once; one that a kept cluster has is taken as it is."""
+    """Installed once, with KubeRay beside it; what a kept cluster has is taken as it is."""
+    if not kubectl.exists("crd", "rayjobs.ray.io"):
+        kind.add_ons("kuberay")
     found = Release(kind, Helm(kind.kubeconfig), kubectl, "lathe")
     if not kubectl.exists("namespace", NAMESPACE):
         found.make_namespace()

@@ -6,6 +6,8 @@
 --keep: leave the cluster for looking around; the next run with --reuse goes on with it.
 --reuse: take the cluster and the release that are there, without building or loading anything.
 
+KubeRay is added by the first test that needs it: the README's commands run on a cluster without it.
+
 `kind`, `kubectl`, `helm` and `docker` are those on PATH. BASE_IMAGE is what `make images` starts from; where none is
 given and no registry answers, a base is made with debootstrap. Logs of a failed run are in build/cluster-logs.
 """
@@ -94,8 +96,8 @@ def _prepare(kind: Kind, options: argparse.Namespace) -> None:
         if kind.exists:
             kind.delete()
         kind.create()
-    with step("add-ons"):
-        kind.add_ons("kuberay", "metrics-server")
+    with step("metrics"):
+        kind.add_ons("metrics-server")
     with step("images into nodes"):
         load_images(kind)
 

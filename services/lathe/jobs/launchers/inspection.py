@@ -61,7 +61,7 @@ def _runs_as(used: Kind, has_ray: bool, engines: str) -> Finding:
             "kuberay",
             False,
             "Engines are to run as RayJobs, but the cluster has no API ray.io/v1.",
-            "Install the KubeRay operator, or set engines.launcher to auto or deployment.",
+            "Install the KubeRay operator, or set engines.kind to auto or deployment.",
         )
     if engines == "deployment":
         return Finding("kuberay", True, "Each engine runs as a Deployment, as the settings say.")
