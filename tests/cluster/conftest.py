@@ -50,9 +50,9 @@ def pytest_runtest_makereport(item: pytest.Item) -> Any:
     """What a failed test leaves is collected at once: a later one may change it."""
     report = yield
     if report.failed and HERE in item.path.parents:
-        kubectl = item.funcargs["release"].kubectl if "release" in getattr(item, "funcargs", {}) else None
-        if kubectl is not None:
-            collect(kubectl, [kubectl.namespace], LOGS / item.name)
+        for given in getattr(item, "funcargs", {}).values():
+            if isinstance(given, Release):
+                collect(given.kubectl, [given.namespace], LOGS / item.name)
     return report
 
 
