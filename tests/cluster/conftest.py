@@ -83,7 +83,8 @@ def release(kind: Kind, kubectl: Kubectl, values: dict[str, Any]) -> Release:
     found = Release(kind, Helm(kind.kubeconfig), kubectl, "lathe")
     if not kubectl.exists("namespace", NAMESPACE):
         found.make_namespace()
-    if not kubectl.exists("secret", "sh.helm.release.v1.lathe.v1"):
+    # By its labels: helm forgets the first of more than ten revisions.
+    if not kubectl.names("secrets", "owner=helm,name=lathe"):
         seconds = found.install(values)
         print(f"\n   helm install, everything ready: {seconds:.0f} s", flush=True)
     return found

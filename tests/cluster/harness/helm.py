@@ -28,16 +28,26 @@ class Helm:
         """The same for other values."""
         return self._change("upgrade", release, namespace, values, timeout)
 
+    def status(self, release: str, namespace: str) -> Any:
+        """What helm knows about the release: `info`, `hooks`, `version`. Raises CommandFailed."""
+        return json.loads(run("helm", "status", release, *self._where(namespace), "--output=json"))
+
+    def notes(self, release: str, namespace: str) -> str:
+        """What the chart told whoever installed it."""
+        return run("helm", "get", "notes", release, *self._where(namespace))
+
     def uninstall(self, release: str, namespace: str, timeout: float = 180.0) -> str:
-        where = (f"--namespace={namespace}", f"--kubeconfig={self.kubeconfig}")
+        """What helm printed, when the chart's own objects are gone. Raises CommandFailed."""
         wait = ("--wait", f"--timeout={timeout:.0f}s")
-        return run("helm", "uninstall", release, *where, *wait, timeout=timeout + 20)
+        return run("helm", "uninstall", release, *self._where(namespace), *wait, timeout=timeout + 20)
+
+    def _where(self, namespace: str) -> tuple[str, str]:
+        return f"--namespace={namespace}", f"--kubeconfig={self.kubeconfig}"
 
     def _change(self, verb: str, release: str, namespace: str, values: Values, timeout: float) -> str:
-        where = (f"--namespace={namespace}", f"--kubeconfig={self.kubeconfig}")
         wait = ("--wait", "--wait-for-jobs", f"--timeout={timeout:.0f}s")
         return run(
-            *("helm", verb, release, str(CHART), *where, *wait, "--values=-"),
+            *("helm", verb, release, str(CHART), *self._where(namespace), *wait, "--values=-"),
             stdin=json.dumps(values),
             timeout=timeout + 30,
         )
