@@ -41,12 +41,8 @@ NEEDED = ("kind", "helm", "docker")
 
 def main() -> int:
     options, pytest_args = _options()
-    missing = [tool for tool in NEEDED if shutil.which(tool) is None]
-    if missing:
-        print(
-            f"Not on PATH: {', '.join(missing)}. The cluster tests need kind, helm and docker.",
-            file=sys.stderr,
-        )
+    if missing := missing_tools():
+        print(missing, file=sys.stderr)
         return 2
     started = time.monotonic()
     STATE.mkdir(parents=True, exist_ok=True)
@@ -54,7 +50,7 @@ def main() -> int:
     kind = Kind(NAME, STATE / "kubeconfig")
     code = 1
     try:
-        _prepare(kind, options)
+        prepare(kind, options.reuse)
         code = _tests(kind, options.fast, pytest_args)
     finally:
         if code and kind.exists:
@@ -78,6 +74,12 @@ def _options() -> tuple[argparse.Namespace, list[str]]:
     return parser.parse_known_args()
 
 
+def missing_tools() -> str:
+    """What to say when a tool is not there; empty when all are."""
+    missing = [tool for tool in NEEDED if shutil.which(tool) is None]
+    return f"Not on PATH: {', '.join(missing)}. A cluster needs kind, helm and docker." if missing else ""
+
+
 @contextmanager
 def step(title: str) -> Iterator[None]:
     """Say what is done and how long it took."""
@@ -87,8 +89,9 @@ def step(title: str) -> Iterator[None]:
     print(f"   {time.monotonic() - started:.0f} s", flush=True)
 
 
-def _prepare(kind: Kind, options: argparse.Namespace) -> None:
-    if options.reuse and kind.exists:
+def prepare(kind: Kind, reuse: bool) -> None:
+    """A new cluster with the images of today on it; with `reuse` one that is there, as it is."""
+    if reuse and kind.exists:
         kind.write_kubeconfig()
         return
     build_images()

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import pytest
 
 from lathe.client import Client
 from tests.cluster.conftest import Work
 from tests.cluster.harness.commands import until
-from tests.cluster.harness.kubectl import wait_for_node
+from tests.cluster.harness.nodes import cut_off, leave_alone_with_the_engine, stopped
 from tests.cluster.harness.release import SERVICES, Release
 from tests.cluster.harness.streams import open_streams
 
@@ -19,45 +17,6 @@ from tests.cluster.harness.streams import open_streams
 NODE_LOST_S = 60.0
 RECOVERED_S = 300.0
 STREAM_SAID_S = 30.0
-
-
-@contextmanager
-def stopped(release: Release, node: str) -> Iterator[None]:
-    release.kind.stop(node)
-    try:
-        yield
-    finally:
-        release.kind.start(node)
-        wait_for_node(release.kubectl, node, True)
-
-
-@contextmanager
-def cut_off(release: Release, node: str) -> Iterator[None]:
-    release.kind.cut(node)
-    try:
-        yield
-    finally:
-        release.kind.heal(node)
-        wait_for_node(release.kubectl, node, True)
-
-
-@contextmanager
-def cordoned(release: Release, node: str) -> Iterator[None]:
-    release.kubectl.run("cordon", node)
-    try:
-        yield
-    finally:
-        release.kubectl.run("uncordon", node)
-
-
-def leave_alone_with_the_engine(release: Release, node: str) -> None:
-    """Move the services to other nodes, so that only the engine is lost with this one."""
-    with cordoned(release, node):
-        for service in SERVICES:
-            for pod in release.pods(service):
-                if pod["spec"].get("nodeName") == node:
-                    release.kubectl.run("delete", "pod", pod["metadata"]["name"], "--wait=false")
-        release.wait_ready()
 
 
 @pytest.mark.fast
