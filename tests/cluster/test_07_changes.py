@@ -211,7 +211,7 @@ def test_new_certificates_are_followed_without_a_restart(release: Release, work:
             answers = certificates.refusals(release, believed, believed.ca, asked)
             assert set(answers.values()) == {"accepted"}, answers
             answers = certificates.refusals(release, doubted, believed.ca, asked)
-            assert all(one.startswith("refused") for one in answers.values()), answers
+            assert "accepted" not in answers.values(), answers
             # Another conversation of each with each, by what they hold now.
             work.client.datasets.wait(work.client.datasets.upload(b'{"messages": []}\n').name, timeout=60)
             work.client.chat(work.base_model, [{"role": "user", "content": "Hello!"}], max_tokens=4)
