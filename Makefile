@@ -123,11 +123,14 @@ images-check: ## look into the built images: sizes, user, nothing needless, a st
 # --- on a cluster: kind, kubectl, helm and docker from PATH ---------------------------------------------------
 #
 # FAST        1: the install, the e2e suite, one killed pod of each kind and an engine's lost node, nothing more
-# ARGS        what tests/cluster/run.py takes beside: --keep, --reuse, and what pytest takes
+# ARGS        what tests/cluster/run.py takes beside: --keep, --reuse, and what pytest takes; bench-cluster takes those two
 
-.PHONY: test-cluster
+.PHONY: test-cluster bench-cluster
 test-cluster: $(VENV)/.dev ## build the images, make a kind cluster, install, run e2e and break things (FAST=1, ARGS="--keep")
 	PATH="$$PATH:$(CURDIR)/$(BIN)" PYTHONPATH=services:. $(BIN)/python -m tests.cluster.run $(if $(FAST),--fast) $(ARGS)
+
+bench-cluster: $(VENV)/.dev ## on a kind cluster: time to ready, memory when idle, an engine's start, a lost node (ARGS="--reuse --keep")
+	PATH="$$PATH:$(CURDIR)/$(BIN)" PYTHONPATH=services:. $(BIN)/python tests/benchmarks/bench_cluster.py $(ARGS)
 
 # --- the environment ---------------------------------------------------------------------------------------
 
