@@ -39,13 +39,14 @@ def test_a_server_of_the_try_out_is_killed(release: Release, work: Work, server:
 def kill(release: Release, component: str) -> float:
     """Kill the component's pod; when. An engine's process dies first: deleting its pod alone would let it drain."""
     found = release.pod(component)
-    pod = found["metadata"]["name"]
+    pod, uid = found["metadata"]["name"], found["metadata"]["uid"]
     moment = time.monotonic()
     if component == "engine":
         assert release.signal_engine(found, "KILL"), f"no engine runs in {pod}"
     release.kubectl.kill(pod)
+    # A StatefulSet's next pod has the name of the last one.
     until(
-        lambda: pod not in {one["metadata"]["name"] for one in release.pods(component)},
+        lambda: uid not in {one["metadata"]["uid"] for one in release.pods(component)},
         60,
         f"{pod} to be gone",
     )
