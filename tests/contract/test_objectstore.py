@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from lathe.common.errors import AlreadyExists, InvalidArgument, NotFound, OutOfRange, Unavailable
-from lathe.common.objectstore.base import ObjectStore
+from lathe.common.objectstore.base import LOCAL_DISK, ObjectStore
 from lathe.common.objectstore.folder import FolderStore
 from lathe.common.objectstore.s3 import S3Config, S3Store
 from tests.fakes.objectstore import MemoryObjectStore
@@ -178,6 +178,16 @@ async def test_files(store: ObjectStore, tmp_path: Path) -> None:
         await store.fetch("blobs/none", target)
     assert target.read_bytes() == source.read_bytes()
     assert files_in(tmp_path) == ["in.bin", "out.bin"]
+
+
+async def test_a_file_that_cannot_be_written_is_not_blamed_on_the_store(
+    store: ObjectStore, tmp_path: Path
+) -> None:
+    await store.put("blobs/file", b"content")
+    with pytest.raises(Unavailable) as caught:
+        await store.fetch("blobs/file", tmp_path / "none" / "out.bin")
+    assert caught.value.reason == LOCAL_DISK
+    assert caught.value.message.startswith(f"The folder {tmp_path / 'none'} cannot be written")
 
 
 async def test_bad_keys_are_refused(store: ObjectStore) -> None:

@@ -14,6 +14,7 @@ from lathe.common.errors import AlreadyExists, LatheError
 from lathe.common.objectstore.base import (
     CHUNK_SIZE,
     ObjectInfo,
+    local_disk,
     not_found,
     past_the_end,
     validate_key,
@@ -75,8 +76,9 @@ class MemoryObjectStore:
     async def fetch(self, key: str, path: Path) -> None:
         content = await self.get(key)
         temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
-        temporary.write_bytes(content)
-        temporary.replace(path)
+        with local_disk(path):
+            temporary.write_bytes(content)
+            temporary.replace(path)
 
     async def head(self, key: str) -> ObjectInfo | None:
         self._usable()

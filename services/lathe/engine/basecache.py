@@ -18,8 +18,8 @@ from pathlib import Path, PurePosixPath
 from shutil import rmtree
 
 from lathe.common.clock import Clock
-from lathe.common.errors import DataLoss, InvalidArgument, NotFound
-from lathe.common.objectstore.base import ObjectStore
+from lathe.common.errors import DataLoss, FailedPrecondition, InvalidArgument, NotFound, Unavailable
+from lathe.common.objectstore.base import LOCAL_DISK, ObjectStore, local_disk
 from lathe.engine.checkpoints import MANIFEST, OPTIMIZER, FileEntry, Manifest, digest_file, fetch_files
 from lathe.engine.model import AdapterRef
 
@@ -60,11 +60,14 @@ async def ensure_base(store: ObjectStore, digest: str, cache: Path, clock: Clock
     """The folder with a base model's files, fetched if it is not there yet.
 
     Several engines may share `cache`: one fetches under a lock file, the others wait. Raises NotFound for a
-    digest that nobody registered, DataLoss for bytes that do not match, Unavailable while the store is away.
+    digest that nobody registered, DataLoss for bytes that do not match, Unavailable while the store is away,
+    FailedPrecondition for a cache without room.
     """
     if not _DIGEST.fullmatch(digest):
         raise InvalidArgument(f"base_digest must be a SHA-256 in lower-case hex, not {digest!r}.")
     target = cache / "base" / digest
+    with _disk_explained(cache), local_disk(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
     async with _locked(cache / "base" / f"{digest}.lock", clock):
         if target.is_dir():
             return target
@@ -78,8 +81,10 @@ async def ensure_base(store: ObjectStore, digest: str, cache: Path, clock: Clock
         await asyncio.to_thread(rmtree, partial, ignore_errors=True)
         for entry in parse_base_manifest(data, digest):
             path = partial / entry.path
-            path.parent.mkdir(parents=True, exist_ok=True)
-            await _fetch_blob(store, entry, path)
+            with _disk_explained(cache):
+                with local_disk(path):
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                await _fetch_blob(store, entry, path)
         partial.rename(target)
     return target
 
@@ -127,7 +132,8 @@ async def ensure_adapter(store: ObjectStore, ref: AdapterRef, cache: Path) -> Pa
 def work_folder(cache: Path, engine_id: str) -> Iterator[Path]:
     """A folder for one engine's temporary files, gone afterwards; those of killed engines are removed first."""
     root = cache / "work"
-    root.mkdir(parents=True, exist_ok=True)
+    with _disk_explained(cache), local_disk(root):
+        root.mkdir(parents=True, exist_ok=True)
     with (root / f"{engine_id}.lock").open("w") as mine:
         fcntl.flock(mine, fcntl.LOCK_EX)
         for lock in root.glob("*.lock"):
@@ -145,6 +151,21 @@ def work_folder(cache: Path, engine_id: str) -> Iterator[Path]:
         finally:
             rmtree(folder, ignore_errors=True)
             (root / f"{engine_id}.lock").unlink(missing_ok=True)
+
+
+@contextmanager
+def _disk_explained(cache: Path) -> Iterator[None]:
+    """An engine that cannot fill its cache ends and says so: waiting would not help."""
+    try:
+        yield
+    except Unavailable as error:
+        if error.reason != LOCAL_DISK:
+            raise
+        raise FailedPrecondition(
+            f"The engine's cache {cache} cannot take the base model: {error.message} "
+            "That is engines.cache of the chart, or LATHE_ENGINE_CACHE_FOLDER.",
+            reason=LOCAL_DISK,
+        ) from error
 
 
 @asynccontextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import hashlib
 import json
 from collections.abc import AsyncIterator
@@ -10,7 +11,15 @@ from pathlib import Path
 
 import pytest
 
-from lathe.common.errors import DataLoss, InvalidArgument, NotFound, ResourceExhausted, Unavailable
+from lathe.common.errors import (
+    DataLoss,
+    FailedPrecondition,
+    InvalidArgument,
+    NotFound,
+    ResourceExhausted,
+    Unavailable,
+)
+from lathe.common.objectstore.base import local_disk
 from lathe.engine.adaptercache import AdapterCache
 from lathe.engine.adapters import LoraSpec
 from lathe.engine.basecache import ensure_base, parse_base_manifest, work_folder
@@ -173,3 +182,28 @@ async def test_an_adapter_that_is_not_what_was_registered(bench: Bench) -> None:
     await bench.store.put(f"{ref.prefix}/adapter_model.safetensors", b"other")
     with pytest.raises(DataLoss):
         await bench.cache.load(ref)
+
+
+async def test_a_cache_that_is_full_is_said_to_be_full(store: MemoryObjectStore, tmp_path: Path) -> None:
+    """Nothing is waited for: the store is not away."""
+
+    class NoRoom(MemoryObjectStore):
+        async def fetch(self, key: str, path: Path) -> None:
+            with local_disk(path):
+                raise OSError(errno.ENOSPC, "No space left on device")
+
+    full = NoRoom()
+    await full.put(f"basemodels/{DIGEST}.json", manifest())
+    with pytest.raises(FailedPrecondition) as caught:
+        await ensure_base(full, DIGEST, tmp_path, FakeClock())
+    assert f"cache {tmp_path}" in caught.value.message and "full" in caught.value.message
+    assert "engines.cache" in caught.value.message
+
+
+def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with (
+        pytest.raises(FailedPrecondition, match="LATHE_ENGINE_CACHE_FOLDER"),
+        work_folder(tmp_path / "file", "eng-1"),
+    ):
+        pass

@@ -6,17 +6,21 @@ A key is a path of plain segments (`blobs/<sha256>`, `jobs/<job>/<attempt>/…`)
 
 from __future__ import annotations
 
+import errno
 import re
-from collections.abc import AsyncIterable, AsyncIterator, Sequence
+from collections.abc import AsyncIterable, AsyncIterator, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Protocol
 
-from lathe.common.errors import InvalidArgument, NotFound, OutOfRange
+from lathe.common.errors import InvalidArgument, NotFound, OutOfRange, Unavailable
 
 CHUNK_SIZE = 1 << 20
 MAX_KEY_LENGTH = 900
+# The reason of an error that is about this machine's disk, not about the store.
+LOCAL_DISK = "LOCAL_DISK"
 _SEGMENT = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._=+@:~-]{0,254}")
 
 
@@ -57,7 +61,10 @@ class ObjectStore(Protocol):
         ...
 
     async def fetch(self, key: str, path: Path) -> None:
-        """Copy an object into a file: under a temporary name, then renamed. Raises NotFound."""
+        """Copy an object into a file: under a temporary name, then renamed.
+
+        Raises NotFound; Unavailable with the reason LOCAL_DISK for a file that cannot be written.
+        """
         ...
 
     async def head(self, key: str) -> ObjectInfo | None:
@@ -112,6 +119,17 @@ def validate_range(offset: int, length: int | None, chunk_size: int) -> None:
     """Raise InvalidArgument for a range that means nothing."""
     if offset < 0 or (length is not None and length < 0) or chunk_size < 1:
         raise InvalidArgument("offset and length must be 0 or more, and chunk_size 1 or more.")
+
+
+@contextmanager
+def local_disk(path: Path) -> Iterator[None]:
+    """Turn what the disk refuses while `path` is written into Unavailable that names its folder."""
+    try:
+        yield
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        why = "is full: give it more room" if full else f"cannot be written ({error.strerror})"
+        raise Unavailable(f"The folder {path.parent} {why}.", reason=LOCAL_DISK, retry_after=30.0) from error
 
 
 def not_found(key: str) -> NotFound:

@@ -17,6 +17,7 @@ from lathe.common.errors import AlreadyExists, InvalidArgument, Unavailable
 from lathe.common.objectstore.base import (
     CHUNK_SIZE,
     ObjectInfo,
+    local_disk,
     not_found,
     past_the_end,
     validate_key,
@@ -123,10 +124,11 @@ class FolderStore:
             try:
                 with _missing(key):
                     source = origin.open("rb")
-                with source, temporary.open("xb") as file:
-                    shutil.copyfileobj(source, file, CHUNK_SIZE)
-                    self._sync(file)
-                temporary.replace(path)
+                with source, local_disk(path):
+                    with temporary.open("xb") as file:
+                        shutil.copyfileobj(source, file, CHUNK_SIZE)
+                        self._sync(file)
+                    temporary.replace(path)
             finally:
                 temporary.unlink(missing_ok=True)
 

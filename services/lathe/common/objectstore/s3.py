@@ -24,6 +24,7 @@ from lathe.common.errors import AlreadyExists, NotFound, Unavailable
 from lathe.common.objectstore.base import (
     CHUNK_SIZE,
     ObjectInfo,
+    local_disk,
     not_found,
     past_the_end,
     validate_key,
@@ -166,12 +167,20 @@ class S3Store:
         temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
 
         def work() -> None:
-            response = self._client.get_object(self._bucket, key)
+            with _outages(key):
+                response = self._client.get_object(self._bucket, key)
+
+            def received() -> bytes:
+                with _outages(key):
+                    chunk: bytes = response.read(CHUNK_SIZE)
+                    return chunk
+
             try:
-                with temporary.open("xb") as file:
-                    while chunk := response.read(CHUNK_SIZE):
-                        file.write(chunk)
-                temporary.replace(path)
+                with local_disk(path):
+                    with temporary.open("xb") as file:
+                        while chunk := received():
+                            file.write(chunk)
+                    temporary.replace(path)
             finally:
                 response.close()
                 response.release_conn()
