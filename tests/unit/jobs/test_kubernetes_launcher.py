@@ -288,6 +288,25 @@ async def test_an_eviction_says_why(ray: Cluster) -> None:
     assert (await ray.engine()).exit_status == "its pod ended: Evicted The node was low on memory."
 
 
+@pytest.mark.parametrize(
+    "said",
+    [
+        'Usage of EmptyDir volume "cache" exceeds the limit "1Mi". ',
+        'Container engine exceeded its local ephemeral storage limit "1Gi". ',
+        "Pod ephemeral local storage usage exceeds the total limit of containers 1Gi. ",
+    ],
+)
+async def test_a_pod_that_used_too_much_room_is_no_kill_from_outside(ray: Cluster, said: str) -> None:
+    """Another one would fare the same: it counts, and says what to raise. The signal that ended it says nothing."""
+    await ray.start()
+    ended = {"name": "engine", "state": {"terminated": {"exitCode": 137, "reason": "Error"}}}
+    evicted = {"phase": "Failed", "reason": "Evicted", "message": said, "containerStatuses": [ended]}
+    ray.api.add_pod("eng-1", evicted)
+    found = await ray.engine()
+    assert said.strip() in found.exit_status and "engines.cache.sizeLimit" in found.exit_status
+    assert not found.killed and not found.last_log_line
+
+
 # --- what it waits for ---
 
 

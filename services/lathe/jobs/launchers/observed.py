@@ -17,6 +17,8 @@ _UNNOTICED_S = 15.0
 _OUTSIDE = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 _PULL = ("ErrImagePull", "ImagePullBackOff", "ErrImageNeverPull", "InvalidImageName", "RegistryUnavailable")
 _CONFIG = ("CreateContainerConfigError", "CreateContainerError", "RunContainerError")
+# What the kubelet says of a pod that it evicts for what the pod itself wrote; else it is the node that has no room.
+_OWN_ROOM = re.compile(r"exceed(s|ed) (its|the) .*limit")
 _EXIT_CODE = re.compile(r"exit code (-?\d+)")
 
 
@@ -148,6 +150,11 @@ def _ended_by_ray(engine_id: str, verdict: str, state: str, message: str) -> Obs
 
 
 def _pod_gone(engine_id: str, pods: Sequence[Mapping[str, Any]]) -> Observed:
+    for pod in pods:
+        said = str((pod.get("status") or {}).get("message") or "").strip()
+        if (pod.get("status") or {}).get("reason") == "Evicted" and _OWN_ROOM.search(said):
+            status = f"it wrote more than its room: {said} Raise engines.cache.sizeLimit of the chart."
+            return Observed(LaunchedEngine(engine_id, False, status))
     for pod in pods:
         end = _last_end(pod)
         if end is None:
