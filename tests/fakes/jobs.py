@@ -42,6 +42,7 @@ from lathe.jobs.ports import (
 from lathe.jobs.quotas import Quotas
 from lathe.jobs.reconciler import Reconciler
 from lathe.jobs.service import JobsService
+from lathe.jobs.sharedclock import SharedClock
 from lathe.jobs.steps import JobSteps
 from lathe.jobs.store import SqlJobStore
 from lathe.jobs.store.tables import metadata
@@ -218,7 +219,7 @@ class World:
             quotas,
             changes,
             self.contact,
-            self.clock,
+            SharedClock(self.clock),
             self.ids,
             metrics,
             self.limits,

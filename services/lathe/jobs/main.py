@@ -113,7 +113,7 @@ async def running(
         engines.launcher = launcher
         pace = settings.reconcile_interval_s
         reconciler = Reconciler(
-            store, launcher, quotas, changes, contact, clock, ids, metrics, limits, pace, classes, clock
+            store, launcher, quotas, changes, contact, clock, ids, metrics, limits, pace, classes
         )
         steps = JobSteps(store, datasets, models, changes, clock, pace)
         await stack.enter_async_context(_background(reconciler.run()))

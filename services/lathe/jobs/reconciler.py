@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 
-from lathe.common.clock import Clock
 from lathe.common.errors import Aborted, LatheError, RetryableError
 from lathe.common.ids import IdFactory
 from lathe.common.metrics import Metrics
@@ -41,7 +40,6 @@ log = logging.getLogger(__name__)
 # A zombie that is out of touch for longer has ended by itself.
 LOST_ENGINES_KEPT = timedelta(hours=1)
 _WAITING_FOR_LENGTH = 300
-_CLOCK_EVERY_S = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,18 +61,15 @@ class Reconciler:
     quotas: Quotas
     changes: Changes
     contact: Contact
-    clock: Clock
+    clock: SharedClock
     ids: IdFactory
     metrics: Metrics
     limits: Limits
     interval_s: float = 0.5
     classes: EngineClasses = ONE_CLASS
-    # Corrected from the database's clock if given; it is `clock` then.
-    shared_clock: SharedClock | None = None
     # How long a pass waits for the launcher's calls that it began; they go on without it.
     patience_s: float = 2.0
     _calls: LauncherCalls = field(init=False)
-    _clock_read: float | None = None
     # Processes without a row, and since when; they get time to end by themselves.
     _strays: dict[str, float] = field(default_factory=dict)
 
@@ -98,7 +93,7 @@ class Reconciler:
     async def run_once(self) -> None:
         """One pass. Raises Unavailable while the database is away."""
         async with self.contact.watched():
-            await self._agree_on_time()
+            await self.clock.agree(self.store.clock_offset)
             loaded = await self._load()
             self.contact.seen()
             wrote = await self._settle_processes(loaded)
@@ -112,15 +107,6 @@ class Reconciler:
             await measure(self.store, self.metrics, picture.queued, picture.engines, picture.now)
         if wrote:
             self.changes.ring()
-
-    async def _agree_on_time(self) -> None:
-        now = self.clock.monotonic()
-        if self.shared_clock is None or (
-            self._clock_read is not None and now - self._clock_read < _CLOCK_EVERY_S
-        ):
-            return
-        self.shared_clock.correct(await self.store.clock_offset())
-        self._clock_read = now
 
     async def _load(self) -> _Loaded:
         async with self.store.read() as session:

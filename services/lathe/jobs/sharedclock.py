@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
 from datetime import datetime, timedelta
 
 from lathe.common.clock import Clock
 
 # Below it the way to the database and back makes the difference.
 _NOTICED_S = 0.1
+_ASKED_EVERY_S = 10.0
 
 
 class SharedClock:
@@ -16,6 +18,7 @@ class SharedClock:
     def __init__(self, machine: Clock) -> None:
         self._machine = machine
         self._offset = timedelta(0)
+        self._agreed: float | None = None
 
     def now(self) -> datetime:
         return self._machine.now() + self._offset
@@ -26,7 +29,15 @@ class SharedClock:
     async def sleep(self, seconds: float) -> None:
         await self._machine.sleep(seconds)
 
-    def correct(self, behind_s: float) -> None:
-        """The database's clock is so many seconds ahead of what `now` answers."""
+    async def agree(self, offset: Callable[[], Awaitable[float]]) -> None:
+        """Follow the database's clock, asked every ten seconds. Raises what asking it does.
+
+        offset: seconds that the database's clock is ahead of what `now` answers.
+        """
+        asked = self.monotonic()
+        if self._agreed is not None and asked - self._agreed < _ASKED_EVERY_S:
+            return
+        behind_s = await offset()
+        self._agreed = asked
         if abs(behind_s) >= _NOTICED_S:
             self._offset += timedelta(seconds=behind_s)

@@ -138,7 +138,6 @@ async def test_a_replica_whose_clock_is_wrong_takes_no_lease_away(world: World) 
         made.ids,
         made.metrics,
         made.limits,
-        shared_clock=clock,
     )
     for _ in range(20):
         await world.workers.heartbeat(Beat("eng-a", [(lease.attempt.id, lease.attempt.lease_token)]))
