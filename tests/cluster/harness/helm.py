@@ -24,6 +24,11 @@ class Helm:
         """What helm printed, when everything is ready. Raises CommandFailed."""
         return self._change("install", release, namespace, values, timeout)
 
+    def install_without_waiting(self, release: str, namespace: str, values: Values) -> str:
+        """What helm printed once the objects are made. Raises CommandFailed."""
+        argv = ("helm", "install", release, str(CHART), *self._where(namespace), "--values=-")
+        return run(*argv, stdin=json.dumps(values))
+
     def upgrade(self, release: str, namespace: str, values: Values, timeout: float = 180.0) -> str:
         """The same for other values."""
         return self._change("upgrade", release, namespace, values, timeout)

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import subprocess
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -99,6 +100,18 @@ class Kind:
             run("kind", "node", "heal", node, "--name", self.name)
         else:
             run("docker", "network", "connect", "kind", node)
+
+    @contextmanager
+    def small_disk(self, node: str, size: str) -> Iterator[str]:
+        """A folder of the node with little room; its path there. size: such as `256k`."""
+        path = f"/mnt/lathe-{size}"
+        make = f"mkdir -p {path} && mount -t tmpfs -o size={size},mode=0777 tmpfs {path}"
+        run(*self._on(node), "sh", "-c", make)
+        try:
+            yield path
+        finally:
+            # Lazily: a pod that is still on its way out may have it.
+            run(*self._on(node), "sh", "-c", f"umount -l {path} && rmdir {path}")
 
     def signal(self, node: str, container_id: str, name: str, command: str) -> int:
         """Send a signal to the container's processes whose command line has `command`; how many there were."""
