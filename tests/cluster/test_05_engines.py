@@ -136,7 +136,8 @@ def test_everything_made_has_an_owner_and_an_expiry(pools: Pools) -> None:
         return [one for one in made_for_engines(pools.kubectl) if one["metadata"]["name"] != nobodys]
 
     def without_owner() -> list[str]:
-        return names([one for one in (all_made := made()) if first_owner(one, all_made) != name])
+        found = made()
+        return names([one for one in found if first_owner(one, found) != name])
 
     # The engine that was too many goes from above: what is below it loses its owner a moment before it goes.
     until(lambda: not without_owner(), GONE_S, f"{name} to own all of this: {without_owner()}")
