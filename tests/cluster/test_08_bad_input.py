@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from lathe.common.log import last_line
 from tests.cluster.conftest import START_S
 from tests.cluster.harness.commands import ROOT, CommandFailed, until
 from tests.cluster.harness.helm import Helm, merged
@@ -245,7 +246,8 @@ def test_nothing_ends_again_and_again_without_a_reason(faulty: Release) -> None:
     )
     for pod in faulty.kubectl.items("pods", selector):
         for container in restarts(pod):
-            line = last_line(faulty.kubectl, pod["metadata"]["name"], container)
+            name = pod["metadata"]["name"]
+            line = last_line(faulty.kubectl.run("logs", name, "-c", container, "--previous"))
             assert line.startswith("The database of lathe.") and "LATHE_" in line, (container, line)
 
 
@@ -254,11 +256,6 @@ def restarts(pod: Object) -> list[str]:
     status = pod["status"]
     each = [*status.get("initContainerStatuses", ()), *status.get("containerStatuses", ())]
     return [one["name"] for one in each if one["restartCount"]]
-
-
-def last_line(kubectl: Kubectl, pod: str, container: str) -> str:
-    lines = kubectl.run("logs", pod, "-c", container, "--previous").splitlines()
-    return lines[-1] if lines else ""
 
 
 # --- a release that works, and what it is given then ----------------------------------------------------------------

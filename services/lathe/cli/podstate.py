@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from lathe.common.diagnosis import Finding
+from lathe.common.log import last_line
 
 Object = Mapping[str, Any]
 
@@ -293,17 +293,7 @@ def _event(state: ClusterState, name: str, reasons: Sequence[str]) -> str:
 
 
 def _last_line(text: str) -> str:
-    """The last line of a log; of one in JSON its message."""
-    lines = [line for line in text.splitlines() if line.strip()]
-    if not lines:
-        return ""
-    try:
-        entry = json.loads(lines[-1])
-    except ValueError:
-        return _short(lines[-1])
-    return (
-        _short(str(entry["message"])) if isinstance(entry, dict) and "message" in entry else _short(lines[-1])
-    )
+    return _short(last_line(text))
 
 
 def _short(text: str) -> str:

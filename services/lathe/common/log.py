@@ -32,6 +32,17 @@ def redact(text: str) -> str:
     return text
 
 
+def last_line(text: str) -> str:
+    """The last line of a log that is not blank; of one in JSON its message."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    line = lines[-1] if lines else ""
+    try:
+        entry = json.loads(line)
+    except ValueError:
+        return line
+    return str(entry["message"]) if isinstance(entry, dict) and "message" in entry else line
+
+
 def _extra(record: logging.LogRecord) -> dict[str, object]:
     return {
         key: "***" if _SECRET_FIELD.search(key) else redact(value) if isinstance(value, str) else value

@@ -258,6 +258,21 @@ async def test_an_object_that_is_being_deleted_is_forgotten(ray: Cluster) -> Non
     assert not await ray.launcher.list()
 
 
+async def test_the_last_words_of_an_engine_that_logs_json_are_its_message(plain: Cluster) -> None:
+    """They are shown to whoever waits for the engine."""
+    await plain.start()
+    plain.api.add_pod("eng-1", state(state={"terminated": {"exitCode": 1, "reason": "Error"}}), "pod-1")
+    plain.api.logs["pod-1"] = 'loading\n{"level": "critical", "message": "The cache is full."}\n'
+    assert (await plain.engine()).last_log_line == "The cache is full."
+
+
+async def test_ray_tells_the_message_too(ray: Cluster) -> None:
+    await ray.start()
+    said = 'Job entrypoint command failed with exit code 1, last logs:\n{"message": "The cache is full."}\n'
+    ray.says(jobDeploymentStatus="Failed", jobStatus="FAILED", message=said)
+    assert (await ray.engine()).last_log_line == "The cache is full."
+
+
 async def test_a_container_that_was_started_again_lost_its_engine(plain: Cluster) -> None:
     await plain.start()
     ended = {"terminated": {"exitCode": 1, "reason": "Error"}}

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any
 
+from lathe.common.log import last_line
 from lathe.jobs.launchers.manifests import CLASS_ANNOTATION, CONTAINER, ENGINE_LABEL, device_resources
 from lathe.jobs.ports import LaunchedEngine
 
@@ -116,12 +117,6 @@ def with_nodes(found: Observed, nodes: Sequence[Mapping[str, Any]]) -> Observed:
             f"it starts when one is free. {found.engine.waiting_for}"
         )
     return replace(found, engine=replace(found.engine, waiting_for=why))
-
-
-def last_line(text: str) -> str:
-    """The last line that is not blank."""
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return lines[-1] if lines else ""
 
 
 def is_unnoticed(job: Mapping[str, Any], now: datetime) -> bool:
