@@ -189,7 +189,7 @@ def says(release: Release, name: str, *words: str) -> str:
     [
         ({"gatway": {"replicas": 2}}, "gatway"),
         ({"gateway": {"replica": 2}}, "replica"),
-        ({"gateway": {"replicas": "two"}}, "/gateway/replicas"),
+        ({"gateway": {"replicas": "two"}}, "replicas"),
         ({"engines": {"defaultClass": "huge"}}, 'engines.defaultClass is "huge"'),
         ({"tryout": {"enabled": False}}, "set database.existingSecrets."),
     ],
