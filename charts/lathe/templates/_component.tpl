@@ -70,6 +70,11 @@ metadata:
 spec:
   {{- if not $scaled }}
   replicas: {{ $values.replicas }}
+  {{- else }}
+  {{- /* The autoscaler's. Left out, an upgrade that turns it on would first make one of however many there are. */}}
+  {{- with lookup "apps/v1" "Deployment" .root.Release.Namespace (include "lathe.name" .) }}
+  replicas: {{ .spec.replicas }}
+  {{- end }}
   {{- end }}
   revisionHistoryLimit: 3
   strategy:
