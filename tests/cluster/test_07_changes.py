@@ -161,6 +161,7 @@ def budgets(release: Release) -> dict[str, tuple[int, int]]:
     }
 
 
+@pytest.mark.usefixtures("wide")
 def test_every_pod_is_replaced_and_the_gateway_scales_itself(
     release: Release, work: Work, values: dict[str, Any]
 ) -> None:
