@@ -30,13 +30,14 @@ import statistics
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 from lathe.client import Client
+from lathe.common.errors import FailedPrecondition
 from lathe.jobs.launchers.manifests import DIGEST_LABEL, ENGINE_LABEL
 from lathe.v1 import datasets_pb2, jobs_pb2
 from tests.cluster.harness.commands import run, until
@@ -59,7 +60,7 @@ ENGINE_IDLE_S = 5
 START_S = 180.0
 GONE_S = 120.0
 RECOVERED_S = 300.0
-LONG_EPOCHS = 60
+LONG_EPOCHS = 50
 ALONE = "ray-alone"
 ALONE_LABEL = "lathe.internal/benchmark"
 # The pod's log is that of its first process. The moment is told by the program itself: who asks for it asks late.
@@ -274,9 +275,13 @@ def empty_program(engine: Object) -> Object:
 
 def node_loss_s(bench: Bench) -> float:
     """The engine alone is on that node, and in the middle of a job."""
-    job = wait_for_step(bench.client, bench.job(LONG_EPOCHS), 10, START_S)
+    before = wait_for_step(bench.client, bench.job(LONG_EPOCHS), 1, START_S)
     node = bench.release.node_of("engine")
     leave_alone_with_the_engine(bench.release, node)
+    job = wait_for_step(bench.client, bench.job(LONG_EPOCHS), 10, START_S)
+    with suppress(FailedPrecondition):  # it may have ended by itself
+        bench.client.jobs.cancel(before.name)
+    assert bench.release.node_of("engine") == node, "another engine was started meanwhile"
     started = time.monotonic()
     with stopped(bench.release, node):
         lost_at = bench.client.jobs.get(job.name).step
