@@ -26,6 +26,7 @@ from tests.cluster.harness.engines import (
     made_for_engines,
     names,
     orphan,
+    placed,
     rayjobs,
 )
 from tests.cluster.harness.helm import Helm, merged
@@ -203,12 +204,8 @@ def test_a_gpu_is_waited_for_by_name(pools: Pools) -> None:
     )
     node = pools.release.kind.workers()[-1]
     with gpu_on(pools.kubectl, node):
-        until(
-            lambda: any(pod["spec"].get("nodeName") for pod in pools.release.pods("engine")),
-            START_S,
-            "the engine to find the GPU",
-        )
-        assert {pod["spec"].get("nodeName") for pod in pools.release.pods("engine")} == {node}
+        [pod] = until(lambda: placed(pools.kubectl, "gpu"), START_S, "the engine to find the GPU")
+        assert pod["spec"]["nodeName"] == node
         assert wait_for_success(pools.client, job, START_S).compute.engine_class == "gpu"
         # It idles and goes: what stayed on a GPU would cost most.
         pools.wait_for_pool(0, GONE_S, "gpu")
@@ -219,7 +216,7 @@ def test_nothing_is_left_over(pools: Pools) -> None:
     waiting = pools.job(engine_class="gpu")
     job = start_long(pools.client, pools.base_model, pools.dataset)
     wait_for_step(pools.client, job, 20, START_S)
-    busy = next(pod for pod in pools.release.pods("engine") if pod["spec"].get("nodeName"))
+    [busy] = placed(pools.kubectl)
     assert pools.release.signal_engine(busy, "KILL")
     until(lambda: pools.client.jobs.get(job.name).attempt_count == 2, START_S, "a second attempt")
     assert GPU in pools.client.jobs.get(waiting.name).state_reason

@@ -84,6 +84,16 @@ def rayjobs(kubectl: Kubectl, engine_class: str = "cpu") -> list[Object]:
     ]
 
 
+def placed(kubectl: Kubectl, engine_class: str = "cpu") -> list[Object]:
+    """The pods of the pools' engines of a class that have found a node."""
+    engines = {one["metadata"]["labels"][ENGINE_LABEL] for one in rayjobs(kubectl, engine_class)}
+    return [
+        pod
+        for pod in kubectl.items("pods", ENGINE_LABEL)
+        if pod["metadata"]["labels"][ENGINE_LABEL] in engines and pod["spec"].get("nodeName")
+    ]
+
+
 def dedicated_to(kubectl: Kubectl, job_name: str) -> list[Object]:
     """The RayJobs of a job's own engine."""
     return [
