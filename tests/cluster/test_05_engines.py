@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,7 +31,7 @@ from tests.cluster.harness.engines import (
 from tests.cluster.harness.helm import Helm, merged
 from tests.cluster.harness.kind import Kind
 from tests.cluster.harness.kubectl import Kubectl, Object
-from tests.cluster.harness.release import Release
+from tests.cluster.harness.release import Release, installed
 from tests.e2e.survival import start_long, upload_long, wait_for_step, wait_for_success
 from tests.fixtures.tiny_chat import write_tiny_chat
 
@@ -84,22 +83,10 @@ class Pools:
         return rayjobs(self.kubectl, engine_class)
 
 
-@contextmanager
-def installed(kind: Kind, kubectl: Kubectl, values: dict[str, Any]) -> Iterator[Release]:
-    """A release in a namespace of its own, which goes with it."""
-    release = Release(kind, Helm(kind.kubeconfig), kubectl.within(NAMESPACE), "lathe")
-    release.make_namespace()
-    try:
-        print(f"\n   helm install in {NAMESPACE}: {release.install(values):.0f} s", flush=True)
-        yield release
-        release.helm.uninstall(release.name, release.namespace)
-    finally:
-        kubectl.run("delete", "namespace", NAMESPACE, "--wait=false")
-
-
 @pytest.fixture(scope="module")
 def own(kind: Kind, kubectl: Kubectl, values: dict[str, Any]) -> Iterator[Release]:
-    with installed(kind, kubectl, engine_values(values, least=1)) as release:
+    there = Release(kind, Helm(kind.kubeconfig), kubectl.within(NAMESPACE), "lathe")
+    with installed(there, engine_values(values, least=1)) as release:
         release.kubectl.apply(orphan(release, NOBODYS))
         yield release
 

@@ -146,3 +146,17 @@ class Release:
         return until(
             lambda: next((pod for pod in self.pods("engine") if ready(pod)), None), timeout, "an engine's pod"
         )
+
+
+@contextmanager
+def installed(release: Release, values: Values) -> Iterator[Release]:
+    """A release in a namespace of its own; afterwards both are gone."""
+    release.make_namespace()
+    try:
+        print(f"\n   helm install in {release.namespace}: {release.install(values):.0f} s", flush=True)
+        yield release
+    finally:
+        # What it has beyond its namespace only helm takes away.
+        if release.kubectl.exists("secret", f"sh.helm.release.v1.{release.name}.v1"):
+            release.helm.uninstall(release.name, release.namespace)
+        release.kubectl.run("delete", "namespace", release.namespace, "--wait=false")
