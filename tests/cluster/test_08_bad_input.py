@@ -22,7 +22,7 @@ from tests.cluster.harness.helm import Helm, merged
 from tests.cluster.harness.inventory import inventory, versions
 from tests.cluster.harness.kind import Kind
 from tests.cluster.harness.kubectl import Kubectl, Object
-from tests.cluster.harness.release import Release
+from tests.cluster.harness.release import Release, installed
 from tests.e2e.survival import upload_long
 from tests.fixtures.tiny_chat import write_tiny_chat
 
@@ -47,15 +47,8 @@ def good(kind: Kind, kubectl: Kubectl, values: dict[str, Any]) -> Iterator[Relea
     own = {"networkPolicy": {"enabled": False}, "engines": {"cache": {"existingClaim": CACHE}}}
     release = Release(kind, Helm(kind.kubeconfig), kubectl.within(NAMESPACE), "lathe")
     release.make_namespace()
-    try:
-        with full_cache(release):
-            print(
-                f"\n   helm install in {NAMESPACE}: {release.install(merged(values, own)):.0f} s", flush=True
-            )
-            yield release
-            release.helm.uninstall(release.name, release.namespace)
-    finally:
-        kubectl.run("delete", "namespace", NAMESPACE)
+    with full_cache(release), installed(release, merged(values, own)):
+        yield release
 
 
 @contextmanager
