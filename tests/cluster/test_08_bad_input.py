@@ -254,6 +254,29 @@ def restarts(pod: Object) -> list[str]:
 # --- a release that works, and what it is given then ----------------------------------------------------------------
 
 
+def test_an_image_that_cannot_be_pulled_is_named_and_what_runs_goes_on(
+    good: Release, values: dict[str, Any]
+) -> None:
+    """The upgrade stops at its first step, the migration."""
+    own = {"networkPolicy": {"enabled": False}, "images": {"control": {"tag": NO_IMAGE}}}
+    before = what_it_is(good)
+    with pytest.raises(CommandFailed, match="pre-upgrade"):
+        good.helm.upgrade(good.name, good.namespace, merged(values, own), PULLED_S)
+    assert "images" in says(
+        good, f"{good.full_name}-migrate", f"lathe/control:{NO_IMAGE}", "cannot be pulled"
+    )
+    assert what_it_is(good) == before
+    with good.client() as client:
+        assert [one.name for one in client.models.list()]
+
+
+def what_it_is(release: Release) -> dict[str, str]:
+    """The versions of a release's objects, without those of its migration and of what helm notes."""
+    found = versions(inventory(release.kubectl), *LIVELY, "job", "secret")
+    mine = (name for name in found if f"/{release.full_name}-" in name and "-migrate" not in name)
+    return {name: found[name] for name in mine}
+
+
 def test_a_cache_without_room_is_named_by_the_job(
     good: Release, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
@@ -268,19 +291,3 @@ def test_a_cache_without_room_is_named_by_the_job(
         until(lambda: "is full" in reason(), START_S, "the job to say that the cache is full")
         assert "engines.cache" in reason() and "{" not in reason(), reason()
         client.jobs.cancel(job.name)
-
-
-def test_an_image_that_cannot_be_pulled_is_named_and_what_runs_goes_on(
-    good: Release, values: dict[str, Any]
-) -> None:
-    """The upgrade stops at its first step, the migration."""
-    own = {"networkPolicy": {"enabled": False}, "images": {"control": {"tag": NO_IMAGE}}}
-    before = versions(inventory(good.kubectl), *LIVELY, "job", "secret")
-    with pytest.raises(CommandFailed, match="pre-upgrade"):
-        good.helm.upgrade(good.name, good.namespace, merged(values, own), PULLED_S)
-    assert "images" in says(
-        good, f"{good.full_name}-migrate", f"lathe/control:{NO_IMAGE}", "cannot be pulled"
-    )
-    assert versions(inventory(good.kubectl), *LIVELY, "job", "secret") == before
-    with good.client() as client:
-        assert [one.name for one in client.models.list()]
