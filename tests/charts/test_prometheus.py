@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from lathe.common.metrics import Metrics
+from tests.charts.chart import render
 from tests.fixtures.prometheus import (
     DEPLOY,
     dashboard_queries,
@@ -130,6 +131,22 @@ def test_an_alert_says_what_it_means_and_what_to_do(rule: dict[str, dict[str, st
     assert rule["annotations"]["runbook"].startswith(f"docs/operations.md#{name.lower()}: ")
     assert f"### {name}\n" in OPERATIONS.read_text()
     assert "namespace" in rule["annotations"]["summary"] and "release" in rule["annotations"]["summary"]
+
+
+def test_the_pod_monitor_gives_the_labels_that_the_alerts_ask_for() -> None:
+    job = yaml.safe_load((DEPLOY / "prometheus" / "prometheus.yaml").read_text())["scrape_configs"][0]
+    wanted = {
+        rule["target_label"]: rule["source_labels"]
+        for rule in job["relabel_configs"]
+        if rule.get("target_label", "__address__") != "__address__"
+    }
+    monitor = render({"podMonitor": {"enabled": True}}).one("PodMonitor", "lathe")
+    (endpoint,) = monitor["spec"]["podMetricsEndpoints"]
+    given = {rule["targetLabel"]: rule.get("sourceLabels") for rule in endpoint["relabelings"]}
+    # The operator of Prometheus gives these two itself, and a job's name that is none of ours.
+    by_itself = {name: wanted[name] for name in ("namespace", "pod")}
+    assert given | by_itself == {**wanted, "job": None}
+    assert endpoint["relabelings"][0]["replacement"] == job["job_name"] == "lathe"
 
 
 def test_pods_are_found_as_kubernetes_discovery_finds_them() -> None:

@@ -396,8 +396,11 @@ RUNNING: dict[str, Case] = {
     "replicas: no budget for one": ({}, lambda r: r.of("PodDisruptionBudget"), []),
     "podMonitor.enabled": (
         at("podMonitor.enabled", True),
-        spec("PodMonitor", "lathe", "spec", "podMetricsEndpoints"),
-        [{"port": "metrics", "interval": "30s"}],
+        lambda r: [
+            (one["port"], one["interval"])
+            for one in r.one("PodMonitor", "lathe")["spec"]["podMetricsEndpoints"]
+        ],
+        [("metrics", "30s")],
     ),
     "podMonitor.enabled: off": ({}, lambda r: r.of("PodMonitor"), []),
     "podMonitor.interval": (
