@@ -483,6 +483,16 @@ ENGINES: dict[str, Case] = {
         lambda r: (main("engine:big")(r)["image"], main("engine:cpu")(r)["image"]),
         ("lathe/engine:cuda", "lathe/engine:0.1.0"),
     ),
+    "engines.classes.*.image: another than the pinned one": (
+        merged(of_class({"image": {"tag": "cuda"}}), at("images.engine.digest", DIGEST)),
+        lambda r: (main("engine:big")(r)["image"], main("engine:cpu")(r)["image"]),
+        ("lathe/engine:cuda", f"lathe/engine@{DIGEST}"),
+    ),
+    "engines.classes.*.image: pinned itself": (
+        of_class({"image": {"tag": "cuda", "digest": DIGEST}}),
+        lambda r: (main("engine:big")(r)["image"], main("engine:cpu")(r)["image"]),
+        (f"lathe/engine@{DIGEST}", "lathe/engine:0.1.0"),
+    ),
     "engines.classes.*.device": (
         of_class({"device": "cuda"}),
         env("engine:big", "LATHE_ENGINE_DEVICE"),

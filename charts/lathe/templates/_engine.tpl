@@ -40,7 +40,10 @@ spec:
 {{- end -}}
 
 {{- define "lathe.engineContainer" -}}
-{{- $image := mergeOverwrite (dict) .root.Values.images.engine (default (dict) .class.image) -}}
+{{- $own := default (dict) .class.image -}}
+{{- $image := mergeOverwrite (dict) .root.Values.images.engine $own -}}
+{{- /* A digest that all engines are pinned to is of another image than the one that the class names. */ -}}
+{{- if and (or $own.repository $own.tag) (not $own.digest) }}{{ $image = omit $image "digest" }}{{ end -}}
 image: {{ include "lathe.image" (dict "root" .root "image" $image) }}
 imagePullPolicy: {{ .root.Values.images.pullPolicy }}
 terminationMessagePolicy: FallbackToLogsOnError
