@@ -21,7 +21,10 @@ ACCEPT_OLD_S = 300.0
 
 @dataclass(frozen=True, slots=True)
 class Tokens:
-    """What a token file held over time. since: when `now` was first seen, in monotonic seconds."""
+    """What a token file held over time; of `before`, the first is still shown for a while.
+
+    since: when `now` was first seen, in monotonic seconds.
+    """
 
     now: tuple[str, ...]
     before: tuple[str, ...] = ()
@@ -32,7 +35,8 @@ def replaced(known: Tokens, read: tuple[str, ...], time: float) -> Tokens:
     """`known` after the file was found to hold `read`."""
     if read == known.now:
         return known
-    before = tuple(dict.fromkeys((*known.now, *accepted(known, time))))
+    # What is shown now goes on: `known.now` may have been there too shortly for anybody else to see.
+    before = tuple(dict.fromkeys((shown(known, time), *known.now, *accepted(known, time))))
     return Tokens(read, before, time)
 
 
