@@ -22,7 +22,6 @@ LAUNCHED = {
 }
 URL = "postgresql+psycopg://one:secret@db/one"
 PUBLIC_TLS: dict[str, Any] = {"gateway": {"tls": {"existingSecret": "public"}}}
-PUBLIC_STORE: dict[str, Any] = {"store": {**EXTERNAL["store"], "publicEndpoint": "https://s3.example.com"}}
 
 
 def settings_class(service: str) -> type[ProcessSettings]:
@@ -70,7 +69,7 @@ def test_an_engine_knows_every_variable(values: dict[str, Any], monkeypatch: pyt
 
 
 def test_engines_and_services_keep_things_in_the_same_store(monkeypatch: pytest.MonkeyPatch) -> None:
-    rendered = render(EXTERNAL, PUBLIC_STORE)
+    rendered = render(EXTERNAL)
     engine = loaded(rendered.env("engine:cpu") | LAUNCHED, EngineSettings, monkeypatch)
     for service in ("datasets", "gateway", "models"):
         store = loaded(rendered.env(service), settings_class(service), monkeypatch).store

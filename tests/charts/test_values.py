@@ -282,12 +282,6 @@ STORE: dict[str, Case] = {
         env("engine:cpu", "LATHE_STORE__SECURE"),
         "false",
     ),
-    "store.publicEndpoint": (
-        at("store.publicEndpoint", "s3.out:443"),
-        env("gateway", "LATHE_STORE__PUBLIC_ENDPOINT"),
-        "s3.out:443",
-    ),
-    "store.publicEndpoint: none": ({}, env("gateway", "LATHE_STORE__PUBLIC_ENDPOINT"), None),
 }
 
 TLS = at("tls.existingSecrets", {name: f"tls-{name}" for name in (*SERVICES, "engine")})

@@ -41,9 +41,6 @@ LATHE_STORE__BUCKET: {{ .root.Values.store.bucket | quote }}
 LATHE_STORE__SECURE: {{ .root.Values.store.secure | quote }}
 {{- end }}
 LATHE_STORE__REGION: {{ .root.Values.store.region | quote }}
-{{- with .root.Values.store.publicEndpoint }}
-LATHE_STORE__PUBLIC_ENDPOINT: {{ . | quote }}
-{{- end }}
 {{- end -}}
 
 {{- define "lathe.settings.accounts" -}}
