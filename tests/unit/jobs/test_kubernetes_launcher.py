@@ -5,8 +5,11 @@ from typing import Any
 
 import pytest
 import yaml
+from kubernetes.client import ApiClient, Configuration
+from kubernetes.config.config_exception import ConfigException
 
 from lathe.common.errors import (
+    AlreadyExists,
     FailedPrecondition,
     InvalidArgument,
     LatheError,
@@ -14,7 +17,7 @@ from lathe.common.errors import (
     PermissionDenied,
     Unavailable,
 )
-from lathe.jobs.launchers.kube_api import Kind, refusal
+from lathe.jobs.launchers.kube_api import HttpKubeApi, Kind, refusal
 from lathe.jobs.launchers.kuberay import KubernetesLauncher
 from lathe.jobs.launchers.manifests import Frame
 from lathe.jobs.ports import EngineLaunch, LaunchedEngine
@@ -141,17 +144,36 @@ async def test_a_refusal_is_for_ever_only_if_waiting_cannot_help(
 
 
 @pytest.mark.parametrize(
-    ("status", "expected"),
+    ("status", "reason", "expected"),
     [
-        (404, NotFound),
-        (403, PermissionDenied),
-        (422, InvalidArgument),
-        (500, Unavailable),
-        (429, Unavailable),
+        (404, "NotFound", NotFound),
+        (403, "Forbidden", PermissionDenied),
+        (422, "Invalid", InvalidArgument),
+        (500, "InternalError", Unavailable),
+        (429, "TooManyRequests", Unavailable),
+        (410, "Expired", Unavailable),
+        (409, "AlreadyExists", AlreadyExists),
+        # Of two that count against one quota, one is told to come again: nothing was made.
+        (409, "Conflict", Unavailable),
+        # So says an API server that has just started of every token.
+        (401, "Unauthorized", Unavailable),
     ],
 )
-def test_an_http_status_is_an_error_of_ours(status: int, expected: type[LatheError]) -> None:
-    assert isinstance(refusal(status, "GET /x", "because"), expected)
+def test_an_http_status_is_an_error_of_ours(status: int, reason: str, expected: type[LatheError]) -> None:
+    assert type(refusal(status, "GET /x", "because", reason)) is expected
+
+
+def test_a_token_that_is_half_replaced_is_an_api_that_is_away() -> None:
+    """As anything else it would end the reconciler's pass before it looks at the leases."""
+    settings = Configuration(host="http://nowhere.invalid", api_key={"authorization": "bearer old"})
+
+    def empty_for_a_moment(_: Configuration) -> None:
+        raise ConfigException("Token file exists but empty.")
+
+    settings.refresh_api_key_hook = empty_for_a_moment
+    api = HttpKubeApi(ApiClient(settings), "lathe")
+    with pytest.raises(Unavailable, match="Token file exists but empty"):
+        api.list(Kind.POD)
 
 
 # --- what runs ---

@@ -79,7 +79,7 @@ class HttpKubeApi:
     def list(self, kind: Kind, labels: str = "", fields: str = "") -> Sequence[Object]:
         query = [("labelSelector", labels), ("fieldSelector", fields)]
         answer = self._json("GET", self._path(kind), [pair for pair in query if pair[1]])
-        return list(answer["items"])
+        return list(answer["items"] or ())
 
     def get(self, kind: Kind, name: str) -> Object | None:
         try:
@@ -152,21 +152,22 @@ class HttpKubeApi:
                 raise Unavailable(
                     f"Kubernetes does not answer: {error.reason}", reason="KUBERNETES"
                 ) from error
-            raise refusal(error.status, f"{method} {path}", _said(error.body or b"")) from error
-        except (urllib3.exceptions.HTTPError, OSError) as error:
+            raise refusal(error.status, f"{method} {path}", *_said(error.body or b"")) from error
+        # ConfigException: the file with the token is empty while it is replaced.
+        except (urllib3.exceptions.HTTPError, OSError, ConfigException) as error:
             raise Unavailable(f"Kubernetes does not answer: {error}", reason="KUBERNETES") from error
         return data
 
 
-def refusal(status: int, call: str, said: str) -> LatheError:
-    """The error that an HTTP status of the API stands for."""
+def refusal(status: int, call: str, said: str, reason: str) -> LatheError:
+    """The error that an HTTP status of the API stands for. said, reason: its Status' message and reason."""
     message = f"Kubernetes refused {call}: {said}"
     match status:
         case 404:
             return NotFound(message, reason="KUBERNETES")
-        case 409:
+        case 409 if reason == "AlreadyExists":
             return AlreadyExists(message, reason="KUBERNETES")
-        case 401 | 403:
+        case 403:
             return PermissionDenied(message, reason="KUBERNETES")
         case 400 | 422:
             return InvalidArgument(message, reason="KUBERNETES")
@@ -206,10 +207,13 @@ def own_namespace() -> str:
         ) from error
 
 
-def _said(data: bytes | str) -> str:
+def _said(data: bytes | str) -> tuple[str, str]:
+    """The message and the reason of an answer that is a Status; else the text itself, and none."""
     text = data if isinstance(data, str) else data.decode("utf-8", "replace")
     try:
         said = json.loads(text)
     except ValueError:
-        return text[:500]
-    return str(said.get("message") or text)[:500] if isinstance(said, dict) else text[:500]
+        said = None
+    if not isinstance(said, dict):
+        return text[:500], ""
+    return str(said.get("message") or text)[:500], str(said.get("reason") or "")
