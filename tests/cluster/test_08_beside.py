@@ -123,7 +123,7 @@ def test_the_same_name_again_is_refused_and_changes_nothing(
 ) -> None:
     before = versions(inventory(release.kubectl), *LIVELY)
     assert len(before) > 30
-    with pytest.raises(CommandFailed, match="re-?use a name that is still in use"):
+    with pytest.raises(CommandFailed, match=r"re-?use a name that is still in use"):
         release.install(values)
     assert versions(inventory(release.kubectl), *LIVELY) == before
 
