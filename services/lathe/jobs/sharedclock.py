@@ -10,6 +10,8 @@ from lathe.common.clock import Clock
 # Below it the way to the database and back makes the difference.
 _NOTICED_S = 0.1
 _ASKED_EVERY_S = 10.0
+# Half of it is how wrong the answer may be: far less than leases have to spare.
+_LONGEST_ANSWER_S = 1.0
 
 
 class SharedClock:
@@ -38,6 +40,9 @@ class SharedClock:
         if self._agreed is not None and asked - self._agreed < _ASKED_EVERY_S:
             return
         behind_s = await offset()
+        if self.monotonic() - asked > _LONGEST_ANSWER_S:
+            # The database or this process stood still meanwhile: nobody knows when the clock was read.
+            return
         self._agreed = asked
         if abs(behind_s) >= _NOTICED_S:
             self._offset += timedelta(seconds=behind_s)

@@ -151,3 +151,23 @@ async def test_a_replica_whose_clock_is_wrong_takes_no_lease_away(world: World) 
             each.tick(3)
         await reconciler.run_once()
     assert (await world.job(lease.job.id)).state is JobState.QUEUED
+
+
+async def test_an_answer_that_took_long_says_nothing_of_the_databases_clock() -> None:
+    """A process that stood still between question and answer would be half of that time behind, and its leases too."""
+    machine = FakeClock()
+    clock = SharedClock(machine)
+
+    async def stopped_on_the_way() -> float:
+        answered = machine.now()
+        machine.tick(60)
+        return (answered - machine.now()).total_seconds() / 2
+
+    async def at_once() -> float:
+        return 5.0
+
+    await clock.agree(stopped_on_the_way)
+    assert clock.now() == machine.now()
+    # It is asked again at the next pass.
+    await clock.agree(at_once)
+    assert clock.now() - machine.now() == timedelta(seconds=5)
