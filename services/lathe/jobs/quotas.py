@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Iterable
 
@@ -24,7 +25,10 @@ class Quotas:
 
     async def running(self, projects: Iterable[str]) -> dict[str, int]:
         """Project -> jobs that may run at the same time; 0 is no limit, UNKNOWN_QUOTA if never heard."""
-        return {project: await self._get(project) for project in sorted(set(projects))}
+        asked = sorted(set(projects))
+        # At once: if accounts hangs, its deadline passes once and not for each of them.
+        limits = await asyncio.gather(*(self._get(project) for project in asked))
+        return dict(zip(asked, limits, strict=True))
 
     async def _get(self, project: str) -> int:
         now = self._clock.monotonic()

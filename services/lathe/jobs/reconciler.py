@@ -105,6 +105,8 @@ class Reconciler:
                 wrote |= await self._act(decision, picture)
             await self._calls.settle()
             await measure(self.store, self.metrics, picture.queued, picture.engines, picture.now)
+            # What a pass waits for others is no gap in the contact with the database.
+            self.contact.seen()
         if wrote:
             self.changes.ring()
 

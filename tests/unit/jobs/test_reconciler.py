@@ -7,7 +7,11 @@ import pytest
 
 from lathe.common.errors import FailedPrecondition, NotFound, Unavailable
 from lathe.jobs.model import EngineState, JobState, Outcome
+from lathe.jobs.policy import UNKNOWN_QUOTA
+from lathe.jobs.ports import LaunchedEngine, Quota
+from lathe.jobs.quotas import Quotas
 from lathe.jobs.workers import Beat
+from tests.fakes.clock import FakeClock
 from tests.fakes.jobs import BASE, World
 
 
@@ -97,6 +101,40 @@ async def test_a_leap_of_the_wall_clock_takes_no_lease(world: World) -> None:
     assert (await world.job(lease.job.id)).state is JobState.STARTING
     await world.pass_time(20)
     assert (await world.job(lease.job.id)).state is JobState.QUEUED
+
+
+async def test_waiting_for_others_is_no_standstill(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kubernetes hangs, and what is asked after it is slow: the leases of a lost engine end nevertheless."""
+    lease = await world.leased()
+    await world.queued(project="other")
+
+    async def hangs() -> list[LaunchedEngine]:
+        world.clock.tick(5)
+        raise Unavailable("no answer")
+
+    async def slow(project: str) -> Quota:
+        world.clock.tick(2)
+        return Quota()
+
+    monkeypatch.setattr(world.launcher, "list", hangs)
+    monkeypatch.setattr(world.accounts, "get_quota", slow)
+    await world.pass_time(6, step=0.6)
+    assert (await world.job(lease.job.id)).state is JobState.QUEUED
+
+
+async def test_accounts_that_hangs_is_waited_for_once() -> None:
+    """And not once for each project that has a job in line."""
+    clock = FakeClock()
+
+    class Hangs:
+        async def get_quota(self, project: str) -> Quota:
+            await clock.sleep(5)
+            raise Unavailable("no answer")
+
+    asked = asyncio.ensure_future(Quotas(Hangs(), clock).running(["one", "two", "three"]))
+    await clock.advance(5)
+    assert asked.done()
+    assert set((await asked).values()) == {UNKNOWN_QUOTA}
 
 
 async def test_an_outage_of_the_database_starts_the_term_anew(world: World) -> None:
