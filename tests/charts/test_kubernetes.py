@@ -19,20 +19,23 @@ OLDEST = str(re.search(r"(\d+\.\d+)", yaml.safe_load((CHART / "Chart.yaml").read
 # No Kubernetes has these: their own projects' CRDs define them.
 CUSTOM = {"HTTPRoute", "GRPCRoute", "PodMonitor"}
 
+LIMITS = {"limits": {"cpu": "4", "memory": "8Gi"}}
 EVERYTHING: Mapping[str, Any] = {
     "gateway": {"replicas": 3, "autoscaling": {"enabled": True}, "tls": {"existingSecret": "public"}},
     "jobs": {"replicas": 3, "nodeSelector": {"a": "b"}, "tolerations": [{"key": "k", "operator": "Exists"}]},
     "global": {"imageRegistry": "registry.example.com", "imagePullSecrets": ["pull"]},
     "engines": {
         "cache": {"existingClaim": "weights"},
-        "classes": {"gpu": {"device": "cuda", "gpus": 2, "nodeSelector": {"gpu": "yes"}}},
+        "classes": {
+            "gpu": {"device": "cuda", "gpus": 2, "nodeSelector": {"gpu": "yes"}, "resources": LIMITS}
+        },
     },
     "ingress": {
         kind: {"enabled": True, "host": f"{kind}.example.com", "className": "nginx", "tlsSecret": "t"}
         for kind in ("http", "grpc")
     },
     "gatewayApi": {
-        kind: {"enabled": True, "parentRefs": [{"name": "door"}], "hostnames": ["x.example.com"]}
+        kind: {"enabled": True, "parentRefs": [{"name": "door"}], "hostnames": [f"{kind}.example.com"]}
         for kind in ("http", "grpc")
     },
     "podMonitor": {"enabled": True},

@@ -75,6 +75,8 @@ WRONG = {
     "images.pullPolicy": "Sometimes",
     "images.control.digest": "sha256:12",
     "store.secure": "no",
+    "store.endpoint": "https://s3.example.com",
+    "engines.classes.cpu.resources.limits": None,
     "database.poolSize": 0,
     "networkPolicy.database.port": 70000,
     "networkPolicy.store.cidrs": ["here"],
@@ -105,6 +107,21 @@ IMPOSSIBLE: dict[str, tuple[Mapping[str, Any], str]] = {
     "one certificate": (at("tls.existingSecrets.jobs", "cert"), r"tls\.existingSecrets\.\w+"),
     "unknown class": (at("engines.defaultClass", "gpu"), r"engines\.defaultClass.*gpu.*cpu"),
     "too few engines": (at("engines", {"min": 3, "max": 2}), r"engines\.min \(3\).*engines\.max \(2\)"),
+    "more kept than there may be": (
+        at("engines", {"min": 3, "max": 5, "maxPerBase": 2}),
+        r"engines\.min \(3\).*engines\.maxPerBase \(2\)",
+    ),
+    "two ingresses in one place": (
+        at("ingress", {kind: {"enabled": True, "host": "x.example.com"} for kind in ("http", "grpc")}),
+        r"ingress\.http\.host.*ingress\.grpc\.host",
+    ),
+    "two routes in one place": (
+        at(
+            "gatewayApi",
+            {kind: {"enabled": True, "parentRefs": [{"name": "door"}]} for kind in ("http", "grpc")},
+        ),
+        r"gatewayApi\.http.*gatewayApi\.grpc",
+    ),
     "scaled backwards": (
         at("gateway.autoscaling", {"enabled": True, "minReplicas": 5, "maxReplicas": 2}),
         r"gateway\.autoscaling\.minReplicas",
@@ -125,6 +142,17 @@ def test_what_cannot_be_is_refused_with_what_to_change(what: str) -> None:
 def test_a_name_that_leaves_no_room_is_refused() -> None:
     with pytest.raises(Refused, match="fullnameOverride"):
         render(release="a-release-with-a-rather-long-name")
+
+
+@pytest.mark.parametrize(("release", "override"), [("1lathe", ""), ("lathe.two", ""), ("demo", "Tuner")])
+def test_a_name_that_no_service_may_have_is_refused(release: str, override: str) -> None:
+    with pytest.raises(Refused, match="fullnameOverride"):
+        render({"nameOverride": override}, release=release)
+
+
+def test_a_class_without_a_share_is_refused() -> None:
+    with pytest.raises(Refused, match="resources"):
+        render(at("engines.classes.big", {"device": "cuda", "gpus": 1}))
 
 
 def test_the_readme_lists_every_value() -> None:

@@ -77,7 +77,8 @@ def test_engines_and_services_keep_things_in_the_same_store(monkeypatch: pytest.
 
 
 def test_jobs_knows_the_classes_and_where_their_templates_are(monkeypatch: pytest.MonkeyPatch) -> None:
-    values = {"engines": {"defaultClass": "big", "classes": {"big": {"device": "cuda", "gpus": 1}}}}
+    big = {"device": "cuda", "gpus": 1, "resources": {"limits": {"memory": "8Gi"}}}
+    values = {"engines": {"defaultClass": "big", "classes": {"big": big}}}
     rendered = render(values)
     settings = loaded(rendered.env("jobs"), settings_class("jobs"), monkeypatch)
     assert set(settings.engine_classes) == {"cpu", "big"}

@@ -421,7 +421,7 @@ RUNNING: dict[str, Case] = {
 
 
 def of_class(given: Mapping[str, Any]) -> dict[str, Any]:
-    return at("engines.classes", {"big": given})
+    return at("engines.classes", {"big": {"resources": RESOURCES, **given}})
 
 
 ENGINES: dict[str, Case] = {
@@ -503,7 +503,7 @@ ENGINES: dict[str, Case] = {
     "engines.classes.*.gpuResource": (
         of_class({"gpus": 1, "gpuResource": "amd.com/gpu"}),
         lambda r: main("engine:big")(r)["resources"]["limits"],
-        {"amd.com/gpu": "1"},
+        {**RESOURCES["limits"], "amd.com/gpu": "1"},
     ),
     "engines.classes.*.resources": (
         of_class({"resources": RESOURCES}),
