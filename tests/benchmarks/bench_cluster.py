@@ -106,13 +106,8 @@ def measured(kind: Kind) -> Result:
         with step("KubeRay"):
             kind.add_ons("kuberay")
     values = bench_values(machine_address(kubectl, kind.control_plane()))
-    with (
-        step("helm install"),
-        installed(Release(kind, Helm(kind.kubeconfig), kubectl, "bench"), values) as (
-            release,
-            install_s,
-        ),
-    ):
+    with installed(Release(kind, Helm(kind.kubeconfig), kubectl, "bench"), values) as (release, install_s):
+        print(f"   helm install, everything ready: {install_s:.1f} s", flush=True)
         time.sleep(IDLE_S)
         figures = {
             "install_ready_s": install_s,
