@@ -262,9 +262,8 @@ def test_an_image_that_cannot_be_pulled_is_named_and_what_runs_goes_on(
     before = what_it_is(good)
     with pytest.raises(CommandFailed, match="pre-upgrade"):
         good.helm.upgrade(good.name, good.namespace, merged(values, own), PULLED_S)
-    assert "images" in says(
-        good, f"{good.full_name}-migrate", f"lathe/control:{NO_IMAGE}", "cannot be pulled"
-    )
+    image = f"lathe/control:{NO_IMAGE}"
+    assert "values images" in says(good, f"{good.full_name}-migrate", image, "cannot be pulled")
     assert what_it_is(good) == before
     with good.client() as client:
         assert list(client.jobs.list()) == []

@@ -176,8 +176,8 @@ def _container(pod: Object, status: Object, init: bool, state: ClusterState) -> 
     if reason in _PULL:
         image = status.get("image") or "its image"
         advice = (
-            "Push it or load it into the nodes, or correct the chart's image values (global.imageRegistry, "
-            "image.tag, imagePullSecrets)."
+            "Push it or load it into the nodes, or correct the chart's values images, global.imageRegistry "
+            "and global.imagePullSecrets."
         )
         yield Finding(
             name, False, f"{where}: its image {image} cannot be pulled: {_short(said) or reason}.", advice

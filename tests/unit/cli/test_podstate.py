@@ -56,7 +56,7 @@ def test_an_image_that_cannot_be_pulled_is_named() -> None:
     state = waiting("ImagePullBackOff", 'Back-off pulling image "lathe/control:0.1.0"')
     finding = failed(ClusterState([pod(containerStatuses=[container(state)])]))
     assert "lathe/control:0.1.0" in finding.message
-    assert "global.imageRegistry" in finding.advice
+    assert "values images, global.imageRegistry and global.imagePullSecrets" in finding.advice
 
 
 def test_a_missing_secret_is_named_whether_it_is_read_or_mounted() -> None:
