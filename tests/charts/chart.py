@@ -109,19 +109,20 @@ def render(
     namespace: str = "lathe",
     kube_version: str = NEWEST,
     upgrade: bool = False,
+    chart: Path = CHART,
 ) -> Rendered:
     """The objects for values laid over the try-out's; with EXTERNAL among them the try-out is not there.
 
     Raises Refused with helm's words.
     """
     text = json.dumps(merged(*values) if EXTERNAL in values else merged(TRYOUT, *values), sort_keys=True)
-    return Rendered(copy.deepcopy(_render(text, release, namespace, kube_version, upgrade)))
+    arguments = [release, str(chart), "--namespace", namespace, "--kube-version", kube_version]
+    return Rendered(copy.deepcopy(_render(text, *arguments, *(["--is-upgrade"] if upgrade else []))))
 
 
 @functools.cache
-def _render(values: str, release: str, namespace: str, kube_version: str, upgrade: bool) -> list[Object]:
-    command = [helm(), "template", release, str(CHART), "--namespace", namespace, "--values", "-"]
-    command += ["--kube-version", kube_version] + (["--is-upgrade"] if upgrade else [])
+def _render(values: str, *arguments: str) -> list[Object]:
+    command = [helm(), "template", *arguments, "--values", "-"]
     ended = subprocess.run(command, input=values, capture_output=True, text=True, check=False)
     if ended.returncode != 0:
         raise Refused(ended.stderr.strip())

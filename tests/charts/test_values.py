@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,7 +19,7 @@ Case = tuple[Mapping[str, Any], Look, Any]
 DIGEST = "sha256:" + "a" * 64
 RESOURCES = {"requests": {"cpu": "7m", "memory": "7Mi"}, "limits": {"cpu": "8", "memory": "8Mi"}}
 TOLERATION = {"key": "mine", "operator": "Exists", "effect": "NoSchedule"}
-NONE: tuple[Any, ...] = ()
+LOOKUP = re.compile(r'lookup "apps/v1" "Deployment" \.root\.Release\.Namespace \(include "lathe\.name" \.\)')
 
 
 def at(path: str, value: Any) -> dict[str, Any]:
@@ -588,6 +591,23 @@ def test_a_change_of_settings_replaces_the_pods_that_read_them() -> None:
     assert {name for name in SERVICES if bigger[name] != before[name]} == {"jobs"}
     one = sums(render(at("models.settings", {"LATHE_MODELS_SWEEP_INTERVAL_S": "5"})))
     assert {name for name in SERVICES if one[name] != before[name]} == {"models"}
+
+
+@pytest.mark.parametrize(("live", "replicas"), [(1, 2), (3, 3), (0, 2)])
+def test_an_upgrade_leaves_an_autoscaler_what_it_made_and_nothing_at_zero(
+    live: int, replicas: int, tmp_path: Path
+) -> None:
+    # No autoscaler scales up from the zero to which a restore scales everything. `helm template` finds no Deployment,
+    # so that a copy of the chart says what there is.
+    chart = tmp_path / "lathe"
+    shutil.copytree(CHART, chart)
+    file = chart / "templates" / "_component.tpl"
+    text, found = LOOKUP.subn(f'(dict "spec" (dict "replicas" {live}.0))', file.read_text())
+    assert found == 1
+    file.write_text(text)
+    values = at("gateway.autoscaling", {"enabled": True, "minReplicas": 2, "maxReplicas": 4})
+    assert render(values, chart=chart).one("Deployment", "gateway")["spec"]["replicas"] == replicas
+    assert "replicas" not in render(values).one("Deployment", "gateway")["spec"]
 
 
 def test_a_pod_has_the_time_that_its_end_takes() -> None:

@@ -71,9 +71,12 @@ spec:
   {{- if not $scaled }}
   replicas: {{ $values.replicas }}
   {{- else }}
-  {{- /* The autoscaler's. Left out, an upgrade that turns it on would first make one of however many there are. */}}
+  {{- /*
+  The autoscaler's. Left out, an upgrade that turns it on would first make one of however many there are; and of none,
+  which a restore of a backup leaves, the autoscaler makes none.
+  */}}
   {{- with lookup "apps/v1" "Deployment" .root.Release.Namespace (include "lathe.name" .) }}
-  replicas: {{ .spec.replicas }}
+  replicas: {{ max .spec.replicas $values.autoscaling.minReplicas }}
   {{- end }}
   {{- end }}
   revisionHistoryLimit: 3
