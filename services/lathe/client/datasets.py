@@ -166,8 +166,9 @@ class _Upload:
         self._progress = progress
 
     def run(self) -> pb.Dataset:
-        best, offset = -1, 0
-        deadline = time.monotonic() + self._transport.timeout
+        best, offset = 0, 0
+        # Set by the first failure since more was stored: a stream that works may last for hours.
+        deadline: float | None = None
         while True:
             try:
                 return self._transport.send(self._stub.UploadDataset, self._messages(offset))
@@ -177,6 +178,7 @@ class _Upload:
                 # Away, the broken stream not noticed yet at the other end, or stored to another point.
                 if isinstance(error, Aborted) and error.reason != "UPLOAD_RUNNING":
                     raise
+                deadline = deadline or time.monotonic() + self._transport.timeout
                 pause(error, deadline)
             try:
                 request = pb.GetDatasetUploadRequest(name=self._name)
@@ -184,7 +186,7 @@ class _Upload:
             except FailedPrecondition as error:
                 return self._completed(error)
             if offset > best:
-                best, deadline = offset, time.monotonic() + self._transport.timeout
+                best, deadline = offset, None
 
     def _completed(self, error: FailedPrecondition) -> pb.Dataset:
         """The dataset, if what the platform has is what we sent and only its answer was lost."""

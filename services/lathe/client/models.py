@@ -140,12 +140,15 @@ class _Sending:
     def _send(self, name: str, path: str, done: int, total: int) -> None:
         """Send one file. A stream that broke, in this process or an earlier one, is gone on with where it was."""
         patience = max(self._transport.timeout, _PATIENCE_S)
-        best, deadline = -1, time.monotonic() + patience
+        best = -1
+        # Set by the first failure since more was stored: a stream that works may last for hours.
+        deadline: float | None = None
         while True:
-            offset = self._offset(name, path)
-            if offset > best:
-                best, deadline = offset, time.monotonic() + patience
             try:
+                # Within the try: a call gives up long before the patience ends.
+                offset = self._offset(name, path)
+                if offset > best:
+                    best, deadline = offset, None
                 self._transport.send(
                     self._stub.UploadModelFile, self._messages(name, path, offset, done, total)
                 )
@@ -154,6 +157,7 @@ class _Sending:
                 # Away, the broken stream not noticed yet at the other end, or stored to another point.
                 if isinstance(error, Aborted) and error.reason != "UPLOAD_RUNNING":
                     raise
+                deadline = deadline or time.monotonic() + patience
                 pause(error, deadline)
 
     def _offset(self, name: str, path: str) -> int:
