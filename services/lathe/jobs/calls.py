@@ -12,8 +12,9 @@ from lathe.jobs.ports import LaunchedEngine, Launcher
 
 log = logging.getLogger(__name__)
 
-# Longer than any launcher's own deadlines; only what would hang for ever meets these.
+# A pass looks at the leases after it: they must not wait for as long as a launcher may take.
 _LIST_S = 5.0
+# Longer than any launcher's own deadlines; only what would hang for ever meets it.
 _CALL_S = 90.0
 
 
