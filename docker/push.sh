@@ -9,6 +9,7 @@ IMAGES=${IMAGES:-control engine tryout}
 PREFIX=${PREFIX:-lathe}
 TAG=${TAG:-$(project_version)}
 REGISTRY=${REGISTRY:-}
+case $REGISTRY in *://*) refuse "REGISTRY is $REGISTRY: name the host and perhaps a path, without ${REGISTRY%%://*}://" ;; esac
 [ -n "$REGISTRY" ] || refuse "Say where to publish: make images-push REGISTRY=registry.example.com/team"
 
 find_docker_without_build
@@ -20,4 +21,11 @@ for image in $IMAGES; do
     "$DOCKER" tag "$PREFIX/$image:$TAG" "$there"
     "$DOCKER" push -q "$there" || refuse "$there could not be pushed: what docker printed above says why. 'docker login ${REGISTRY%%/*}' if the registry asks for credentials."
 done
-echo "Published. Install with: --set global.imageRegistry=${REGISTRY%/}"
+
+values="--set global.imageRegistry=${REGISTRY%/}"
+for image in $IMAGES; do
+    # What the chart takes for granted.
+    [ "$PREFIX" = lathe ] || values+=" --set images.$image.repository=$PREFIX/$image"
+    [ "$TAG" = "$(project_version)" ] || values+=" --set images.$image.tag=$TAG"
+done
+echo "Published. Install with: $values"
