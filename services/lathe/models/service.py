@@ -13,6 +13,7 @@ from lathe.common.background import Wakeup
 from lathe.common.clock import Clock
 from lathe.common.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound, Unavailable
 from lathe.common.ids import IdFactory
+from lathe.common.names import import_staging
 from lathe.common.objectstore.base import ObjectStore
 from lathe.models import model as rules
 from lathe.models.inspection import inspect
@@ -177,6 +178,8 @@ class ModelsService:
             )
         facts = await inspect(model, self.objects)
         await self.objects.put(rules.manifest_key(model.digest), rules.manifest(model))
+        # All files are taken over: what a broken upload left there would stay for as long as the model.
+        await self.objects.delete_prefix(import_staging(model.id))
         outcome = await self.store.finish(model.id, facts)
         if outcome is Finish.DUPLICATE:
             twin = await self.store.find_ready(model.digest)

@@ -14,6 +14,7 @@ from lathe.common.errors import (
     NotFound,
     Unavailable,
 )
+from lathe.common.names import import_staging
 from lathe.models.cleaner import Cleaner
 from lathe.models.model import AdapterObject, BaseModelState, Lineage, manifest_key
 from lathe.models.service import ModelsService
@@ -261,6 +262,18 @@ async def test_deleting_a_base_model_keeps_files_that_another_needs(world, model
     await models.delete_base_model("second")
     await world.sweep()
     assert world.objects.keys() == []
+
+
+async def test_a_finished_import_leaves_nothing_in_staging(world, models):
+    """Such as the parts of a file whose takeover was answered too late."""
+    await upload(models, tiny_folder())
+    await world.objects.put(f"{import_staging('tiny')}{'a' * 64}/00000", b"part")
+    await world.objects.put(f"{import_staging('tiny-2')}{'a' * 64}/00000", b"another's")
+    await models.commit_base_model("tiny")
+    kept = world.objects.keys()
+    assert [key for key in kept if key.startswith("staging/")] == [
+        f"{import_staging('tiny-2')}{'a' * 64}/00000"
+    ]
 
 
 async def test_an_import_that_nobody_finishes_goes_after_a_day(world, models):
