@@ -22,7 +22,7 @@ from lathe.cli.outside import (
 )
 from lathe.client import Client
 from lathe.common.diagnosis import Finding, clock_finding
-from lathe.common.errors import LatheError, PermissionDenied, Unauthenticated, Unimplemented
+from lathe.common.errors import InvalidArgument, LatheError, PermissionDenied, Unauthenticated, Unimplemented
 from lathe.v1 import accounts_pb2
 from lathe.v1 import diagnosis_pb2 as pb
 
@@ -105,6 +105,10 @@ def _network(target: Target, now: datetime) -> Iterator[Finding]:
 def _certificate(target: Target, now: datetime) -> Finding:
     try:
         return expiry_finding(certificate_expiry(target.address, target.ca_file, _STEP_S), now)
+    except InvalidArgument as error:
+        return Finding(
+            "tls", False, error.message, "Correct --ca-file, LATHE_CA_FILE or the context's ca_file."
+        )
     except ssl.SSLCertVerificationError as error:
         message = f"Its certificate is not trusted: {error.verify_message}."
         return Finding(

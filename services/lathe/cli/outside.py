@@ -35,6 +35,8 @@ def split_address(address: str) -> tuple[str, int | None]:
     try:
         parts = urlsplit(f"//{address}")
         host, port = parts.hostname, parts.port
+        # What no name server can be asked for: an empty label, or one of more than 63 characters.
+        (host or "").encode("idna")
     except ValueError:
         host, port = None, None
     if not host or "/" in address or "@" in address:
@@ -48,13 +50,13 @@ def guessed_http(address: str, tls: bool) -> str:
 
 
 def fetch_info(url: str, ca_file: Path | None, timeout_s: float) -> HttpInfo:
-    """Ask the OpenAI door who it is. Never raises for what the other side does."""
+    """Ask the OpenAI door who it is. Never raises for what the other side does, InvalidArgument for what is given."""
     host = urlsplit(url).hostname or ""
     host = f"[{host}]" if ":" in host else host
     if urlsplit(url).scheme not in ("http", "https") or not host:
         raise InvalidArgument(f"{url!r} is no http:// or https:// URL.")
+    context = _trusting(ca_file)
     try:
-        context = ssl.create_default_context(cafile=str(ca_file) if ca_file else None)
         request = urllib.request.Request(
             f"{url.rstrip('/')}/v1/lathe/info", headers={"Accept": "application/json"}
         )
@@ -102,10 +104,20 @@ def speaks_tls(address: str, timeout_s: float) -> bool | None:
 
 
 def certificate_expiry(address: str, ca_file: Path | None, timeout_s: float) -> datetime:
-    """When the certificate that the platform shows ends. Raises OSError (ssl.SSLError for one that is not trusted)."""
-    context = ssl.create_default_context(cafile=str(ca_file) if ca_file else None)
-    ends = _handshake(address, context, timeout_s)
+    """When the certificate that the platform shows ends.
+
+    Raises OSError (ssl.SSLError for one that is not trusted), InvalidArgument for a wrong ca_file.
+    """
+    ends = _handshake(address, _trusting(ca_file), timeout_s)
     return datetime.fromtimestamp(ssl.cert_time_to_seconds(ends), UTC)
+
+
+def _trusting(ca_file: Path | None) -> ssl.SSLContext:
+    try:
+        return ssl.create_default_context(cafile=str(ca_file) if ca_file else None)
+    except OSError as error:
+        why = "it holds no PEM certificate" if isinstance(error, ssl.SSLError) else error.strerror
+        raise InvalidArgument(f"The CA file {ca_file} cannot be used: {why}.") from error
 
 
 def _handshake(address: str, context: ssl.SSLContext, timeout_s: float) -> str:
