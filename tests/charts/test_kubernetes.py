@@ -183,9 +183,9 @@ def test_one_account_for_each_and_only_jobs_may_do_anything() -> None:
         for resource in rule["resources"]
     }
     assert rules == {
-        ("ray.io", "rayjobs"): {"create", "get", "list", "delete"},
+        ("ray.io", "rayjobs"): {"create", "list", "delete"},
         ("apps", "deployments"): {"create", "get", "list", "delete"},
-        ("", "pods"): {"get", "list"},
+        ("", "pods"): {"list"},
         ("", "pods/log"): {"get"},
         ("", "events"): {"list"},
     }

@@ -29,10 +29,9 @@ EDGES = {
 }
 # What jobs may do in its namespace; the others may do nothing at all.
 JOBS_MAY = {
-    *(("create", "rayjobs.ray.io"), ("get", "rayjobs.ray.io"), ("list", "rayjobs.ray.io")),
-    *(("delete", "rayjobs.ray.io"), ("create", "deployments.apps"), ("get", "deployments.apps")),
-    *(("list", "deployments.apps"), ("delete", "deployments.apps"), ("get", "pods"), ("list", "pods")),
-    *(("get", "pods/log"), ("list", "events")),
+    *(("create", "rayjobs.ray.io"), ("list", "rayjobs.ray.io"), ("delete", "rayjobs.ray.io")),
+    *(("create", "deployments.apps"), ("get", "deployments.apps"), ("list", "deployments.apps")),
+    *(("delete", "deployments.apps"), ("list", "pods"), ("get", "pods/log"), ("list", "events")),
 }
 VERBS = ("get", "list", "create", "update", "patch", "delete")
 RESOURCES = (
