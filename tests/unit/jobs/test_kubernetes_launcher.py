@@ -1,5 +1,6 @@
 """What the launcher makes of Kubernetes' answers, with its controllers played by the tests."""
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -196,6 +197,33 @@ async def test_an_api_that_is_away_is_no_dead_engine(ray: Cluster) -> None:
     ray.clock.tick(2)
     with pytest.raises(Unavailable):
         await ray.launcher.list()
+
+
+@pytest.mark.parametrize("engines", ["auto", "rayjob"])
+async def test_kuberay_that_is_not_served_for_a_moment_is_no_dead_engine(ray: Cluster, engines: Any) -> None:
+    """An API server that has just started may not know every kind yet."""
+    ray.launcher.engines = engines
+    await ray.start()
+    for seconds in (2, 40):
+        assert (await ray.engine()).running
+        ray.api.kuberay = False
+        ray.clock.tick(seconds)
+        for _ in range(2):
+            with pytest.raises(Unavailable, match="RayJob"):
+                await ray.launcher.list()
+        ray.api.kuberay = True
+
+
+async def test_kuberay_that_was_removed_is_believed_to_be_after_a_while(ray: Cluster) -> None:
+    await ray.start()
+    assert (await ray.engine()).running
+    ray.api.kuberay = False
+    for _ in range(30):
+        ray.clock.tick(2)
+        with suppress(Unavailable):
+            await ray.launcher.list()
+    await ray.start()
+    assert ray.api.list(Kind.DEPLOYMENT)
 
 
 async def test_an_engine_of_another_release_is_not_ours(plain: Cluster) -> None:

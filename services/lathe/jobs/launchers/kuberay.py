@@ -52,6 +52,7 @@ Answer = TypeVar("Answer")
 Objects = Sequence[Mapping[str, Any]]
 
 _RAY = "ray.io/v1"
+_UNSERVED = "Kubernetes does not know RayJobs at the moment. Is KubeRay installed?"
 
 
 @dataclass(slots=True)
@@ -76,6 +77,8 @@ class KubernetesLauncher:
     believe_s: float = 30.0
     _seen: tuple[float, Sequence[LaunchedEngine]] | None = None
     _ray: tuple[float, bool] | None = None
+    # Since when KubeRay, which was there, is not.
+    _ray_missed: float | None = None
     _nodes: tuple[float, Objects | None] | None = None
     _words: dict[str, str] = field(default_factory=dict)
 
@@ -124,7 +127,7 @@ class KubernetesLauncher:
         except AlreadyExists:
             log.debug("Engine %s was started before.", launch.engine_id)
         except NotFound as error:
-            self._ray = None
+            self._look_for_ray_again()
             raise Unavailable(f"{error.message} Is KubeRay installed?", reason="KUBERNETES") from error
         except PermissionDenied as error:
             if "exceeded quota" in error.message:
@@ -187,9 +190,10 @@ class KubernetesLauncher:
     def _listed(self, kind: Kind) -> Objects:
         try:
             return self.api.list(kind, labels=self._selector())
-        except NotFound:
-            self._ray = None
-            return []
+        except NotFound as error:
+            # Not that there are none: whoever believed it would give up every engine.
+            self._look_for_ray_again()
+            raise Unavailable(_UNSERVED, reason="KUBERNETES") from error
         except PermissionDenied as error:
             raise Unavailable(error.message, reason="KUBERNETES") from error
 
@@ -208,8 +212,24 @@ class KubernetesLauncher:
             return self.engines == "rayjob"
         now = self.clock.monotonic()
         if self._ray is None or now - self._ray[0] > self.believe_s:
-            self._ray = (now, self.api.serves(_RAY))
+            self._ray = (now, self._serves_ray(now))
         return self._ray[1]
+
+    def _serves_ray(self, now: float) -> bool:
+        """An API server that has just started may not know KubeRay yet: that it is gone is believed after a while."""
+        served = self.api.serves(_RAY)
+        if served or self._ray is None or not self._ray[1]:
+            self._ray_missed = None
+            return served
+        if self._ray_missed is None:
+            self._ray_missed = now
+        if now - self._ray_missed <= self.believe_s:
+            raise Unavailable(_UNSERVED, reason="KUBERNETES")
+        return False
+
+    def _look_for_ray_again(self) -> None:
+        if self._ray is not None:
+            self._ray = (float("-inf"), self._ray[1])
 
     def _owner(self) -> Owner | None:
         if self.owner_deployment is None or self.frame.owner is not None:
