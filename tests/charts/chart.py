@@ -29,6 +29,15 @@ EXTERNAL: Mapping[str, Any] = {
 }
 
 
+class _Loader(yaml.CSafeLoader):
+    """YAML with each key once: helm takes the last of several, stricter tools refuse them."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value]
+        assert len(set(keys)) == len(keys), f"a key is there twice: {keys}"
+        return super().construct_mapping(node, deep)
+
+
 class Refused(Exception):
     """helm did not render: its words."""
 
@@ -83,7 +92,7 @@ class Rendered:
                 yield component(one), one["spec"]["template"]
             if one["kind"] == "ConfigMap" and one["metadata"]["name"].endswith("-engines"):
                 for file, text in one["data"].items():
-                    yield f"engine:{file.removesuffix('.yaml')}", yaml.safe_load(text)
+                    yield f"engine:{file.removesuffix('.yaml')}", yaml.load(text, Loader=_Loader)
 
     def env(self, component: str) -> dict[str, str]:
         """The variables of a pod's main container, those of its ConfigMap too; `<secret>/<key>` for secret ones."""
@@ -126,7 +135,7 @@ def _render(values: str, *arguments: str) -> list[Object]:
     ended = subprocess.run(command, input=values, capture_output=True, text=True, check=False)
     if ended.returncode != 0:
         raise Refused(ended.stderr.strip())
-    return [one for one in yaml.load_all(ended.stdout, Loader=yaml.CSafeLoader) if one]
+    return [one for one in yaml.load_all(ended.stdout, Loader=_Loader) if one]
 
 
 def _source(given: Mapping[str, Any]) -> str:

@@ -19,6 +19,7 @@ Case = tuple[Mapping[str, Any], Look, Any]
 DIGEST = "sha256:" + "a" * 64
 RESOURCES = {"requests": {"cpu": "7m", "memory": "7Mi"}, "limits": {"cpu": "8", "memory": "8Mi"}}
 TOLERATION = {"key": "mine", "operator": "Exists", "effect": "NoSchedule"}
+UNSCRAPED = {"prometheus.io/scrape": "false"}
 LOOKUP = re.compile(r'lookup "apps/v1" "Deployment" \.root\.Release\.Namespace \(include "lathe\.name" \.\)')
 
 
@@ -111,6 +112,11 @@ def of_service(name: str) -> dict[str, Case]:
             at(f"{name}.podAnnotations", {"team": "ml"}),
             lambda r: r.pod(name)["metadata"]["annotations"]["team"],
             "ml",
+        ),
+        f"{name}.podAnnotations: instead of ours": (
+            at(f"{name}.podAnnotations", UNSCRAPED),
+            lambda r: r.pod(name)["metadata"]["annotations"].items() >= UNSCRAPED.items(),
+            True,
         ),
         f"{name}.settings": (at(f"{name}.settings", {variable: "DEBUG"}), env(name, variable), "DEBUG"),
         f"database.existingSecrets.{name}": (
@@ -405,6 +411,11 @@ RUNNING: dict[str, Case] = {
         spec("PodMonitor", "lathe", "spec", "podMetricsEndpoints", 0, "interval"),
         "5s",
     ),
+    "podMonitor.labels: instead of ours": (
+        at("podMonitor", {"enabled": True, "labels": {"app.kubernetes.io/component": "watched"}}),
+        spec("PodMonitor", "lathe", "metadata", "labels", "app.kubernetes.io/component"),
+        "watched",
+    ),
     "podMonitor.labels": (
         at("podMonitor", {"enabled": True, "labels": {"team": "ml"}}),
         spec("PodMonitor", "lathe", "metadata", "labels", "team"),
@@ -458,6 +469,11 @@ ENGINES: dict[str, Case] = {
         at("engines.podAnnotations", {"a": "b"}),
         lambda r: r.pod("engine:cpu")["metadata"]["annotations"]["a"],
         "b",
+    ),
+    "engines.podAnnotations: instead of ours": (
+        at("engines.podAnnotations", UNSCRAPED),
+        lambda r: r.pod("engine:cpu")["metadata"]["annotations"],
+        {**UNSCRAPED, "prometheus.io/port": "9090"},
     ),
     "engines.settings": (
         at("engines.settings", {"LATHE_ENGINE_MAX_ATTEMPTS": "2"}),

@@ -98,16 +98,11 @@ spec:
 
 {{/* A service reads its settings once, so a change of them must replace its pods. */}}
 {{- define "lathe.podAnnotations" -}}
-{{- $values := index .root.Values .component -}}
-checksum/config: {{ include "lathe.settings" . | sha256sum }}
+{{- $own := dict "checksum/config" (include "lathe.settings" . | sha256sum) -}}
 {{- if eq .component "jobs" }}
-checksum/engines: {{ include "lathe.engineTemplates" .root | sha256sum }}
-{{- end }}
-prometheus.io/scrape: "true"
-prometheus.io/port: "9090"
-{{- with $values.podAnnotations }}
-{{ toYaml . }}
-{{- end }}
+{{- $_ := set $own "checksum/engines" (include "lathe.engineTemplates" .root | sha256sum) -}}
+{{- end -}}
+{{- mergeOverwrite (include "lathe.scraped" . | fromYaml) (index .root.Values .component).podAnnotations $own | toYaml -}}
 {{- end -}}
 
 {{- define "lathe.servicePod" -}}

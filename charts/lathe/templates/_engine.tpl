@@ -15,11 +15,7 @@ metadata:
   labels:
     {{- include "lathe.labels" . | nindent 4 }}
   annotations:
-    prometheus.io/scrape: "true"
-    prometheus.io/port: "9090"
-    {{- with $engines.podAnnotations }}
-    {{- toYaml . | nindent 4 }}
-    {{- end }}
+    {{- mergeOverwrite (include "lathe.scraped" . | fromYaml) $engines.podAnnotations | toYaml | nindent 4 }}
 spec:
   {{- include "lathe.podBasics" (merge (dict "nodeSelector" .class.nodeSelector "tolerations" .class.tolerations) .) | nindent 2 }}
   # Open streams and checkpoints take the grace; the rest is for the end itself.

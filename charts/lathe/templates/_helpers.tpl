@@ -77,6 +77,12 @@ capabilities: {drop: [ALL]}
 {{- end }}
 {{- end -}}
 
+{{/* How Prometheus finds a pod of ours, unless the operator's own annotations say otherwise. */}}
+{{- define "lathe.scraped" -}}
+prometheus.io/scrape: "true"
+prometheus.io/port: "9090"
+{{- end -}}
+
 {{/* What every pod's spec begins with. (dict "root" $ "component" … "nodeSelector" … "tolerations" …) */}}
 {{- define "lathe.podBasics" -}}
 serviceAccountName: {{ include "lathe.name" . }}
