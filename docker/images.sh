@@ -54,6 +54,9 @@ build() {
     "$DOCKER" image inspect --format "$PREFIX/$name:$TAG is {{.Size}} bytes" "$PREFIX/$name:$TAG"
 }
 
+case $TORCH_FROM in
+    *://*@*) refuse "TORCH_FROM has a user's name in it, which the image's history would show: put that index into a pip.conf, and give it to this machine's pip and to the build, make images PIP_CONFIG_FILE=… PIP_CONF=…" ;;
+esac
 find_docker
 need_base
 case " $IMAGES " in *" engine "*) need_torch ;; esac

@@ -1,4 +1,4 @@
-"""docker/push.sh with a docker client that only writes down what it is asked."""
+"""docker/images.sh and push.sh with a docker client that only writes down what it is asked."""
 
 from __future__ import annotations
 
@@ -30,9 +30,13 @@ def asked(tmp_path: Path) -> Path:
     return tmp_path / "asked"
 
 
-def push(asked: Path, **variables: str) -> subprocess.CompletedProcess[str]:
+def script(name: str, asked: Path, variables: dict[str, str]) -> subprocess.CompletedProcess[str]:
     env = {"PATH": f"{asked.parent}:{os.environ['PATH']}", "ASKED": str(asked), **variables}
-    return subprocess.run([ROOT / "docker" / "push.sh"], env=env, capture_output=True, text=True, check=False)
+    return subprocess.run([ROOT / "docker" / name], env=env, capture_output=True, text=True, check=False)
+
+
+def push(asked: Path, **variables: str) -> subprocess.CompletedProcess[str]:
+    return script("push.sh", asked, variables)
 
 
 @pytest.mark.parametrize(
@@ -80,3 +84,11 @@ def test_what_is_missing_is_said(variables: dict[str, str], words: str, asked: P
     assert "Published" not in done.stdout
     if "closed" not in variables.get("REGISTRY", ""):
         assert not asked.exists() or "push" not in asked.read_text()
+
+
+def test_an_index_with_a_password_is_kept_out_of_an_image(asked: Path) -> None:
+    index = "https://me:hidden@wheels.example.com/cu126"
+    done = script("images.sh", asked, {"IMAGES": "engine", "TORCH_FROM": index})
+    assert done.returncode == 1 and "PIP_CONF" in done.stderr
+    assert "hidden" not in done.stdout + done.stderr
+    assert not asked.exists() or "--target engine" not in asked.read_text()
