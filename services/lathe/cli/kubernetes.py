@@ -48,8 +48,13 @@ class Kubectl:
                 f"kubectl {arguments[0]} did not answer within {_KUBECTL_S:.0f} seconds."
             ) from error
         if done.returncode:
-            raise Unavailable(f"kubectl {' '.join(arguments[:2])} failed: {done.stderr.strip()}")
+            raise Unavailable(f"kubectl {' '.join(arguments[:2])} failed: {said(done.stderr)}")
         return done.stdout
+
+
+def said(stderr: str) -> str:
+    """What kubectl said, each line once: asked for several kinds, it says the same of each."""
+    return " ".join(dict.fromkeys(line.strip() for line in stderr.splitlines() if line.strip()))
 
 
 def examine_kubernetes(place: str) -> Iterator[Checked]:
