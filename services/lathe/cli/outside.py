@@ -9,7 +9,6 @@ import urllib.error
 import urllib.request
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from email.utils import parsedate_to_datetime
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -27,7 +26,6 @@ class HttpInfo:
     version: str = ""
     grpc_port: int = 0
     problem: str = ""
-    time: datetime | None = None
 
 
 def split_address(address: str) -> tuple[str, int | None]:
@@ -62,11 +60,9 @@ def fetch_info(url: str, ca_file: Path | None, timeout_s: float) -> HttpInfo:
         )
         with urllib.request.urlopen(request, timeout=timeout_s, context=context) as answer:
             content = json.loads(answer.read(65536))
-            date = answer.headers.get("Date")
         if content.get("object") != "lathe.info":
             return HttpInfo(host, problem="something else answers there")
-        when = parsedate_to_datetime(date).astimezone(UTC) if date else None
-        return HttpInfo(host, str(content["version"]), int(content["grpc_port"]), time=when)
+        return HttpInfo(host, str(content["version"]), int(content["grpc_port"]))
     except urllib.error.HTTPError as error:
         return HttpInfo(host, problem=f"it answers with status {error.code}")
     except urllib.error.URLError as error:
