@@ -87,3 +87,20 @@ def test_jobs_knows_the_classes_and_where_their_templates_are(monkeypatch: pytes
         rendered.one("ConfigMap", "engines")["data"]
     )
     assert settings.launcher.kubernetes.owner_deployment == "lathe-jobs"
+
+
+def test_a_large_number_arrives_as_it_was_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    many = 2_000_000
+    named = ("min", "max", "maxPerBase", "idleTimeoutSeconds", "drainGraceSeconds")
+    values = {
+        "engines": dict.fromkeys(named, many),
+        "database": {"poolSize": many},
+        "drain": {"delaySeconds": many, "graceSeconds": many},
+        "migrations": {"timeoutSeconds": many},
+    }
+    rendered = render(values)
+    for component in (*SERVICES, "engine:cpu", "migrate"):
+        pod = rendered.pod(component)["spec"]
+        assert "e+" not in str([rendered.env(component), pod]), component
+    settings = loaded(rendered.env("jobs"), settings_class("jobs"), monkeypatch)
+    assert settings.max_engines == settings.engine_idle_timeout_s == settings.db.pool_size == many

@@ -117,11 +117,11 @@ topologySpreadConstraints:
         {{- include "lathe.selector" . | nindent 8 }}
 # No preStop: told to end, a service says so to the probes and goes on answering for the delay, then lets calls and
 # streams finish for the grace; a little more for what comes after them.
-terminationGracePeriodSeconds: {{ add .root.Values.drain.delaySeconds (include "lathe.grace" . | int) 15 }}
+terminationGracePeriodSeconds: {{ add .root.Values.drain.delaySeconds (include "lathe.grace" . | int64) 15 }}
 initContainers:
   - name: schema
     {{- include "lathe.serviceContainer" . | nindent 4 }}
-    args: [migrate, {{ .component }}, --wait, --timeout, {{ .root.Values.migrations.timeoutSeconds | quote }}]
+    args: [migrate, {{ .component }}, --wait, --timeout, {{ .root.Values.migrations.timeoutSeconds | int64 | quote }}]
     resources:
       {{- toYaml $values.resources | nindent 6 }}
 containers:

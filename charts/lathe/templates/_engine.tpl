@@ -54,7 +54,7 @@ ports:
 {{ include "lathe.probes" (dict "startupSeconds" 900) }}
 lifecycle:
   preStop:
-    exec: {command: [lathe, engine, drain, --grace, {{ .root.Values.engines.drainGraceSeconds | quote }}]}
+    exec: {command: [lathe, engine, drain, --grace, {{ .root.Values.engines.drainGraceSeconds | int64 | quote }}]}
 resources:
   {{- include "lathe.engineResources" . | nindent 2 }}
 volumeMounts:
@@ -75,7 +75,7 @@ volumeMounts:
   "LATHE_ENGINE_CACHE_FOLDER" "/var/cache/lathe"
   "LATHE_ENGINE_DEVICE" (default "cpu" .class.device)
   "LATHE_ENGINE_RPC__PORT" "7460"
-  "LATHE_ENGINE_DRAIN_GRACE_S" (toString .root.Values.engines.drainGraceSeconds) -}}
+  "LATHE_ENGINE_DRAIN_GRACE_S" (.root.Values.engines.drainGraceSeconds | int64 | toString) -}}
 {{- $given := mergeOverwrite (dict) .root.Values.engines.settings (default (dict) .class.settings) -}}
 {{- $settings := mergeOverwrite (dict) $shared $store $own $given -}}
 - name: POD_IP

@@ -48,7 +48,7 @@ spec:
           image: {{ include "lathe.image" (dict "root" .root "image" .root.Values.images.control) }}
           imagePullPolicy: {{ .root.Values.images.pullPolicy }}
           terminationMessagePolicy: FallbackToLogsOnError
-          args: [migrate, --timeout, {{ $migrations.timeoutSeconds | quote }}]
+          args: [migrate, --timeout, {{ $migrations.timeoutSeconds | int64 | quote }}]
           securityContext:
             {{- include "lathe.containerSecurity" . | nindent 12 }}
           env:

@@ -20,13 +20,13 @@ LATHE_RPC__TLS_CLIENT_CA_FILE: /etc/lathe/tls/ca.crt
 {{- end -}}
 
 {{- define "lathe.settings.drain" -}}
-LATHE_RPC__DRAIN_DELAY_S: {{ .root.Values.drain.delaySeconds | quote }}
+LATHE_RPC__DRAIN_DELAY_S: {{ .root.Values.drain.delaySeconds | int64 | quote }}
 LATHE_RPC__GRACE_S: {{ include "lathe.grace" . | quote }}
 {{- end -}}
 
 {{/* Seconds that running calls have: the gateway's are the streams of users. */}}
 {{- define "lathe.grace" -}}
-{{- eq .component "gateway" | ternary .root.Values.drain.streamGraceSeconds .root.Values.drain.graceSeconds -}}
+{{- eq .component "gateway" | ternary .root.Values.drain.streamGraceSeconds .root.Values.drain.graceSeconds | int64 -}}
 {{- end -}}
 
 {{- define "lathe.settings.store" -}}
@@ -44,32 +44,32 @@ LATHE_STORE__REGION: {{ .root.Values.store.region | quote }}
 {{- end -}}
 
 {{- define "lathe.settings.accounts" -}}
-LATHE_ACCOUNTS_DB__POOL_SIZE: {{ .root.Values.database.poolSize | quote }}
+LATHE_ACCOUNTS_DB__POOL_SIZE: {{ .root.Values.database.poolSize | int64 | quote }}
 {{- end -}}
 
 {{- define "lathe.settings.datasets" -}}
-LATHE_DATASETS_DB__POOL_SIZE: {{ .root.Values.database.poolSize | quote }}
+LATHE_DATASETS_DB__POOL_SIZE: {{ .root.Values.database.poolSize | int64 | quote }}
 LATHE_DATASETS_CACHE_FOLDER: /var/cache/lathe
 LATHE_DATASETS_MODELS_ADDRESS: {{ include "lathe.address" (list .root "models") }}
 {{ include "lathe.settings.store" . }}
 {{- end -}}
 
 {{- define "lathe.settings.models" -}}
-LATHE_MODELS_DB__POOL_SIZE: {{ .root.Values.database.poolSize | quote }}
+LATHE_MODELS_DB__POOL_SIZE: {{ .root.Values.database.poolSize | int64 | quote }}
 {{ include "lathe.settings.store" . }}
 {{- end -}}
 
 {{- define "lathe.settings.jobs" -}}
 {{- $engines := .root.Values.engines -}}
-LATHE_JOBS_DB__POOL_SIZE: {{ .root.Values.database.poolSize | quote }}
+LATHE_JOBS_DB__POOL_SIZE: {{ .root.Values.database.poolSize | int64 | quote }}
 LATHE_JOBS_ACCOUNTS_ADDRESS: {{ include "lathe.address" (list .root "accounts") }}
 LATHE_JOBS_DATASETS_ADDRESS: {{ include "lathe.address" (list .root "datasets") }}
 LATHE_JOBS_MODELS_ADDRESS: {{ include "lathe.address" (list .root "models") }}
 LATHE_JOBS_JOBS_ADDRESS: {{ include "lathe.address" (list .root "jobs") }}
-LATHE_JOBS_MIN_ENGINES: {{ $engines.min | quote }}
-LATHE_JOBS_MAX_ENGINES_PER_BASE: {{ $engines.maxPerBase | quote }}
-LATHE_JOBS_MAX_ENGINES: {{ $engines.max | quote }}
-LATHE_JOBS_ENGINE_IDLE_TIMEOUT_S: {{ $engines.idleTimeoutSeconds | quote }}
+LATHE_JOBS_MIN_ENGINES: {{ $engines.min | int64 | quote }}
+LATHE_JOBS_MAX_ENGINES_PER_BASE: {{ $engines.maxPerBase | int64 | quote }}
+LATHE_JOBS_MAX_ENGINES: {{ $engines.max | int64 | quote }}
+LATHE_JOBS_ENGINE_IDLE_TIMEOUT_S: {{ $engines.idleTimeoutSeconds | int64 | quote }}
 LATHE_JOBS_ENGINE_CLASSES: {{ keys $engines.classes | sortAlpha | toJson | quote }}
 LATHE_JOBS_DEFAULT_ENGINE_CLASS: {{ $engines.defaultClass | quote }}
 LATHE_JOBS_LAUNCHER__KIND: kubernetes
@@ -82,7 +82,7 @@ LATHE_JOBS_LAUNCHER__KUBERNETES__ENGINES: {{ $engines.kind }}
 {{- end -}}
 
 {{- define "lathe.settings.gateway" -}}
-LATHE_GATEWAY_DB__POOL_SIZE: {{ .root.Values.database.poolSize | quote }}
+LATHE_GATEWAY_DB__POOL_SIZE: {{ .root.Values.database.poolSize | int64 | quote }}
 LATHE_GATEWAY_HTTP_HOST: "0.0.0.0"
 LATHE_GATEWAY_CACHE_FOLDER: /var/cache/lathe
 LATHE_GATEWAY_ACCOUNTS_ADDRESS: {{ include "lathe.address" (list .root "accounts") }}
