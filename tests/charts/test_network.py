@@ -161,6 +161,22 @@ def test_the_scrape_sources_reach_metrics_and_nothing_else() -> None:
         assert 9090 not in {port for _, port in opened(closed, "ingress", one)}, one
 
 
+def test_the_operator_of_ray_is_looked_for_where_its_own_instructions_put_it() -> None:
+    # By its chart, and by the manifests beside it, which name it otherwise.
+    by_labels = {
+        frozenset(peer["podSelector"]["matchLabels"].items()): peer["namespaceSelector"]["matchExpressions"]
+        for peer, port in opened(render(), "ingress", "engine")
+        if port == 8265
+    }
+    part = "app.kubernetes.io"
+    assert set(by_labels) == {
+        frozenset({(f"{part}/name", "kuberay-operator")}),
+        frozenset({(f"{part}/name", "kuberay"), (f"{part}/component", "kuberay-operator")}),
+    }
+    for (expression,) in by_labels.values():
+        assert set(expression["values"]) == {"default", "kuberay-operator", "kuberay-system", "ray-system"}
+
+
 def test_only_the_operator_of_ray_reaches_ray() -> None:
     rendered = render({"networkPolicy": {"kuberayNamespaces": ["rays"]}})
     ports = {

@@ -81,14 +81,16 @@ egress:
 {{- end }}
 {{- end }}
 {{- if and (eq .component "engine") $policy.kuberayNamespaces }}
-# The operator hands an engine's Ray its job; nobody else reaches Ray.
+# The operator hands an engine's Ray its job; nobody else reaches Ray. Its chart and its plain manifests label it differently.
 - ports: [{port: 8265, protocol: TCP}]
   from:
+    {{- range $labels := list "{app.kubernetes.io/name: kuberay-operator}" "{app.kubernetes.io/name: kuberay, app.kubernetes.io/component: kuberay-operator}" }}
     - namespaceSelector:
         matchExpressions:
           - {key: kubernetes.io/metadata.name, operator: In, values: {{ $policy.kuberayNamespaces | toJson }}}
       podSelector:
-        matchLabels: {app.kubernetes.io/name: kuberay-operator}
+        matchLabels: {{ $labels }}
+    {{- end }}
 {{- end }}
 {{- end -}}
 
