@@ -82,7 +82,7 @@ def _rights(api: KubeApi, used: Kind, selector: str) -> Finding:
             "engine rights",
             False,
             f"jobs cannot see its engines: {error.message}",
-            "Give the service account of jobs the rights of the chart's Role (rbac.create).",
+            "Give the service account of jobs the rights that the chart's Role of the same name has.",
         )
     return Finding("engine rights", True, "jobs sees its engines' objects and pods.")
 
