@@ -45,6 +45,13 @@ from tests.fakes.ids import FakeIds
 from tests.fakes.jobs import BASE, World, measured
 
 
+class OneClockStore(SqlJobStore):
+    """Its database keeps the fake clock's time, whatever its own says."""
+
+    async def clock_offset(self) -> float:
+        return 0.0
+
+
 @pytest.fixture(params=["sqlite", "postgres"])
 async def db(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Database]:
     if request.param == "sqlite":
@@ -60,7 +67,7 @@ async def db(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Da
 @pytest.fixture
 def world(db: Database) -> World:
     clock, ids = FakeClock(), FakeIds()
-    return World(SqlJobStore(db, clock, ids), clock, ids)
+    return World(OneClockStore(db, clock, ids), clock, ids)
 
 
 def full_job(now: FakeClock) -> Job:
