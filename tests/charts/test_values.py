@@ -512,11 +512,11 @@ ENGINES: dict[str, Case] = {
         "cuda",
     ),
     "engines.classes.*.gpus": (
-        of_class({"gpus": 2, "resources": {"limits": {"memory": "8Gi"}}}),
+        of_class({"gpus": 2, "resources": {"requests": {"cpu": "1"}, "limits": {"memory": "8Gi"}}}),
         lambda r: main("engine:big")(r)["resources"],
         {
             "limits": {"memory": "8Gi", "nvidia.com/gpu": "2"},
-            "requests": {"memory": "8Gi", "nvidia.com/gpu": "2"},
+            "requests": {"cpu": "1", "nvidia.com/gpu": "2"},
         },
     ),
     "engines.classes.*.gpuResource": (

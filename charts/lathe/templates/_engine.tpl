@@ -95,7 +95,7 @@ volumeMounts:
 {{- $resources := deepCopy (default (dict) .class.resources) -}}
 {{- with .class.gpus -}}
 {{- $gpu := dict (default "nvidia.com/gpu" $.class.gpuResource) (toString .) -}}
-{{- $_ := set $resources "limits" (merge $gpu (default (dict) $resources.limits)) -}}
+{{- $_ := set $resources "limits" (merge (deepCopy $gpu) (default (dict) $resources.limits)) -}}
 {{- $_ := set $resources "requests" (merge (deepCopy $gpu) (default (dict) $resources.requests)) -}}
 {{- end -}}
 {{- toYaml $resources -}}
