@@ -29,8 +29,8 @@ class Helm:
         argv = ("helm", "install", release, str(CHART), *self._where(namespace), "--values=-")
         return run(*argv, stdin=json.dumps(values))
 
-    def upgrade(self, release: str, namespace: str, values: Values, timeout: float = 180.0) -> str:
-        """The same for other values."""
+    def upgrade(self, release: str, namespace: str, values: Values, timeout: float = 300.0) -> str:
+        """The same for other values. Old and new pods are there at once, so it takes longer than an install."""
         return self._change("upgrade", release, namespace, values, timeout)
 
     def status(self, release: str, namespace: str) -> Any:
