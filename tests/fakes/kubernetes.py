@@ -84,8 +84,10 @@ class FakeKubeApi:
     def pods(self, engine_id: str) -> Sequence[dict[str, Any]]:
         return [one for (of, _), one in self._objects.items() if of is Kind.POD and _engine(one) == engine_id]
 
-    def add_pod(self, engine_id: str, status: Mapping[str, Any], name: str = "", **metadata: Any) -> None:
-        """A pod from the template of the engine's object, in this state."""
+    def add_pod(
+        self, engine_id: str, status: Mapping[str, Any], name: str = "", node: str = "", **metadata: Any
+    ) -> None:
+        """A pod from the template of the engine's object, in this state; node: where it was placed."""
         owner = next(
             thing
             for (of, _), thing in self._objects.items()
@@ -97,7 +99,7 @@ class FakeKubeApi:
             Kind.POD,
             {
                 "metadata": {**template["metadata"], **names, **metadata},
-                "spec": template["spec"],
+                "spec": {**template["spec"], **({"nodeName": node} if node else {})},
                 "status": dict(status),
             },
         )

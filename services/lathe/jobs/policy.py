@@ -13,6 +13,8 @@ MAX_RETRIES = 3
 MAX_START_FAILURES = 5
 MAX_BACKOFF_S = 60.0
 WAITING_NOTED_EVERY_S = 30.0
+# Kubernetes takes 50 s to notice that a node is lost; until then it would put the next engine there.
+SUSPECT_S = 120.0
 # The quota of a project that nobody could look up yet: nothing of it starts.
 UNKNOWN_QUOTA = -1
 
@@ -42,7 +44,7 @@ class Snapshot:
     """Everything the policy looks at.
 
     running: jobs in a leased state. quotas: project -> how many may run; 0 or absent means no limit.
-    attempts: engine id -> attempts it holds.
+    attempts: engine id -> attempts it holds. lost: engine id -> when it was given up.
     """
 
     now: datetime
@@ -52,6 +54,7 @@ class Snapshot:
     pools: Sequence[Pool] = ()
     attempts: Mapping[str, int] = field(default_factory=dict)
     quotas: Mapping[str, int] = field(default_factory=dict)
+    lost: Mapping[str, datetime] = field(default_factory=dict)
     limits: Limits = Limits()
     # False just after an outage of ours, when an engine's silence proves nothing.
     trusted: bool = True
@@ -143,6 +146,12 @@ def is_silent(engine: EngineRecord, now: datetime, limits: Limits) -> bool:
     if engine.state is EngineState.LAUNCHING:
         return False
     return now - (engine.heartbeat_time or engine.create_time) > timedelta(seconds=limits.engine_silence_s)
+
+
+def suspects(snapshot: Snapshot) -> tuple[str, ...]:
+    """Engines lost or dead so lately that where they ran may be lost too, and still be taken for alive."""
+    since = snapshot.now - timedelta(seconds=SUSPECT_S)
+    return tuple(sorted(name for name, lost in snapshot.lost.items() if lost > since))
 
 
 def end_of(engine: EngineRecord) -> str:

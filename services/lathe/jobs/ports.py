@@ -166,6 +166,7 @@ class EngineLaunch:
     """The engine that a launcher is to start.
 
     base_model: `baseModels/<id>`. engine_class: one of the operator's. job_id: set if it is for that job alone.
+    avoid: engines that were lost or died lately; where they ran may be lost too, though nobody has noticed.
     """
 
     engine_id: str
@@ -173,6 +174,7 @@ class EngineLaunch:
     base_digest: str
     engine_class: str
     job_id: str = ""
+    avoid: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

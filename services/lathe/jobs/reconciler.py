@@ -134,6 +134,7 @@ class Reconciler:
             pools=loaded.pools,
             attempts=held,
             quotas=await self.quotas.running(job.project for job in loaded.queued),
+            lost=loaded.lost,
             limits=self.limits,
             trusted=self.contact.trusted(),
         )
@@ -288,15 +289,16 @@ class Reconciler:
                 return False
             await session.put_engine(engine)
         log.info("Starting engine %s of class %s for %s.", engine.id, place.engine_class, base.id)
-        launcher = self.launcher
-        self._calls.begin(engine.id, lambda: self._start(launcher, engine))
+        launcher, avoid = self.launcher, policy.suspects(picture)
+        self._calls.begin(engine.id, lambda: self._start(launcher, engine, avoid))
         return True
 
-    async def _start(self, launcher: Launcher, engine: EngineRecord) -> None:
+    async def _start(self, launcher: Launcher, engine: EngineRecord, avoid: tuple[str, ...]) -> None:
         engine_class = self.classes.to_start(engine.engine_class)
         base = engine.base
+        launch = EngineLaunch(engine.id, base.name, base.digest, engine_class, engine.job_id, avoid)
         try:
-            await launcher.start(EngineLaunch(engine.id, base.name, base.digest, engine_class, engine.job_id))
+            await launcher.start(launch)
         except LatheError as error:
             log.warning("Engine %s could not be started: %s", engine.id, error)
             # A launcher that is away says nothing about the engine: jobs wait for it.

@@ -1,6 +1,7 @@
 """What the launcher makes of Kubernetes' answers, with its controllers played by the tests."""
 
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -298,6 +299,31 @@ async def test_a_pod_that_drains_has_its_engine_until_its_time_is_up(ray: Cluste
     assert (await ray.engine()).running
     ray.clock.tick(60)
     assert not (await ray.engine()).running
+
+
+async def test_a_pod_that_never_began_has_nothing_to_drain(ray: Cluster) -> None:
+    """One that was placed on a lost node: the eviction is its end, and the next engine need not wait."""
+    await ray.start()
+    ray.says(jobDeploymentStatus="Initializing")
+    ray.api.add_pod("eng-1", {"phase": "Pending"}, deletionTimestamp="2026-01-01T00:01:00Z")
+    assert not (await ray.engine()).running
+
+
+async def test_the_next_engine_keeps_away_from_a_lost_ones_node(ray: Cluster, plain: Cluster) -> None:
+    for cluster in (ray, plain):
+        await cluster.start()
+        cluster.api.add_pod("eng-1", RUNNING, node="worker-1", deletionTimestamp="2026-01-01T00:00:00Z")
+        await cluster.launcher.start(replace(launch(), engine_id="eng-2", avoid=("eng-1", "eng-0")))
+        cluster.api.add_pod("eng-2", RUNNING)
+        [pod] = cluster.api.pods("eng-2")
+        affinity = pod["spec"]["affinity"]["nodeAffinity"]
+        [wish] = affinity["preferredDuringSchedulingIgnoredDuringExecution"]
+        [field] = wish["preference"]["matchFields"]
+        assert field == {"key": "metadata.name", "operator": "NotIn", "values": ["worker-1"]}
+        await cluster.launcher.start(replace(launch(), engine_id="eng-3", avoid=("eng-2",)))
+        cluster.api.add_pod("eng-3", RUNNING)
+        [pod] = cluster.api.pods("eng-3")
+        assert "affinity" not in pod["spec"]
 
 
 async def test_an_object_that_is_being_deleted_is_forgotten(ray: Cluster) -> None:

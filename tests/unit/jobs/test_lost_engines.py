@@ -59,6 +59,19 @@ async def test_within_a_lease_term_a_new_engine_is_on_its_way(world: World) -> N
     assert await ends(world) == {"lost": 1.0}
 
 
+async def test_the_next_engine_is_told_where_not_to_go(world: World) -> None:
+    """Kubernetes takes the lost one's node for alive for a minute, and as it is empty prefers it."""
+    engine_id, _ = await training(world)
+    await world.pass_time(16, step=0.5)
+    [successor] = await states(world)
+    assert world.launcher.launches[successor].avoid == (engine_id,)
+    await world.pass_time(130, step=2)
+    world.launcher.die(successor)
+    await world.pass_time(30, step=0.5)
+    [third] = await states(world)
+    assert world.launcher.launches[third].avoid == (successor,)
+
+
 async def test_an_idle_engine_is_given_up_as_soon(world: World) -> None:
     engine_id, lease = await training(world)
     await world.complete(lease, Outcome.FAILED)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -123,7 +123,7 @@ class KubernetesLauncher:
         kind = Kind.RAYJOB if self._uses_ray() else Kind.DEPLOYMENT
         make = rayjob if kind is Kind.RAYJOB else deployment
         try:
-            self.api.create(kind, make(launch, template, frame))
+            self.api.create(kind, make(launch, template, frame, self._nodes_of(launch.avoid)))
         except AlreadyExists:
             log.debug("Engine %s was started before.", launch.engine_id)
         except NotFound as error:
@@ -139,6 +139,13 @@ class KubernetesLauncher:
             raise FailedPrecondition(
                 f"{error.message} Correct the values of engine class {launch.engine_class!r}."
             ) from error
+
+    def _nodes_of(self, engines: Collection[str]) -> Sequence[str]:
+        """Where the pods of these engines are: on a lost node they stay, in Terminating, until it is back."""
+        if not engines:
+            return []
+        placed = (pod for pod in self._listed(Kind.POD) if _engine_of(pod) in engines)
+        return sorted({str(node) for pod in placed if (node := (pod.get("spec") or {}).get("nodeName"))})
 
     def _stop(self, engine_id: str) -> None:
         name = object_name(self.frame.prefix, engine_id)

@@ -85,12 +85,15 @@ def object_name(prefix: str, engine_id: str) -> str:
     return f"{prefix[:room].rstrip('-.')}-engine-{mark}"
 
 
-def rayjob(launch: EngineLaunch, template: Mapping[str, Any], frame: Frame) -> Manifest:
+def rayjob(
+    launch: EngineLaunch, template: Mapping[str, Any], frame: Frame, suspects: Sequence[str] = ()
+) -> Manifest:
     """One RayJob: a head pod without workers, whose one job is the engine.
 
+    suspects: nodes that it had better not be placed on.
     Raises FailedPrecondition for a template without the container `engine`.
     """
-    pod = _pod(launch, template, frame)
+    pod = _pod(launch, template, frame, suspects)
     spec, container = pod["spec"], _engine_container(pod)
     gpus = _devices(container)
     # KubeRay takes the first container for Ray's, and writes its own command.
@@ -139,12 +142,15 @@ def rayjob(launch: EngineLaunch, template: Mapping[str, Any], frame: Frame) -> M
     }
 
 
-def deployment(launch: EngineLaunch, template: Mapping[str, Any], frame: Frame) -> Manifest:
+def deployment(
+    launch: EngineLaunch, template: Mapping[str, Any], frame: Frame, suspects: Sequence[str] = ()
+) -> Manifest:
     """One Deployment of one replica: so exactly this engine can be ended, and its id is known before its pod.
 
+    suspects: nodes that it had better not be placed on.
     Raises FailedPrecondition for a template without the container `engine`.
     """
-    pod = _pod(launch, template, frame)
+    pod = _pod(launch, template, frame, suspects)
     container = _engine_container(pod)
     container.setdefault("command", ["python", "-m", ENGINE_MODULE])
     # A Deployment takes no other.
@@ -174,7 +180,9 @@ def device_resources(container: Mapping[str, Any]) -> dict[str, int]:
     }
 
 
-def _pod(launch: EngineLaunch, template: Mapping[str, Any], frame: Frame) -> Manifest:
+def _pod(
+    launch: EngineLaunch, template: Mapping[str, Any], frame: Frame, suspects: Sequence[str]
+) -> Manifest:
     """The class's template with what is this engine's own."""
     pod: Manifest = {
         "metadata": copy.deepcopy(dict(template.get("metadata") or {})),
@@ -184,7 +192,17 @@ def _pod(launch: EngineLaunch, template: Mapping[str, Any], frame: Frame) -> Man
     pod["metadata"] = {"labels": labels, "annotations": dict(pod["metadata"].get("annotations") or {})}
     variables = engine_variables(launch, frame.jobs_address, frame.engine_env or {})
     _add_env(_engine_container(pod), variables)
+    if suspects:
+        _avoid(pod["spec"], suspects)
     return pod
+
+
+def _avoid(spec: Manifest, nodes: Sequence[str]) -> None:
+    """A wish and not a must: the only node there is has to do."""
+    fields = [{"key": "metadata.name", "operator": "NotIn", "values": [node]} for node in nodes]
+    affinity = spec.setdefault("affinity", {}).setdefault("nodeAffinity", {})
+    wishes = affinity.setdefault("preferredDuringSchedulingIgnoredDuringExecution", [])
+    wishes.append({"weight": 100, "preference": {"matchFields": fields}})
 
 
 def _metadata(launch: EngineLaunch, pod: Manifest, frame: Frame) -> Manifest:

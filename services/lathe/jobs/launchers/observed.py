@@ -246,10 +246,10 @@ def _lives(pod: Mapping[str, Any]) -> bool:
 
 
 def _drains(pod: Mapping[str, Any], now: datetime) -> bool:
-    """Within its grace period: that is when the deletion's time stamp is."""
+    """Within its grace period: that is when the deletion's time stamp is. What never began has nothing to drain."""
     stamp = (pod.get("metadata") or {}).get("deletionTimestamp")
-    ended = (pod.get("status") or {}).get("phase") in ("Failed", "Succeeded") or "terminated" in _state(pod)
-    return bool(stamp) and not ended and now < _instant(stamp)
+    ended = (pod.get("status") or {}).get("phase") in ("Failed", "Succeeded")
+    return bool(stamp) and not ended and "running" in _state(pod) and now < _instant(stamp)
 
 
 def _container(pod: Mapping[str, Any]) -> Mapping[str, Any]:
