@@ -9,7 +9,7 @@ from urllib.request import Request, urlopen
 import pytest
 
 from lathe.client import Client
-from lathe.common.errors import LatheError
+from lathe.common.errors import LatheError, NotFound
 from lathe.common.metrics import Metrics
 from tests.cluster.conftest import START_S, Work
 from tests.cluster.harness.commands import until
@@ -31,8 +31,11 @@ def prometheus(release: Release, tmp_path_factory: pytest.TempPathFactory) -> It
 
 @pytest.fixture(scope="module")
 def engine(release: Release, work: Work) -> str:
-    """A pod of an engine, which a question has started if need be."""
+    """A pod of an engine that has just trained and answered; something was refused too, whatever ran before."""
+    work.finish(work.begin(step=1))
     work.client.chat(work.base_model, ask("Hello"), max_tokens=4)
+    with pytest.raises(NotFound):
+        work.client.jobs.get("projects/default/jobs/ftjob-none")
     # The HTTP door has metrics of its own, and none before its first request.
     key = {"Authorization": f"Bearer {work.platform.api_key}"}
     with urlopen(Request(f"{work.platform.http}/v1/models", headers=key), timeout=30) as answer:
