@@ -12,11 +12,12 @@ import re
 import subprocess
 from pathlib import Path
 
-from tests.cluster.harness.commands import ROOT
+from tests.cluster.harness.commands import ROOT, until
 from tests.cluster.harness.kind import Kind
 from tests.cluster.harness.kubectl import Kubectl
 
 LIMIT_S = 1800.0
+GONE_S = 90.0
 BLOCK = re.compile(r"^```sh\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 # Made already by whoever runs these tests, by the same commands.
 MADE = ("kind create cluster", "make images")
@@ -54,5 +55,6 @@ def test_the_section_works(kind: Kind, tmp_path: Path) -> None:
     assert f"each engine runs as {engines}" in done.stdout
     answer = re.search(r"^\{.*\}$", done.stdout, re.MULTILINE)
     assert answer is not None and json.loads(answer[0])["customer"] == "Greg Haddad"
-    assert kubectl.items("pods") == []
+    # The engine goes with its owner, and helm does not wait for what it has not made.
+    until(lambda: not kubectl.items("pods"), GONE_S, "the engine's pod to be gone")
     kubectl.run("delete", "namespace", "lathe", "--wait=false")
