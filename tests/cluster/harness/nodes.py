@@ -2,30 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 
 from tests.cluster.harness.kubectl import wait_for_node
 from tests.cluster.harness.release import SERVICES, Release
 
 
-@contextmanager
-def stopped(release: Release, node: str) -> Iterator[None]:
-    release.kind.stop(node)
-    try:
-        yield
-    finally:
-        release.kind.start(node)
-        wait_for_node(release.kubectl, node, True)
+def stopped(release: Release, node: str) -> AbstractContextManager[None]:
+    """Its power is off meanwhile."""
+    return _failing(release, node, release.kind.stop, release.kind.start)
+
+
+def cut_off(release: Release, node: str) -> AbstractContextManager[None]:
+    """Its network is cut meanwhile."""
+    return _failing(release, node, release.kind.cut, release.kind.heal)
 
 
 @contextmanager
-def cut_off(release: Release, node: str) -> Iterator[None]:
-    release.kind.cut(node)
+def _failing(
+    release: Release, node: str, fail: Callable[[str], None], mend: Callable[[str], None]
+) -> Iterator[None]:
+    fail(node)
     try:
         yield
     finally:
-        release.kind.heal(node)
+        mend(node)
         wait_for_node(release.kubectl, node, True)
 
 
