@@ -6,9 +6,6 @@ cd "$(dirname "$0")/.."
 # shellcheck source=docker/client.sh
 . docker/client.sh
 
-IMAGES=${IMAGES:-control engine tryout}
-PREFIX=${PREFIX:-lathe}
-TAG=${TAG:-$(project_version)}
 failures=0
 
 wrong() {

@@ -1,4 +1,4 @@
-# Sourced by the scripts beside it: sets DOCKER to a client that has BuildKit, or says what is missing and ends.
+# Sourced by the scripts beside it: which images, and a docker client that can work on them.
 # shellcheck shell=bash
 #
 # A machine may have several clients, and a newer one without its buildx component cannot build: each is tried.
@@ -52,3 +52,8 @@ find_docker_without_build() {
 project_version() {
     sed -n 's/^version = "\(.*\)"$/\1/p' pyproject.toml | head -n 1
 }
+
+# What the scripts work on: <PREFIX>/<image>:<TAG> for each of IMAGES.
+IMAGES=${IMAGES:-control engine tryout}
+PREFIX=${PREFIX:-lathe}
+TAG=${TAG:-$(project_version)}

@@ -5,10 +5,7 @@ cd "$(dirname "$0")/.."
 # shellcheck source=docker/client.sh
 . docker/client.sh
 
-IMAGES=${IMAGES:-control engine tryout}
 BASE_IMAGE=${BASE_IMAGE:-python:3.11-slim-bookworm}
-PREFIX=${PREFIX:-lathe}
-TAG=${TAG:-$(project_version)}
 TORCH=${TORCH:-torch==2.13.0}
 TORCH_BUILD=${TORCH_BUILD-cpu}
 TORCH_FROM=${TORCH_FROM:-}

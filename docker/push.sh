@@ -5,9 +5,6 @@ cd "$(dirname "$0")/.."
 # shellcheck source=docker/client.sh
 . docker/client.sh
 
-IMAGES=${IMAGES:-control engine tryout}
-PREFIX=${PREFIX:-lathe}
-TAG=${TAG:-$(project_version)}
 REGISTRY=${REGISTRY:-}
 case $REGISTRY in *://*) refuse "REGISTRY is $REGISTRY: name the host and perhaps a path, without ${REGISTRY%%://*}://" ;; esac
 [ -n "$REGISTRY" ] || refuse "Say where to publish: make images-push REGISTRY=registry.example.com/team"
