@@ -1,6 +1,11 @@
 """Fixtures of every suite."""
 
 import pytest
+from hypothesis import settings
+
+# How long an example takes is the machine's matter (a busy one, a first import); what it finds is the test's.
+settings.register_profile("lathe", deadline=None)
+settings.load_profile("lathe")
 
 pytest_plugins = ["tests.fixtures.servers", "tests.fixtures.ray"]
 

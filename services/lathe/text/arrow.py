@@ -1,7 +1,10 @@
 """The token object: what an audit writes and an engine trains from, as one Arrow IPC file.
 
 Columns: `tokens` (list of int32 ids), `mask` (list of uint8, 1 where a token is a target of the loss), `line` (int64,
-the row's 1-based line in its dataset). The same rows and metadata give the same bytes.
+the row's 1-based line in its dataset), `role` (uint8, a number of `Role`). The two rows of a preference pair stand side
+by side, the chosen one first. The same rows and metadata give the same bytes.
+
+Files of format 1 have no column `role`: all their rows are examples.
 """
 
 from __future__ import annotations
@@ -16,11 +19,12 @@ from typing import TYPE_CHECKING, Any, Self
 import pyarrow as pa  # type: ignore[import-untyped]
 
 from lathe.common.errors import DataLoss
+from lathe.text.formats import Role
 
 if TYPE_CHECKING:
     import numpy as np
 
-FORMAT = "1"
+FORMAT = "2"
 # Rows per record batch: fixed, because the batches are part of the bytes.
 BATCH_ROWS = 512
 
@@ -28,21 +32,27 @@ _FIELDS = [
     pa.field("tokens", pa.list_(pa.field("item", pa.int32(), nullable=False)), nullable=False),
     pa.field("mask", pa.list_(pa.field("item", pa.uint8(), nullable=False)), nullable=False),
     pa.field("line", pa.int64(), nullable=False),
+    pa.field("role", pa.uint8(), nullable=False),
 ]
+# What a reader accepts: today's columns, and those of format 1.
+_COLUMNS = (_FIELDS, _FIELDS[:3])
 
 
 @dataclass(frozen=True, slots=True)
 class TokenRow:
-    """tokens: ids. mask: one byte per token, 1 where it is trained. line: 1-based, in the dataset."""
+    """tokens: ids. mask: one byte per token, 1 where it is trained. line: 1-based, in the dataset. role: what the row
+    is to its method."""
 
     tokens: Sequence[int]
     mask: bytes
     line: int
+    role: Role = Role.EXAMPLE
 
 
 @dataclass(frozen=True, slots=True)
 class TokenTable:
-    """tokens[i]: int32 ids of row i. mask[i]: bool, as long. lines[i]: its line. metadata: as it was written.
+    """tokens[i]: int32 ids of row i. mask[i]: bool, as long. lines[i]: its line. roles[i]: its role. metadata: as it
+    was written.
 
     The arrays are views into one buffer: they must not be written to.
     """
@@ -50,6 +60,7 @@ class TokenTable:
     tokens: list[np.ndarray[Any, np.dtype[np.int32]]]
     mask: list[np.ndarray[Any, np.dtype[np.bool_]]]
     lines: list[int]
+    roles: list[Role]
     metadata: Mapping[str, str]
 
     def __len__(self) -> int:
@@ -92,7 +103,10 @@ class TokenWriter:
         tokens = pa.array([list(row.tokens) for row in rows], type=_FIELDS[0].type)
         mask = pa.array([list(row.mask) for row in rows], type=_FIELDS[1].type)
         lines = pa.array([row.line for row in rows], type=pa.int64())
-        self._writer.write_batch(pa.RecordBatch.from_arrays([tokens, mask, lines], schema=self._schema))
+        roles = pa.array([row.role.value for row in rows], type=pa.uint8())
+        self._writer.write_batch(
+            pa.RecordBatch.from_arrays([tokens, mask, lines, roles], schema=self._schema)
+        )
         self._pending = []
 
 
@@ -113,8 +127,8 @@ def read_tokens(path: Path) -> TokenTable:
             table = pa.ipc.open_file(source).read_all()
     except (pa.ArrowInvalid, OSError) as error:
         raise DataLoss(f"{path.name} is no token object: {error}.") from error
-    names = [field.name for field in _FIELDS]
-    if table.schema.names != names or [field.type for field in table.schema] != [f.type for f in _FIELDS]:
+    columns = [(field.name, field.type) for field in table.schema]
+    if columns not in [[(field.name, field.type) for field in fields] for fields in _COLUMNS]:
         raise DataLoss(f"{path.name} is no token object: its columns are {table.schema.names}.")
     tokens: list[np.ndarray[Any, np.dtype[np.int32]]] = []
     mask: list[np.ndarray[Any, np.dtype[np.bool_]]] = []
@@ -122,7 +136,23 @@ def read_tokens(path: Path) -> TokenTable:
         tokens += _rows(batch.column(0), np.int32)
         mask += [row.view(np.bool_) for row in _rows(batch.column(1), np.uint8)]
     metadata = {key.decode(): value.decode() for key, value in (table.schema.metadata or {}).items()}
-    return TokenTable(tokens, mask, table.column("line").to_pylist(), metadata)
+    return TokenTable(tokens, mask, table.column("line").to_pylist(), _roles(table, path), metadata)
+
+
+def _roles(table: Any, path: Path) -> list[Role]:
+    """The rows' roles. Raises DataLoss for a number that is none, and for a pair that is not side by side."""
+    if "role" not in table.schema.names:
+        return [Role.EXAMPLE] * len(table)
+    numbers = table.column("role").to_pylist()
+    try:
+        roles = [Role(number) for number in numbers]
+    except ValueError as error:
+        raise DataLoss(f"{path.name} is no token object: {error}.") from error
+    chosen = [index for index, role in enumerate(roles) if role is Role.CHOSEN]
+    rejected = [index for index, role in enumerate(roles) if role is Role.REJECTED]
+    if [index + 1 for index in chosen] != rejected:
+        raise DataLoss(f"{path.name} is no token object: a pair's rows do not stand side by side.")
+    return roles
 
 
 def _rows(column: Any, dtype: Any) -> list[Any]:

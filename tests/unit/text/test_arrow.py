@@ -3,12 +3,14 @@
 import hashlib
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from lathe.common.errors import DataLoss
 from lathe.text.arrow import BATCH_ROWS, TokenRow, TokenWriter, read_tokens, write_tokens
+from lathe.text.formats import Role
 
 ROWS = st.lists(
     st.lists(st.tuples(st.integers(0, 2**31 - 1), st.integers(0, 1)), max_size=8).map(
@@ -29,7 +31,8 @@ def test_rows_come_back(tmp_path_factory, rows, repeat):
     assert [row.tolist() for row in table.tokens] == [list(row.tokens) for row in made]
     assert [row.tolist() for row in table.mask] == [[bool(mark) for mark in row.mask] for row in made]
     assert table.lines == [row.line for row in made]
-    assert table.metadata == {"format": "1", "key": "k", "text": "1"}
+    assert table.roles == [Role.EXAMPLE] * len(made)
+    assert table.metadata == {"format": "2", "key": "k", "text": "1"}
     assert all(row.dtype == np.int32 for row in table.tokens) and all(row.dtype == bool for row in table.mask)
 
 
@@ -53,3 +56,59 @@ def test_other_files_are_refused(tmp_path):
 def test_a_mask_is_as_long_as_its_tokens(tmp_path):
     with pytest.raises(ValueError, match="line 7"), TokenWriter(tmp_path / "x", {}) as writer:
         writer.write(TokenRow([1, 2], b"\1", 7))
+
+
+def test_roles_come_back(tmp_path):
+    roles = [Role.CHOSEN, Role.REJECTED, Role.CHOSEN, Role.REJECTED, Role.DESIRABLE, Role.UNDESIRABLE]
+    write_tokens(tmp_path / "x", [TokenRow([1, 2], b"\0\1", 1, role) for role in roles], {})
+    assert read_tokens(tmp_path / "x").roles == roles
+
+
+@pytest.mark.parametrize(
+    "roles",
+    [
+        [Role.CHOSEN],
+        [Role.REJECTED, Role.CHOSEN],
+        [Role.CHOSEN, Role.EXAMPLE, Role.REJECTED],
+        [Role.REJECTED],
+    ],
+)
+def test_a_torn_pair_is_refused(tmp_path, roles):
+    write_tokens(tmp_path / "x", [TokenRow([1], b"\1", 1, role) for role in roles], {})
+    with pytest.raises(DataLoss, match="side by side"):
+        read_tokens(tmp_path / "x")
+
+
+def write_columns(path, **columns):
+    """A file with other columns than this version writes, or other values."""
+    types = {
+        "tokens": pa.list_(pa.int32()),
+        "mask": pa.list_(pa.uint8()),
+        "line": pa.int64(),
+        "role": pa.uint8(),
+    }
+    fields = [
+        pa.field(name, pa.list_(pa.field("item", types[name].value_type, nullable=False)), nullable=False)
+        if name in ("tokens", "mask")
+        else pa.field(name, types[name], nullable=False)
+        for name in columns
+    ]
+    table = pa.table(
+        [pa.array(values, field.type) for values, field in zip(columns.values(), fields, strict=True)],
+        schema=pa.schema(fields),
+    )
+    with pa.ipc.new_file(str(path), table.schema) as writer:
+        writer.write_table(table)
+
+
+def test_a_file_of_format_1_is_read(tmp_path):
+    write_columns(tmp_path / "old", tokens=[[1, 2], [3]], mask=[[0, 1], [1]], line=[1, 4])
+    table = read_tokens(tmp_path / "old")
+    assert [row.tolist() for row in table.tokens] == [[1, 2], [3]]
+    assert (table.lines, table.roles) == ([1, 4], [Role.EXAMPLE] * 2)
+
+
+def test_an_unknown_role_is_refused(tmp_path):
+    write_columns(tmp_path / "new", tokens=[[1]], mask=[[1]], line=[1], role=[9])
+    with pytest.raises(DataLoss, match="9"):
+        read_tokens(tmp_path / "new")
