@@ -137,6 +137,10 @@ class Job(message.Message):
     TOTAL_STEPS_FIELD_NUMBER: builtins.int
     ETAG_FIELD_NUMBER: builtins.int
     COMPUTE_FIELD_NUMBER: builtins.int
+    TRAINING_FIELD_NUMBER: builtins.int
+    PARENT_MODEL_FIELD_NUMBER: builtins.int
+    RERUN_OF_FIELD_NUMBER: builtins.int
+    COMPARISON_FIELD_NUMBER: builtins.int
     name: builtins.str
     """projects/{project}/jobs/{job}"""
     model: builtins.str
@@ -161,6 +165,10 @@ class Job(message.Message):
     """Last reported step and how many there will be."""
     total_steps: builtins.int
     etag: builtins.str
+    parent_model: builtins.str
+    """The tuned model (ft:…) whose adapter the job starts from; empty when it starts from the base model."""
+    rerun_of: builtins.str
+    """projects/{project}/jobs/{job}: set by RerunJob."""
     @builtins.property
     def method(self) -> Method: ...
     @builtins.property
@@ -182,6 +190,12 @@ class Job(message.Message):
     @builtins.property
     def compute(self) -> ComputeSpec:
         """Where it runs; a job that is there shows the class that it got."""
+
+    @builtins.property
+    def training(self) -> TrainingOptions: ...
+    @builtins.property
+    def comparison(self) -> WeightComparison:
+        """Of a rerun that has succeeded: its weights beside those of the job it repeats."""
 
     def __init__(
         self,
@@ -210,10 +224,14 @@ class Job(message.Message):
         total_steps: builtins.int = ...,
         etag: builtins.str = ...,
         compute: ComputeSpec | None = ...,
+        training: TrainingOptions | None = ...,
+        parent_model: builtins.str = ...,
+        rerun_of: builtins.str = ...,
+        comparison: WeightComparison | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = typing.Literal["_seed", b"_seed", "compute", b"compute", "create_time", b"create_time", "error", b"error", "estimated_finish_time", b"estimated_finish_time", "finish_time", b"finish_time", "method", b"method", "seed", b"seed", "start_time", b"start_time"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = typing.Literal["_seed", b"_seed", "comparison", b"comparison", "compute", b"compute", "create_time", b"create_time", "error", b"error", "estimated_finish_time", b"estimated_finish_time", "finish_time", b"finish_time", "method", b"method", "seed", b"seed", "start_time", b"start_time", "training", b"training"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["_seed", b"_seed", "attempt_count", b"attempt_count", "compute", b"compute", "create_time", b"create_time", "error", b"error", "estimated_finish_time", b"estimated_finish_time", "etag", b"etag", "fine_tuned_model", b"fine_tuned_model", "finish_time", b"finish_time", "lost_lease_count", b"lost_lease_count", "metadata", b"metadata", "method", b"method", "model", b"model", "name", b"name", "result_files", b"result_files", "seed", b"seed", "start_time", b"start_time", "state", b"state", "state_reason", b"state_reason", "step", b"step", "suffix", b"suffix", "total_steps", b"total_steps", "trained_tokens", b"trained_tokens", "training_dataset", b"training_dataset", "validation_dataset", b"validation_dataset"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["_seed", b"_seed", "attempt_count", b"attempt_count", "comparison", b"comparison", "compute", b"compute", "create_time", b"create_time", "error", b"error", "estimated_finish_time", b"estimated_finish_time", "etag", b"etag", "fine_tuned_model", b"fine_tuned_model", "finish_time", b"finish_time", "lost_lease_count", b"lost_lease_count", "metadata", b"metadata", "method", b"method", "model", b"model", "name", b"name", "parent_model", b"parent_model", "rerun_of", b"rerun_of", "result_files", b"result_files", "seed", b"seed", "start_time", b"start_time", "state", b"state", "state_reason", b"state_reason", "step", b"step", "suffix", b"suffix", "total_steps", b"total_steps", "trained_tokens", b"trained_tokens", "training", b"training", "training_dataset", b"training_dataset", "validation_dataset", b"validation_dataset"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__seed: _TypeAlias = typing.Literal["seed"]  # noqa: Y015
     _WhichOneofArgType__seed: _TypeAlias = typing.Literal["_seed", b"_seed"]  # noqa: Y015
@@ -227,19 +245,140 @@ class ComputeSpec(message.Message):
 
     ENGINE_CLASS_FIELD_NUMBER: builtins.int
     DEDICATED_FIELD_NUMBER: builtins.int
+    WORKERS_FIELD_NUMBER: builtins.int
     engine_class: builtins.str
     """One of the engine classes that the operator has named; the operator's default when empty."""
     dedicated: builtins.bool
     """On an engine of its own, which is started for the job, serves nobody else, and ends with it."""
+    workers: builtins.int
+    """Processes that train it together, each on a share of the batch. 0 and 1 mean one; more need dedicated."""
     def __init__(
         self,
         *,
         engine_class: builtins.str = ...,
         dedicated: builtins.bool = ...,
+        workers: builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["dedicated", b"dedicated", "engine_class", b"engine_class"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["dedicated", b"dedicated", "engine_class", b"engine_class", "workers", b"workers"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class TrainingOptions(message.Message):
+    """What any method of training may be told; unset means the published rule (docs/hyperparameters.md)."""
+
+    DESCRIPTOR: descriptor.Descriptor
+
+    FULL_PARAMETER_FIELD_NUMBER: builtins.int
+    SCHEDULE_FIELD_NUMBER: builtins.int
+    WARMUP_FRACTION_FIELD_NUMBER: builtins.int
+    WEIGHT_DECAY_FIELD_NUMBER: builtins.int
+    MAX_GRAD_NORM_FIELD_NUMBER: builtins.int
+    EARLY_STOPPING_PATIENCE_FIELD_NUMBER: builtins.int
+    EVAL_EVERY_FIELD_NUMBER: builtins.int
+    KEEP_CHECKPOINTS_FIELD_NUMBER: builtins.int
+    SAMPLE_PROMPTS_FIELD_NUMBER: builtins.int
+    full_parameter: builtins.bool
+    """All weights instead of an adapter; not together with a LoraConfig."""
+    schedule: builtins.str
+    """cosine, linear or constant: of the learning rate after the warm-up."""
+    warmup_fraction: builtins.float
+    """The share of the steps in which the learning rate rises to its peak, 0 to 1."""
+    weight_decay: builtins.float
+    """AdamW's, 0 to 1."""
+    max_grad_norm: builtins.float
+    """The gradient's norm is clipped to it; above 0."""
+    early_stopping_patience: builtins.int
+    """Stop after so many full validations in a row without a lower loss; 0 never does. Needs a validation dataset."""
+    eval_every: builtins.int
+    """Steps between validations on one batch; full ones are at each epoch's end besides."""
+    keep_checkpoints: builtins.int
+    """How many of the last checkpoints are kept, 1 to 100, beside the best one."""
+    sample_prompts: builtins.int
+    """Show what the model answers to the prompts of so many validation examples at each checkpoint, 0 to 16."""
+    def __init__(
+        self,
+        *,
+        full_parameter: builtins.bool | None = ...,
+        schedule: builtins.str | None = ...,
+        warmup_fraction: builtins.float | None = ...,
+        weight_decay: builtins.float | None = ...,
+        max_grad_norm: builtins.float | None = ...,
+        early_stopping_patience: builtins.int | None = ...,
+        eval_every: builtins.int | None = ...,
+        keep_checkpoints: builtins.int | None = ...,
+        sample_prompts: builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = typing.Literal["_early_stopping_patience", b"_early_stopping_patience", "_eval_every", b"_eval_every", "_full_parameter", b"_full_parameter", "_keep_checkpoints", b"_keep_checkpoints", "_max_grad_norm", b"_max_grad_norm", "_sample_prompts", b"_sample_prompts", "_schedule", b"_schedule", "_warmup_fraction", b"_warmup_fraction", "_weight_decay", b"_weight_decay", "early_stopping_patience", b"early_stopping_patience", "eval_every", b"eval_every", "full_parameter", b"full_parameter", "keep_checkpoints", b"keep_checkpoints", "max_grad_norm", b"max_grad_norm", "sample_prompts", b"sample_prompts", "schedule", b"schedule", "warmup_fraction", b"warmup_fraction", "weight_decay", b"weight_decay"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["_early_stopping_patience", b"_early_stopping_patience", "_eval_every", b"_eval_every", "_full_parameter", b"_full_parameter", "_keep_checkpoints", b"_keep_checkpoints", "_max_grad_norm", b"_max_grad_norm", "_sample_prompts", b"_sample_prompts", "_schedule", b"_schedule", "_warmup_fraction", b"_warmup_fraction", "_weight_decay", b"_weight_decay", "early_stopping_patience", b"early_stopping_patience", "eval_every", b"eval_every", "full_parameter", b"full_parameter", "keep_checkpoints", b"keep_checkpoints", "max_grad_norm", b"max_grad_norm", "sample_prompts", b"sample_prompts", "schedule", b"schedule", "warmup_fraction", b"warmup_fraction", "weight_decay", b"weight_decay"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__early_stopping_patience: _TypeAlias = typing.Literal["early_stopping_patience"]  # noqa: Y015
+    _WhichOneofArgType__early_stopping_patience: _TypeAlias = typing.Literal["_early_stopping_patience", b"_early_stopping_patience"]  # noqa: Y015
+    _WhichOneofReturnType__eval_every: _TypeAlias = typing.Literal["eval_every"]  # noqa: Y015
+    _WhichOneofArgType__eval_every: _TypeAlias = typing.Literal["_eval_every", b"_eval_every"]  # noqa: Y015
+    _WhichOneofReturnType__full_parameter: _TypeAlias = typing.Literal["full_parameter"]  # noqa: Y015
+    _WhichOneofArgType__full_parameter: _TypeAlias = typing.Literal["_full_parameter", b"_full_parameter"]  # noqa: Y015
+    _WhichOneofReturnType__keep_checkpoints: _TypeAlias = typing.Literal["keep_checkpoints"]  # noqa: Y015
+    _WhichOneofArgType__keep_checkpoints: _TypeAlias = typing.Literal["_keep_checkpoints", b"_keep_checkpoints"]  # noqa: Y015
+    _WhichOneofReturnType__max_grad_norm: _TypeAlias = typing.Literal["max_grad_norm"]  # noqa: Y015
+    _WhichOneofArgType__max_grad_norm: _TypeAlias = typing.Literal["_max_grad_norm", b"_max_grad_norm"]  # noqa: Y015
+    _WhichOneofReturnType__sample_prompts: _TypeAlias = typing.Literal["sample_prompts"]  # noqa: Y015
+    _WhichOneofArgType__sample_prompts: _TypeAlias = typing.Literal["_sample_prompts", b"_sample_prompts"]  # noqa: Y015
+    _WhichOneofReturnType__schedule: _TypeAlias = typing.Literal["schedule"]  # noqa: Y015
+    _WhichOneofArgType__schedule: _TypeAlias = typing.Literal["_schedule", b"_schedule"]  # noqa: Y015
+    _WhichOneofReturnType__warmup_fraction: _TypeAlias = typing.Literal["warmup_fraction"]  # noqa: Y015
+    _WhichOneofArgType__warmup_fraction: _TypeAlias = typing.Literal["_warmup_fraction", b"_warmup_fraction"]  # noqa: Y015
+    _WhichOneofReturnType__weight_decay: _TypeAlias = typing.Literal["weight_decay"]  # noqa: Y015
+    _WhichOneofArgType__weight_decay: _TypeAlias = typing.Literal["_weight_decay", b"_weight_decay"]  # noqa: Y015
+    @typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__early_stopping_patience) -> _WhichOneofReturnType__early_stopping_patience | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__eval_every) -> _WhichOneofReturnType__eval_every | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__full_parameter) -> _WhichOneofReturnType__full_parameter | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__keep_checkpoints) -> _WhichOneofReturnType__keep_checkpoints | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_grad_norm) -> _WhichOneofReturnType__max_grad_norm | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__sample_prompts) -> _WhichOneofReturnType__sample_prompts | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__schedule) -> _WhichOneofReturnType__schedule | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__warmup_fraction) -> _WhichOneofReturnType__warmup_fraction | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__weight_decay) -> _WhichOneofReturnType__weight_decay | None: ...
+
+@typing.final
+class WeightComparison(message.Message):
+    """Two adapters' weights, tensor by tensor."""
+
+    DESCRIPTOR: descriptor.Descriptor
+
+    BIT_IDENTICAL_FIELD_NUMBER: builtins.int
+    LARGEST_DIFFERENCE_FIELD_NUMBER: builtins.int
+    TENSOR_FIELD_NUMBER: builtins.int
+    NOT_COMPARED_REASON_FIELD_NUMBER: builtins.int
+    bit_identical: builtins.bool
+    largest_difference: builtins.float
+    """The largest absolute difference of two weights, and the tensor that has it."""
+    tensor: builtins.str
+    not_compared_reason: builtins.str
+    """Why nothing could be compared, such as that the first adapter was deleted; the rest is unset then."""
+    def __init__(
+        self,
+        *,
+        bit_identical: builtins.bool = ...,
+        largest_difference: builtins.float = ...,
+        tensor: builtins.str = ...,
+        not_compared_reason: builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["bit_identical", b"bit_identical", "largest_difference", b"largest_difference", "not_compared_reason", b"not_compared_reason", "tensor", b"tensor"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -273,18 +412,30 @@ class Method(message.Message):
     DESCRIPTOR: descriptor.Descriptor
 
     SUPERVISED_FIELD_NUMBER: builtins.int
+    DPO_FIELD_NUMBER: builtins.int
+    ORPO_FIELD_NUMBER: builtins.int
+    KTO_FIELD_NUMBER: builtins.int
     @builtins.property
     def supervised(self) -> SupervisedMethod: ...
+    @builtins.property
+    def dpo(self) -> DpoMethod: ...
+    @builtins.property
+    def orpo(self) -> OrpoMethod: ...
+    @builtins.property
+    def kto(self) -> KtoMethod: ...
     def __init__(
         self,
         *,
         supervised: SupervisedMethod | None = ...,
+        dpo: DpoMethod | None = ...,
+        orpo: OrpoMethod | None = ...,
+        kto: KtoMethod | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = typing.Literal["method", b"method", "supervised", b"supervised"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = typing.Literal["dpo", b"dpo", "kto", b"kto", "method", b"method", "orpo", b"orpo", "supervised", b"supervised"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["method", b"method", "supervised", b"supervised"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["dpo", b"dpo", "kto", b"kto", "method", b"method", "orpo", b"orpo", "supervised", b"supervised"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_method: _TypeAlias = typing.Literal["supervised"]  # noqa: Y015
+    _WhichOneofReturnType_method: _TypeAlias = typing.Literal["supervised", "dpo", "orpo", "kto"]  # noqa: Y015
     _WhichOneofArgType_method: _TypeAlias = typing.Literal["method", b"method"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_method) -> _WhichOneofReturnType_method | None: ...
 
@@ -350,6 +501,238 @@ class SupervisedHyperparameters(message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__n_epochs) -> _WhichOneofReturnType__n_epochs | None: ...
 
 @typing.final
+class DpoMethod(message.Message):
+    """Direct preference optimization (Rafailov et al. 2023) on pairs of answers."""
+
+    DESCRIPTOR: descriptor.Descriptor
+
+    HYPERPARAMETERS_FIELD_NUMBER: builtins.int
+    LORA_FIELD_NUMBER: builtins.int
+    @builtins.property
+    def hyperparameters(self) -> DpoHyperparameters: ...
+    @builtins.property
+    def lora(self) -> LoraConfig: ...
+    def __init__(
+        self,
+        *,
+        hyperparameters: DpoHyperparameters | None = ...,
+        lora: LoraConfig | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = typing.Literal["hyperparameters", b"hyperparameters", "lora", b"lora"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["hyperparameters", b"hyperparameters", "lora", b"lora"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class DpoHyperparameters(message.Message):
+    DESCRIPTOR: descriptor.Descriptor
+
+    N_EPOCHS_FIELD_NUMBER: builtins.int
+    BATCH_SIZE_FIELD_NUMBER: builtins.int
+    LEARNING_RATE_MULTIPLIER_FIELD_NUMBER: builtins.int
+    BETA_FIELD_NUMBER: builtins.int
+    LOSS_FIELD_NUMBER: builtins.int
+    LABEL_SMOOTHING_FIELD_NUMBER: builtins.int
+    n_epochs: builtins.int
+    """As of SupervisedHyperparameters; an example is a pair."""
+    batch_size: builtins.int
+    learning_rate_multiplier: builtins.float
+    beta: builtins.float
+    """How strongly the model is held to where it started, above 0 to 2."""
+    loss: builtins.str
+    """sigmoid (DPO) or ipo (Azar et al. 2023)."""
+    label_smoothing: builtins.float
+    """The share of pairs that are taken to be labelled the wrong way round, 0 to below 0.5; for sigmoid only."""
+    def __init__(
+        self,
+        *,
+        n_epochs: builtins.int | None = ...,
+        batch_size: builtins.int | None = ...,
+        learning_rate_multiplier: builtins.float | None = ...,
+        beta: builtins.float | None = ...,
+        loss: builtins.str | None = ...,
+        label_smoothing: builtins.float | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = typing.Literal["_batch_size", b"_batch_size", "_beta", b"_beta", "_label_smoothing", b"_label_smoothing", "_learning_rate_multiplier", b"_learning_rate_multiplier", "_loss", b"_loss", "_n_epochs", b"_n_epochs", "batch_size", b"batch_size", "beta", b"beta", "label_smoothing", b"label_smoothing", "learning_rate_multiplier", b"learning_rate_multiplier", "loss", b"loss", "n_epochs", b"n_epochs"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["_batch_size", b"_batch_size", "_beta", b"_beta", "_label_smoothing", b"_label_smoothing", "_learning_rate_multiplier", b"_learning_rate_multiplier", "_loss", b"_loss", "_n_epochs", b"_n_epochs", "batch_size", b"batch_size", "beta", b"beta", "label_smoothing", b"label_smoothing", "learning_rate_multiplier", b"learning_rate_multiplier", "loss", b"loss", "n_epochs", b"n_epochs"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__batch_size: _TypeAlias = typing.Literal["batch_size"]  # noqa: Y015
+    _WhichOneofArgType__batch_size: _TypeAlias = typing.Literal["_batch_size", b"_batch_size"]  # noqa: Y015
+    _WhichOneofReturnType__beta: _TypeAlias = typing.Literal["beta"]  # noqa: Y015
+    _WhichOneofArgType__beta: _TypeAlias = typing.Literal["_beta", b"_beta"]  # noqa: Y015
+    _WhichOneofReturnType__label_smoothing: _TypeAlias = typing.Literal["label_smoothing"]  # noqa: Y015
+    _WhichOneofArgType__label_smoothing: _TypeAlias = typing.Literal["_label_smoothing", b"_label_smoothing"]  # noqa: Y015
+    _WhichOneofReturnType__learning_rate_multiplier: _TypeAlias = typing.Literal["learning_rate_multiplier"]  # noqa: Y015
+    _WhichOneofArgType__learning_rate_multiplier: _TypeAlias = typing.Literal["_learning_rate_multiplier", b"_learning_rate_multiplier"]  # noqa: Y015
+    _WhichOneofReturnType__loss: _TypeAlias = typing.Literal["loss"]  # noqa: Y015
+    _WhichOneofArgType__loss: _TypeAlias = typing.Literal["_loss", b"_loss"]  # noqa: Y015
+    _WhichOneofReturnType__n_epochs: _TypeAlias = typing.Literal["n_epochs"]  # noqa: Y015
+    _WhichOneofArgType__n_epochs: _TypeAlias = typing.Literal["_n_epochs", b"_n_epochs"]  # noqa: Y015
+    @typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__batch_size) -> _WhichOneofReturnType__batch_size | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__beta) -> _WhichOneofReturnType__beta | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__label_smoothing) -> _WhichOneofReturnType__label_smoothing | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__learning_rate_multiplier) -> _WhichOneofReturnType__learning_rate_multiplier | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__loss) -> _WhichOneofReturnType__loss | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__n_epochs) -> _WhichOneofReturnType__n_epochs | None: ...
+
+@typing.final
+class OrpoMethod(message.Message):
+    """Odds ratio preference optimization (Hong et al. 2024) on pairs of answers, without a reference."""
+
+    DESCRIPTOR: descriptor.Descriptor
+
+    HYPERPARAMETERS_FIELD_NUMBER: builtins.int
+    LORA_FIELD_NUMBER: builtins.int
+    @builtins.property
+    def hyperparameters(self) -> OrpoHyperparameters: ...
+    @builtins.property
+    def lora(self) -> LoraConfig: ...
+    def __init__(
+        self,
+        *,
+        hyperparameters: OrpoHyperparameters | None = ...,
+        lora: LoraConfig | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = typing.Literal["hyperparameters", b"hyperparameters", "lora", b"lora"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["hyperparameters", b"hyperparameters", "lora", b"lora"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class OrpoHyperparameters(message.Message):
+    DESCRIPTOR: descriptor.Descriptor
+
+    N_EPOCHS_FIELD_NUMBER: builtins.int
+    BATCH_SIZE_FIELD_NUMBER: builtins.int
+    LEARNING_RATE_MULTIPLIER_FIELD_NUMBER: builtins.int
+    BETA_FIELD_NUMBER: builtins.int
+    n_epochs: builtins.int
+    """As of DpoHyperparameters."""
+    batch_size: builtins.int
+    learning_rate_multiplier: builtins.float
+    beta: builtins.float
+    """The weight of the odds ratio beside the likelihood (the paper's lambda), above 0 to 2."""
+    def __init__(
+        self,
+        *,
+        n_epochs: builtins.int | None = ...,
+        batch_size: builtins.int | None = ...,
+        learning_rate_multiplier: builtins.float | None = ...,
+        beta: builtins.float | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = typing.Literal["_batch_size", b"_batch_size", "_beta", b"_beta", "_learning_rate_multiplier", b"_learning_rate_multiplier", "_n_epochs", b"_n_epochs", "batch_size", b"batch_size", "beta", b"beta", "learning_rate_multiplier", b"learning_rate_multiplier", "n_epochs", b"n_epochs"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["_batch_size", b"_batch_size", "_beta", b"_beta", "_learning_rate_multiplier", b"_learning_rate_multiplier", "_n_epochs", b"_n_epochs", "batch_size", b"batch_size", "beta", b"beta", "learning_rate_multiplier", b"learning_rate_multiplier", "n_epochs", b"n_epochs"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__batch_size: _TypeAlias = typing.Literal["batch_size"]  # noqa: Y015
+    _WhichOneofArgType__batch_size: _TypeAlias = typing.Literal["_batch_size", b"_batch_size"]  # noqa: Y015
+    _WhichOneofReturnType__beta: _TypeAlias = typing.Literal["beta"]  # noqa: Y015
+    _WhichOneofArgType__beta: _TypeAlias = typing.Literal["_beta", b"_beta"]  # noqa: Y015
+    _WhichOneofReturnType__learning_rate_multiplier: _TypeAlias = typing.Literal["learning_rate_multiplier"]  # noqa: Y015
+    _WhichOneofArgType__learning_rate_multiplier: _TypeAlias = typing.Literal["_learning_rate_multiplier", b"_learning_rate_multiplier"]  # noqa: Y015
+    _WhichOneofReturnType__n_epochs: _TypeAlias = typing.Literal["n_epochs"]  # noqa: Y015
+    _WhichOneofArgType__n_epochs: _TypeAlias = typing.Literal["_n_epochs", b"_n_epochs"]  # noqa: Y015
+    @typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__batch_size) -> _WhichOneofReturnType__batch_size | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__beta) -> _WhichOneofReturnType__beta | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__learning_rate_multiplier) -> _WhichOneofReturnType__learning_rate_multiplier | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__n_epochs) -> _WhichOneofReturnType__n_epochs | None: ...
+
+@typing.final
+class KtoMethod(message.Message):
+    """Kahneman-Tversky optimization (Ethayarajh et al. 2024) on single answers that are good or bad."""
+
+    DESCRIPTOR: descriptor.Descriptor
+
+    HYPERPARAMETERS_FIELD_NUMBER: builtins.int
+    LORA_FIELD_NUMBER: builtins.int
+    @builtins.property
+    def hyperparameters(self) -> KtoHyperparameters: ...
+    @builtins.property
+    def lora(self) -> LoraConfig: ...
+    def __init__(
+        self,
+        *,
+        hyperparameters: KtoHyperparameters | None = ...,
+        lora: LoraConfig | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = typing.Literal["hyperparameters", b"hyperparameters", "lora", b"lora"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["hyperparameters", b"hyperparameters", "lora", b"lora"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class KtoHyperparameters(message.Message):
+    DESCRIPTOR: descriptor.Descriptor
+
+    N_EPOCHS_FIELD_NUMBER: builtins.int
+    BATCH_SIZE_FIELD_NUMBER: builtins.int
+    LEARNING_RATE_MULTIPLIER_FIELD_NUMBER: builtins.int
+    BETA_FIELD_NUMBER: builtins.int
+    DESIRABLE_WEIGHT_FIELD_NUMBER: builtins.int
+    UNDESIRABLE_WEIGHT_FIELD_NUMBER: builtins.int
+    n_epochs: builtins.int
+    """As of SupervisedHyperparameters; batch_size is at least 2."""
+    batch_size: builtins.int
+    learning_rate_multiplier: builtins.float
+    beta: builtins.float
+    """As of DpoHyperparameters."""
+    desirable_weight: builtins.float
+    """The weights of good and of bad answers, above 0 to 100."""
+    undesirable_weight: builtins.float
+    def __init__(
+        self,
+        *,
+        n_epochs: builtins.int | None = ...,
+        batch_size: builtins.int | None = ...,
+        learning_rate_multiplier: builtins.float | None = ...,
+        beta: builtins.float | None = ...,
+        desirable_weight: builtins.float | None = ...,
+        undesirable_weight: builtins.float | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = typing.Literal["_batch_size", b"_batch_size", "_beta", b"_beta", "_desirable_weight", b"_desirable_weight", "_learning_rate_multiplier", b"_learning_rate_multiplier", "_n_epochs", b"_n_epochs", "_undesirable_weight", b"_undesirable_weight", "batch_size", b"batch_size", "beta", b"beta", "desirable_weight", b"desirable_weight", "learning_rate_multiplier", b"learning_rate_multiplier", "n_epochs", b"n_epochs", "undesirable_weight", b"undesirable_weight"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["_batch_size", b"_batch_size", "_beta", b"_beta", "_desirable_weight", b"_desirable_weight", "_learning_rate_multiplier", b"_learning_rate_multiplier", "_n_epochs", b"_n_epochs", "_undesirable_weight", b"_undesirable_weight", "batch_size", b"batch_size", "beta", b"beta", "desirable_weight", b"desirable_weight", "learning_rate_multiplier", b"learning_rate_multiplier", "n_epochs", b"n_epochs", "undesirable_weight", b"undesirable_weight"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__batch_size: _TypeAlias = typing.Literal["batch_size"]  # noqa: Y015
+    _WhichOneofArgType__batch_size: _TypeAlias = typing.Literal["_batch_size", b"_batch_size"]  # noqa: Y015
+    _WhichOneofReturnType__beta: _TypeAlias = typing.Literal["beta"]  # noqa: Y015
+    _WhichOneofArgType__beta: _TypeAlias = typing.Literal["_beta", b"_beta"]  # noqa: Y015
+    _WhichOneofReturnType__desirable_weight: _TypeAlias = typing.Literal["desirable_weight"]  # noqa: Y015
+    _WhichOneofArgType__desirable_weight: _TypeAlias = typing.Literal["_desirable_weight", b"_desirable_weight"]  # noqa: Y015
+    _WhichOneofReturnType__learning_rate_multiplier: _TypeAlias = typing.Literal["learning_rate_multiplier"]  # noqa: Y015
+    _WhichOneofArgType__learning_rate_multiplier: _TypeAlias = typing.Literal["_learning_rate_multiplier", b"_learning_rate_multiplier"]  # noqa: Y015
+    _WhichOneofReturnType__n_epochs: _TypeAlias = typing.Literal["n_epochs"]  # noqa: Y015
+    _WhichOneofArgType__n_epochs: _TypeAlias = typing.Literal["_n_epochs", b"_n_epochs"]  # noqa: Y015
+    _WhichOneofReturnType__undesirable_weight: _TypeAlias = typing.Literal["undesirable_weight"]  # noqa: Y015
+    _WhichOneofArgType__undesirable_weight: _TypeAlias = typing.Literal["_undesirable_weight", b"_undesirable_weight"]  # noqa: Y015
+    @typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__batch_size) -> _WhichOneofReturnType__batch_size | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__beta) -> _WhichOneofReturnType__beta | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__desirable_weight) -> _WhichOneofReturnType__desirable_weight | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__learning_rate_multiplier) -> _WhichOneofReturnType__learning_rate_multiplier | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__n_epochs) -> _WhichOneofReturnType__n_epochs | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__undesirable_weight) -> _WhichOneofReturnType__undesirable_weight | None: ...
+
+@typing.final
 class LoraConfig(message.Message):
     """PEFT's LoraConfig; unset means the platform's default."""
 
@@ -358,12 +741,21 @@ class LoraConfig(message.Message):
     R_FIELD_NUMBER: builtins.int
     LORA_ALPHA_FIELD_NUMBER: builtins.int
     TARGET_MODULES_FIELD_NUMBER: builtins.int
+    LORA_DROPOUT_FIELD_NUMBER: builtins.int
+    USE_RSLORA_FIELD_NUMBER: builtins.int
+    USE_DORA_FIELD_NUMBER: builtins.int
     r: builtins.int
     """1 to 256."""
     lora_alpha: builtins.float
+    lora_dropout: builtins.float
+    """0 to below 1."""
+    use_rslora: builtins.bool
+    """Scale by alpha / sqrt(r) instead of alpha / r (Kalajdzievski 2023)."""
+    use_dora: builtins.bool
+    """Weight-decomposed (Liu et al. 2024)."""
     @builtins.property
     def target_modules(self) -> containers.RepeatedScalarFieldContainer[builtins.str]:
-        """Empty means every module the base model lists."""
+        """Empty means every linear layer that the base model lists; embed_tokens and lm_head go by name only."""
 
     def __init__(
         self,
@@ -371,19 +763,34 @@ class LoraConfig(message.Message):
         r: builtins.int | None = ...,
         lora_alpha: builtins.float | None = ...,
         target_modules: abc.Iterable[builtins.str] | None = ...,
+        lora_dropout: builtins.float | None = ...,
+        use_rslora: builtins.bool | None = ...,
+        use_dora: builtins.bool | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = typing.Literal["_lora_alpha", b"_lora_alpha", "_r", b"_r", "lora_alpha", b"lora_alpha", "r", b"r"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = typing.Literal["_lora_alpha", b"_lora_alpha", "_lora_dropout", b"_lora_dropout", "_r", b"_r", "_use_dora", b"_use_dora", "_use_rslora", b"_use_rslora", "lora_alpha", b"lora_alpha", "lora_dropout", b"lora_dropout", "r", b"r", "use_dora", b"use_dora", "use_rslora", b"use_rslora"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["_lora_alpha", b"_lora_alpha", "_r", b"_r", "lora_alpha", b"lora_alpha", "r", b"r", "target_modules", b"target_modules"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["_lora_alpha", b"_lora_alpha", "_lora_dropout", b"_lora_dropout", "_r", b"_r", "_use_dora", b"_use_dora", "_use_rslora", b"_use_rslora", "lora_alpha", b"lora_alpha", "lora_dropout", b"lora_dropout", "r", b"r", "target_modules", b"target_modules", "use_dora", b"use_dora", "use_rslora", b"use_rslora"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__lora_alpha: _TypeAlias = typing.Literal["lora_alpha"]  # noqa: Y015
     _WhichOneofArgType__lora_alpha: _TypeAlias = typing.Literal["_lora_alpha", b"_lora_alpha"]  # noqa: Y015
+    _WhichOneofReturnType__lora_dropout: _TypeAlias = typing.Literal["lora_dropout"]  # noqa: Y015
+    _WhichOneofArgType__lora_dropout: _TypeAlias = typing.Literal["_lora_dropout", b"_lora_dropout"]  # noqa: Y015
     _WhichOneofReturnType__r: _TypeAlias = typing.Literal["r"]  # noqa: Y015
     _WhichOneofArgType__r: _TypeAlias = typing.Literal["_r", b"_r"]  # noqa: Y015
+    _WhichOneofReturnType__use_dora: _TypeAlias = typing.Literal["use_dora"]  # noqa: Y015
+    _WhichOneofArgType__use_dora: _TypeAlias = typing.Literal["_use_dora", b"_use_dora"]  # noqa: Y015
+    _WhichOneofReturnType__use_rslora: _TypeAlias = typing.Literal["use_rslora"]  # noqa: Y015
+    _WhichOneofArgType__use_rslora: _TypeAlias = typing.Literal["_use_rslora", b"_use_rslora"]  # noqa: Y015
     @typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__lora_alpha) -> _WhichOneofReturnType__lora_alpha | None: ...
     @typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__lora_dropout) -> _WhichOneofReturnType__lora_dropout | None: ...
+    @typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__r) -> _WhichOneofReturnType__r | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__use_dora) -> _WhichOneofReturnType__use_dora | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__use_rslora) -> _WhichOneofReturnType__use_rslora | None: ...
 
 @typing.final
 class JobEvent(message.Message):
@@ -430,6 +837,26 @@ class JobEvent(message.Message):
 class StepMetrics(message.Message):
     DESCRIPTOR: descriptor.Descriptor
 
+    @typing.final
+    class FiguresEntry(message.Message):
+        DESCRIPTOR: descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: builtins.int
+        VALUE_FIELD_NUMBER: builtins.int
+        key: builtins.str
+        value: builtins.float
+        def __init__(
+            self,
+            *,
+            key: builtins.str = ...,
+            value: builtins.float = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     STEP_FIELD_NUMBER: builtins.int
     TOTAL_STEPS_FIELD_NUMBER: builtins.int
     TRAIN_LOSS_FIELD_NUMBER: builtins.int
@@ -444,6 +871,7 @@ class StepMetrics(message.Message):
     STEP_SECONDS_FIELD_NUMBER: builtins.int
     GRAD_NORM_FIELD_NUMBER: builtins.int
     EPOCH_FIELD_NUMBER: builtins.int
+    FIGURES_FIELD_NUMBER: builtins.int
     step: builtins.int
     total_steps: builtins.int
     train_loss: builtins.float
@@ -463,6 +891,10 @@ class StepMetrics(message.Message):
     grad_norm: builtins.float
     epoch: builtins.int
     """1-based."""
+    @builtins.property
+    def figures(self) -> containers.ScalarMap[builtins.str, builtins.float]:
+        """What the method measures besides, such as rewards/margins."""
+
     def __init__(
         self,
         *,
@@ -480,10 +912,11 @@ class StepMetrics(message.Message):
         step_seconds: builtins.float = ...,
         grad_norm: builtins.float = ...,
         epoch: builtins.int = ...,
+        figures: abc.Mapping[builtins.str, builtins.float] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = typing.Literal["_full_valid_loss", b"_full_valid_loss", "_full_valid_mean_token_accuracy", b"_full_valid_mean_token_accuracy", "_valid_loss", b"_valid_loss", "_valid_mean_token_accuracy", b"_valid_mean_token_accuracy", "full_valid_loss", b"full_valid_loss", "full_valid_mean_token_accuracy", b"full_valid_mean_token_accuracy", "valid_loss", b"valid_loss", "valid_mean_token_accuracy", b"valid_mean_token_accuracy"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["_full_valid_loss", b"_full_valid_loss", "_full_valid_mean_token_accuracy", b"_full_valid_mean_token_accuracy", "_valid_loss", b"_valid_loss", "_valid_mean_token_accuracy", b"_valid_mean_token_accuracy", "epoch", b"epoch", "full_valid_loss", b"full_valid_loss", "full_valid_mean_token_accuracy", b"full_valid_mean_token_accuracy", "grad_norm", b"grad_norm", "learning_rate", b"learning_rate", "step", b"step", "step_seconds", b"step_seconds", "tokens_per_second", b"tokens_per_second", "total_steps", b"total_steps", "train_loss", b"train_loss", "train_mean_token_accuracy", b"train_mean_token_accuracy", "trained_tokens", b"trained_tokens", "valid_loss", b"valid_loss", "valid_mean_token_accuracy", b"valid_mean_token_accuracy"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["_full_valid_loss", b"_full_valid_loss", "_full_valid_mean_token_accuracy", b"_full_valid_mean_token_accuracy", "_valid_loss", b"_valid_loss", "_valid_mean_token_accuracy", b"_valid_mean_token_accuracy", "epoch", b"epoch", "figures", b"figures", "full_valid_loss", b"full_valid_loss", "full_valid_mean_token_accuracy", b"full_valid_mean_token_accuracy", "grad_norm", b"grad_norm", "learning_rate", b"learning_rate", "step", b"step", "step_seconds", b"step_seconds", "tokens_per_second", b"tokens_per_second", "total_steps", b"total_steps", "train_loss", b"train_loss", "train_mean_token_accuracy", b"train_mean_token_accuracy", "trained_tokens", b"trained_tokens", "valid_loss", b"valid_loss", "valid_mean_token_accuracy", b"valid_mean_token_accuracy"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__full_valid_loss: _TypeAlias = typing.Literal["full_valid_loss"]  # noqa: Y015
     _WhichOneofArgType__full_valid_loss: _TypeAlias = typing.Literal["_full_valid_loss", b"_full_valid_loss"]  # noqa: Y015
@@ -823,6 +1256,67 @@ class ListJobCheckpointsResponse(message.Message):
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
     _ClearFieldArgType: _TypeAlias = typing.Literal["checkpoints", b"checkpoints", "next_page_token", b"next_page_token"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class GetJobReceiptRequest(message.Message):
+    DESCRIPTOR: descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: builtins.int
+    name: builtins.str
+    """projects/{project}/jobs/{job}"""
+    def __init__(
+        self,
+        *,
+        name: builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["name", b"name"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class JobReceipt(message.Message):
+    DESCRIPTOR: descriptor.Descriptor
+
+    JOB_FIELD_NUMBER: builtins.int
+    DOCUMENT_FIELD_NUMBER: builtins.int
+    job: builtins.str
+    """projects/{project}/jobs/{job}"""
+    document: builtins.str
+    """JSON, as in the result file receipt.json; docs/api.md says what is in it."""
+    def __init__(
+        self,
+        *,
+        job: builtins.str = ...,
+        document: builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["document", b"document", "job", b"job"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class RerunJobRequest(message.Message):
+    DESCRIPTOR: descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: builtins.int
+    REQUEST_ID_FIELD_NUMBER: builtins.int
+    name: builtins.str
+    """projects/{project}/jobs/{job}: one that has succeeded."""
+    request_id: builtins.str
+    def __init__(
+        self,
+        *,
+        name: builtins.str = ...,
+        request_id: builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["name", b"name", "request_id", b"request_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -70,6 +70,16 @@ class JobsServiceStub:
                 request_serializer=lathe_dot_v1_dot_jobs__pb2.ListJobCheckpointsRequest.SerializeToString,
                 response_deserializer=lathe_dot_v1_dot_jobs__pb2.ListJobCheckpointsResponse.FromString,
                 _registered_method=True)
+        self.GetJobReceipt = channel.unary_unary(
+                '/lathe.v1.JobsService/GetJobReceipt',
+                request_serializer=lathe_dot_v1_dot_jobs__pb2.GetJobReceiptRequest.SerializeToString,
+                response_deserializer=lathe_dot_v1_dot_jobs__pb2.JobReceipt.FromString,
+                _registered_method=True)
+        self.RerunJob = channel.unary_unary(
+                '/lathe.v1.JobsService/RerunJob',
+                request_serializer=lathe_dot_v1_dot_jobs__pb2.RerunJobRequest.SerializeToString,
+                response_deserializer=lathe_dot_v1_dot_jobs__pb2.Job.FromString,
+                _registered_method=True)
 
 
 class JobsServiceServicer:
@@ -120,6 +130,20 @@ class JobsServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetJobReceipt(self, request, context):
+        """What a job was made from and computed with. FAILED_PRECONDITION until it has succeeded.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RerunJob(self, request, context):
+        """A new job from the receipt of one that has succeeded; its end says how far its weights are from the first's.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_JobsServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -157,6 +181,16 @@ def add_JobsServiceServicer_to_server(servicer, server):
                     servicer.ListJobCheckpoints,
                     request_deserializer=lathe_dot_v1_dot_jobs__pb2.ListJobCheckpointsRequest.FromString,
                     response_serializer=lathe_dot_v1_dot_jobs__pb2.ListJobCheckpointsResponse.SerializeToString,
+            ),
+            'GetJobReceipt': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetJobReceipt,
+                    request_deserializer=lathe_dot_v1_dot_jobs__pb2.GetJobReceiptRequest.FromString,
+                    response_serializer=lathe_dot_v1_dot_jobs__pb2.JobReceipt.SerializeToString,
+            ),
+            'RerunJob': grpc.unary_unary_rpc_method_handler(
+                    servicer.RerunJob,
+                    request_deserializer=lathe_dot_v1_dot_jobs__pb2.RerunJobRequest.FromString,
+                    response_serializer=lathe_dot_v1_dot_jobs__pb2.Job.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -349,6 +383,60 @@ class JobsService:
             '/lathe.v1.JobsService/ListJobCheckpoints',
             lathe_dot_v1_dot_jobs__pb2.ListJobCheckpointsRequest.SerializeToString,
             lathe_dot_v1_dot_jobs__pb2.ListJobCheckpointsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetJobReceipt(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/lathe.v1.JobsService/GetJobReceipt',
+            lathe_dot_v1_dot_jobs__pb2.GetJobReceiptRequest.SerializeToString,
+            lathe_dot_v1_dot_jobs__pb2.JobReceipt.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RerunJob(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/lathe.v1.JobsService/RerunJob',
+            lathe_dot_v1_dot_jobs__pb2.RerunJobRequest.SerializeToString,
+            lathe_dot_v1_dot_jobs__pb2.Job.FromString,
             options,
             channel_credentials,
             insecure,

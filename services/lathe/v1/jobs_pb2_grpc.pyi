@@ -42,6 +42,10 @@ class JobsServiceStub:
     WatchJob: _grpc.UnaryStreamMultiCallable[_jobs_pb2.WatchJobRequest, _jobs_pb2.WatchJobResponse]
     """The job, then every event and metric from where the caller left off, until the job has ended."""
     ListJobCheckpoints: _grpc.UnaryUnaryMultiCallable[_jobs_pb2.ListJobCheckpointsRequest, _jobs_pb2.ListJobCheckpointsResponse]
+    GetJobReceipt: _grpc.UnaryUnaryMultiCallable[_jobs_pb2.GetJobReceiptRequest, _jobs_pb2.JobReceipt]
+    """What a job was made from and computed with. FAILED_PRECONDITION until it has succeeded."""
+    RerunJob: _grpc.UnaryUnaryMultiCallable[_jobs_pb2.RerunJobRequest, _jobs_pb2.Job]
+    """A new job from the receipt of one that has succeeded; its end says how far its weights are from the first's."""
 
 @_typing.type_check_only
 class JobsServiceAsyncStub(JobsServiceStub):
@@ -57,6 +61,10 @@ class JobsServiceAsyncStub(JobsServiceStub):
     WatchJob: _aio.UnaryStreamMultiCallable[_jobs_pb2.WatchJobRequest, _jobs_pb2.WatchJobResponse]  # type: ignore[assignment]
     """The job, then every event and metric from where the caller left off, until the job has ended."""
     ListJobCheckpoints: _aio.UnaryUnaryMultiCallable[_jobs_pb2.ListJobCheckpointsRequest, _jobs_pb2.ListJobCheckpointsResponse]  # type: ignore[assignment]
+    GetJobReceipt: _aio.UnaryUnaryMultiCallable[_jobs_pb2.GetJobReceiptRequest, _jobs_pb2.JobReceipt]  # type: ignore[assignment]
+    """What a job was made from and computed with. FAILED_PRECONDITION until it has succeeded."""
+    RerunJob: _aio.UnaryUnaryMultiCallable[_jobs_pb2.RerunJobRequest, _jobs_pb2.Job]  # type: ignore[assignment]
+    """A new job from the receipt of one that has succeeded; its end says how far its weights are from the first's."""
 
 class JobsServiceServicer(metaclass=_abc_1.ABCMeta):
     """Fine-tuning jobs: what users ask for and watch."""
@@ -111,6 +119,22 @@ class JobsServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _jobs_pb2.ListJobCheckpointsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_jobs_pb2.ListJobCheckpointsResponse, _abc.Awaitable[_jobs_pb2.ListJobCheckpointsResponse]]: ...
+
+    @_abc_1.abstractmethod
+    def GetJobReceipt(
+        self,
+        request: _jobs_pb2.GetJobReceiptRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_jobs_pb2.JobReceipt, _abc.Awaitable[_jobs_pb2.JobReceipt]]:
+        """What a job was made from and computed with. FAILED_PRECONDITION until it has succeeded."""
+
+    @_abc_1.abstractmethod
+    def RerunJob(
+        self,
+        request: _jobs_pb2.RerunJobRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_jobs_pb2.Job, _abc.Awaitable[_jobs_pb2.Job]]:
+        """A new job from the receipt of one that has succeeded; its end says how far its weights are from the first's."""
 
 def add_JobsServiceServicer_to_server(servicer: JobsServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
 

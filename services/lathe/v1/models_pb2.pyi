@@ -232,6 +232,9 @@ class Lineage(message.Message):
     HYPERPARAMETERS_JSON_FIELD_NUMBER: builtins.int
     SEED_FIELD_NUMBER: builtins.int
     CODE_VERSION_FIELD_NUMBER: builtins.int
+    PARENT_MODEL_ID_FIELD_NUMBER: builtins.int
+    PARENT_MANIFEST_SHA256_FIELD_NUMBER: builtins.int
+    METHOD_FIELD_NUMBER: builtins.int
     job: builtins.str
     """projects/{project}/jobs/{job}"""
     attempt: builtins.str
@@ -243,6 +246,11 @@ class Lineage(message.Message):
     """Resolved hyperparameters as JSON."""
     seed: builtins.int
     code_version: builtins.str
+    parent_model_id: builtins.str
+    """The tuned model whose adapter the job started from, and that adapter's manifest; empty when it was the base."""
+    parent_manifest_sha256: builtins.str
+    method: builtins.str
+    """supervised, dpo, orpo or kto; empty means supervised."""
     def __init__(
         self,
         *,
@@ -255,10 +263,13 @@ class Lineage(message.Message):
         hyperparameters_json: builtins.str = ...,
         seed: builtins.int = ...,
         code_version: builtins.str = ...,
+        parent_model_id: builtins.str = ...,
+        parent_manifest_sha256: builtins.str = ...,
+        method: builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["attempt", b"attempt", "audit_key", b"audit_key", "base_digest", b"base_digest", "code_version", b"code_version", "dataset_sha256", b"dataset_sha256", "hyperparameters_json", b"hyperparameters_json", "job", b"job", "seed", b"seed", "step", b"step"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["attempt", b"attempt", "audit_key", b"audit_key", "base_digest", b"base_digest", "code_version", b"code_version", "dataset_sha256", b"dataset_sha256", "hyperparameters_json", b"hyperparameters_json", "job", b"job", "method", b"method", "parent_manifest_sha256", b"parent_manifest_sha256", "parent_model_id", b"parent_model_id", "seed", b"seed", "step", b"step"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

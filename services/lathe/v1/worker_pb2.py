@@ -27,17 +27,21 @@ from lathe.v1 import jobs_pb2 as lathe_dot_v1_dot_jobs__pb2
 from lathe.v1 import models_pb2 as lathe_dot_v1_dot_models__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15lathe/v1/worker.proto\x12\x08lathe.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x13lathe/v1/jobs.proto\x1a\x15lathe/v1/models.proto\"\xc0\x01\n\x0fRegisterRequest\x12\x11\n\tengine_id\x18\x01 \x01(\t\x12\x12\n\nbase_model\x18\x02 \x01(\t\x12\x13\n\x0b\x62\x61se_digest\x18\x03 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x04 \x01(\t\x12$\n\x08\x63\x61pacity\x18\x05 \x01(\x0b\x32\x12.lathe.v1.Capacity\x12\x14\n\x0c\x63ode_version\x18\x06 \x01(\t\x12\x14\n\x0c\x65ngine_class\x18\x07 \x01(\t\x12\x0e\n\x06job_id\x18\x08 \x01(\t\"X\n\x08\x43\x61pacity\x12\x14\n\x0cmax_attempts\x18\x01 \x01(\x05\x12\x15\n\rmax_sequences\x18\x02 \x01(\x05\x12\x0e\n\x06\x64\x65vice\x18\x03 \x01(\t\x12\x0f\n\x07threads\x18\x04 \x01(\x05\"x\n\x10RegisterResponse\x12\x35\n\x12heartbeat_interval\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\x12-\n\nlease_term\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\"4\n\tHeldLease\x12\x12\n\nattempt_id\x18\x01 \x01(\t\x12\x13\n\x0blease_token\x18\x02 \x01(\t\"\x8c\x01\n\x10HeartbeatRequest\x12\x11\n\tengine_id\x18\x01 \x01(\t\x12#\n\x06leases\x18\x02 \x03(\x0b\x32\x13.lathe.v1.HeldLease\x12\x18\n\x10\x61\x63tive_sequences\x18\x03 \x01(\x05\x12\x14\n\x0cmemory_bytes\x18\x04 \x01(\x03\x12\x10\n\x08\x64raining\x18\x05 \x01(\x08\"J\n\tDirective\x12\x12\n\nattempt_id\x18\x01 \x01(\t\x12)\n\x06\x61\x63tion\x18\x02 \x01(\x0e\x32\x19.lathe.v1.DirectiveAction\"c\n\x11HeartbeatResponse\x12\'\n\ndirectives\x18\x01 \x03(\x0b\x32\x13.lathe.v1.Directive\x12\x12\n\nreregister\x18\x02 \x01(\x08\x12\x11\n\tshut_down\x18\x03 \x01(\x08\"(\n\x13LeaseAttemptRequest\x12\x11\n\tengine_id\x18\x01 \x01(\t\":\n\x14LeaseAttemptResponse\x12\"\n\x07\x61ttempt\x18\x01 \x01(\x0b\x32\x11.lathe.v1.Attempt\"\xc9\x02\n\x07\x41ttempt\x12\x12\n\nattempt_id\x18\x01 \x01(\t\x12\x13\n\x0blease_token\x18\x02 \x01(\t\x12\x0b\n\x03job\x18\x03 \x01(\t\x12\x15\n\routput_prefix\x18\x04 \x01(\t\x12\'\n\x08training\x18\x05 \x01(\x0b\x32\x15.lathe.v1.TokenObject\x12)\n\nvalidation\x18\x06 \x01(\x0b\x32\x15.lathe.v1.TokenObject\x12(\n\x06\x63onfig\x18\x07 \x01(\x0b\x32\x18.lathe.v1.TrainingConfig\x12\'\n\nslice_plan\x18\x08 \x01(\x0b\x32\x13.lathe.v1.SlicePlan\x12\x18\n\x10\x65\x61rlier_prefixes\x18\t \x03(\t\x12\x30\n\x0finitial_adapter\x18\n \x01(\x0b\x32\x17.lathe.v1.AdapterObject\"1\n\x0bTokenObject\x12\x12\n\nobject_key\x18\x01 \x01(\t\x12\x0e\n\x06sha256\x18\x02 \x01(\t\"\xf1\x01\n\x0eTrainingConfig\x12\x10\n\x08n_epochs\x18\x01 \x01(\x05\x12\x12\n\nbatch_size\x18\x02 \x01(\x05\x12\x15\n\rlearning_rate\x18\x03 \x01(\x01\x12\x17\n\x0fwarmup_fraction\x18\x04 \x01(\x01\x12\x14\n\x0cweight_decay\x18\x05 \x01(\x01\x12\x15\n\rmax_grad_norm\x18\x06 \x01(\x01\x12\x0c\n\x04seed\x18\x07 \x01(\x03\x12\x0e\n\x06lora_r\x18\x08 \x01(\x05\x12\x12\n\nlora_alpha\x18\t \x01(\x01\x12\x16\n\x0etarget_modules\x18\n \x03(\t\x12\x12\n\nbase_model\x18\x0b \x01(\t\"[\n\tSlicePlan\x12\x1e\n\x16train_tokens_per_slice\x18\x01 \x01(\x05\x12\x0f\n\x07threads\x18\x02 \x01(\x05\x12\r\n\x05\x64type\x18\x03 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x04 \x01(\t\"\xd7\x01\n\x15ReportProgressRequest\x12\x12\n\nattempt_id\x18\x01 \x01(\t\x12\x13\n\x0blease_token\x18\x02 \x01(\t\x12&\n\x07metrics\x18\x03 \x03(\x0b\x32\x15.lathe.v1.StepMetrics\x12/\n\x0b\x63heckpoints\x18\x04 \x03(\x0b\x32\x1a.lathe.v1.CheckpointReport\x12\'\n\nslice_plan\x18\x05 \x01(\x0b\x32\x13.lathe.v1.SlicePlan\x12\x13\n\x0btotal_steps\x18\x06 \x01(\x05\"q\n\x10\x43heckpointReport\x12\x0c\n\x04step\x18\x01 \x01(\x05\x12\'\n\x06object\x18\x02 \x01(\x0b\x32\x17.lathe.v1.AdapterObject\x12&\n\x07metrics\x18\x03 \x01(\x0b\x32\x15.lathe.v1.StepMetrics\"\x18\n\x16ReportProgressResponse\"\xe5\x01\n\x16\x43ompleteAttemptRequest\x12\x12\n\nattempt_id\x18\x01 \x01(\t\x12\x13\n\x0blease_token\x18\x02 \x01(\t\x12)\n\x07outcome\x18\x03 \x01(\x0e\x32\x18.lathe.v1.AttemptOutcome\x12.\n\rfinal_adapter\x18\x04 \x01(\x0b\x32\x17.lathe.v1.AdapterObject\x12\x16\n\x0etrained_tokens\x18\x05 \x01(\x03\x12!\n\x05\x65rror\x18\x06 \x01(\x0b\x32\x12.lathe.v1.JobError\x12\x0c\n\x04step\x18\x07 \x01(\x05\"\x19\n\x17\x43ompleteAttemptResponse\"&\n\x11\x44\x65registerRequest\x12\x11\n\tengine_id\x18\x01 \x01(\t\"\x14\n\x12\x44\x65registerResponse*\xab\x01\n\x0f\x44irectiveAction\x12 \n\x1c\x44IRECTIVE_ACTION_UNSPECIFIED\x10\x00\x12\x1b\n\x17\x44IRECTIVE_ACTION_CANCEL\x10\x01\x12\x1a\n\x16\x44IRECTIVE_ACTION_PAUSE\x10\x02\x12\x1c\n\x18\x44IRECTIVE_ACTION_PREEMPT\x10\x03\x12\x1f\n\x1b\x44IRECTIVE_ACTION_LEASE_LOST\x10\x04*\xc8\x01\n\x0e\x41ttemptOutcome\x12\x1f\n\x1b\x41TTEMPT_OUTCOME_UNSPECIFIED\x10\x00\x12\x1d\n\x19\x41TTEMPT_OUTCOME_SUCCEEDED\x10\x01\x12\x1a\n\x16\x41TTEMPT_OUTCOME_FAILED\x10\x02\x12\x1c\n\x18\x41TTEMPT_OUTCOME_RELEASED\x10\x03\x12\x1d\n\x19\x41TTEMPT_OUTCOME_CANCELLED\x10\x04\x12\x1d\n\x19\x41TTEMPT_OUTCOME_RETRYABLE\x10\x05\x32\xdd\x03\n\rWorkerService\x12\x41\n\x08Register\x12\x19.lathe.v1.RegisterRequest\x1a\x1a.lathe.v1.RegisterResponse\x12\x44\n\tHeartbeat\x12\x1a.lathe.v1.HeartbeatRequest\x1a\x1b.lathe.v1.HeartbeatResponse\x12M\n\x0cLeaseAttempt\x12\x1d.lathe.v1.LeaseAttemptRequest\x1a\x1e.lathe.v1.LeaseAttemptResponse\x12S\n\x0eReportProgress\x12\x1f.lathe.v1.ReportProgressRequest\x1a .lathe.v1.ReportProgressResponse\x12V\n\x0f\x43ompleteAttempt\x12 .lathe.v1.CompleteAttemptRequest\x1a!.lathe.v1.CompleteAttemptResponse\x12G\n\nDeregister\x12\x1b.lathe.v1.DeregisterRequest\x1a\x1c.lathe.v1.DeregisterResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15lathe/v1/worker.proto\x12\x08lathe.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x13lathe/v1/jobs.proto\x1a\x15lathe/v1/models.proto\"\xc0\x01\n\x0fRegisterRequest\x12\x11\n\tengine_id\x18\x01 \x01(\t\x12\x12\n\nbase_model\x18\x02 \x01(\t\x12\x13\n\x0b\x62\x61se_digest\x18\x03 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x04 \x01(\t\x12$\n\x08\x63\x61pacity\x18\x05 \x01(\x0b\x32\x12.lathe.v1.Capacity\x12\x14\n\x0c\x63ode_version\x18\x06 \x01(\t\x12\x14\n\x0c\x65ngine_class\x18\x07 \x01(\t\x12\x0e\n\x06job_id\x18\x08 \x01(\t\"X\n\x08\x43\x61pacity\x12\x14\n\x0cmax_attempts\x18\x01 \x01(\x05\x12\x15\n\rmax_sequences\x18\x02 \x01(\x05\x12\x0e\n\x06\x64\x65vice\x18\x03 \x01(\t\x12\x0f\n\x07threads\x18\x04 \x01(\x05\"x\n\x10RegisterResponse\x12\x35\n\x12heartbeat_interval\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\x12-\n\nlease_term\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\"4\n\tHeldLease\x12\x12\n\nattempt_id\x18\x01 \x01(\t\x12\x13\n\x0blease_token\x18\x02 \x01(\t\"\x8c\x01\n\x10HeartbeatRequest\x12\x11\n\tengine_id\x18\x01 \x01(\t\x12#\n\x06leases\x18\x02 \x03(\x0b\x32\x13.lathe.v1.HeldLease\x12\x18\n\x10\x61\x63tive_sequences\x18\x03 \x01(\x05\x12\x14\n\x0cmemory_bytes\x18\x04 \x01(\x03\x12\x10\n\x08\x64raining\x18\x05 \x01(\x08\"J\n\tDirective\x12\x12\n\nattempt_id\x18\x01 \x01(\t\x12)\n\x06\x61\x63tion\x18\x02 \x01(\x0e\x32\x19.lathe.v1.DirectiveAction\"c\n\x11HeartbeatResponse\x12\'\n\ndirectives\x18\x01 \x03(\x0b\x32\x13.lathe.v1.Directive\x12\x12\n\nreregister\x18\x02 \x01(\x08\x12\x11\n\tshut_down\x18\x03 \x01(\x08\"(\n\x13LeaseAttemptRequest\x12\x11\n\tengine_id\x18\x01 \x01(\t\":\n\x14LeaseAttemptResponse\x12\"\n\x07\x61ttempt\x18\x01 \x01(\x0b\x32\x11.lathe.v1.Attempt\"\x9d\x03\n\x07\x41ttempt\x12\x12\n\nattempt_id\x18\x01 \x01(\t\x12\x13\n\x0blease_token\x18\x02 \x01(\t\x12\x0b\n\x03job\x18\x03 \x01(\t\x12\x15\n\routput_prefix\x18\x04 \x01(\t\x12\'\n\x08training\x18\x05 \x01(\x0b\x32\x15.lathe.v1.TokenObject\x12)\n\nvalidation\x18\x06 \x01(\x0b\x32\x15.lathe.v1.TokenObject\x12(\n\x06\x63onfig\x18\x07 \x01(\x0b\x32\x18.lathe.v1.TrainingConfig\x12\'\n\nslice_plan\x18\x08 \x01(\x0b\x32\x13.lathe.v1.SlicePlan\x12\x18\n\x10\x65\x61rlier_prefixes\x18\t \x03(\t\x12\x30\n\x0finitial_adapter\x18\n \x01(\x0b\x32\x17.lathe.v1.AdapterObject\x12#\n\x08halvings\x18\x0b \x03(\x0b\x32\x11.lathe.v1.Halving\x12-\n\x0c\x63ompare_with\x18\x0c \x01(\x0b\x32\x17.lathe.v1.AdapterObject\"&\n\x07Halving\x12\x0c\n\x04step\x18\x01 \x01(\x05\x12\r\n\x05times\x18\x02 \x01(\x05\"1\n\x0bTokenObject\x12\x12\n\nobject_key\x18\x01 \x01(\t\x12\x0e\n\x06sha256\x18\x02 \x01(\t\"\xb9\x04\n\x0eTrainingConfig\x12\x10\n\x08n_epochs\x18\x01 \x01(\x05\x12\x12\n\nbatch_size\x18\x02 \x01(\x05\x12\x15\n\rlearning_rate\x18\x03 \x01(\x01\x12\x17\n\x0fwarmup_fraction\x18\x04 \x01(\x01\x12\x14\n\x0cweight_decay\x18\x05 \x01(\x01\x12\x15\n\rmax_grad_norm\x18\x06 \x01(\x01\x12\x0c\n\x04seed\x18\x07 \x01(\x03\x12\x0e\n\x06lora_r\x18\x08 \x01(\x05\x12\x12\n\nlora_alpha\x18\t \x01(\x01\x12\x16\n\x0etarget_modules\x18\n \x03(\t\x12\x12\n\nbase_model\x18\x0b \x01(\t\x12\x0e\n\x06method\x18\x0c \x01(\t\x12\x0c\n\x04\x62\x65ta\x18\r \x01(\x01\x12\x0c\n\x04loss\x18\x0e \x01(\t\x12\x17\n\x0flabel_smoothing\x18\x0f \x01(\x01\x12\x18\n\x10\x64\x65sirable_weight\x18\x10 \x01(\x01\x12\x1a\n\x12undesirable_weight\x18\x11 \x01(\x01\x12\x14\n\x0clora_dropout\x18\x12 \x01(\x01\x12\x12\n\nuse_rslora\x18\x13 \x01(\x08\x12\x10\n\x08use_dora\x18\x14 \x01(\x08\x12\x16\n\x0e\x66ull_parameter\x18\x15 \x01(\x08\x12\x10\n\x08schedule\x18\x16 \x01(\t\x12\x1f\n\x17\x65\x61rly_stopping_patience\x18\x17 \x01(\x05\x12\x12\n\neval_every\x18\x18 \x01(\x05\x12\x18\n\x10keep_checkpoints\x18\x19 \x01(\x05\x12\x16\n\x0esample_prompts\x18\x1a \x01(\x05\"[\n\tSlicePlan\x12\x1e\n\x16train_tokens_per_slice\x18\x01 \x01(\x05\x12\x0f\n\x07threads\x18\x02 \x01(\x05\x12\r\n\x05\x64type\x18\x03 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x04 \x01(\t\"\xfe\x01\n\x15ReportProgressRequest\x12\x12\n\nattempt_id\x18\x01 \x01(\t\x12\x13\n\x0blease_token\x18\x02 \x01(\t\x12&\n\x07metrics\x18\x03 \x03(\x0b\x32\x15.lathe.v1.StepMetrics\x12/\n\x0b\x63heckpoints\x18\x04 \x03(\x0b\x32\x1a.lathe.v1.CheckpointReport\x12\'\n\nslice_plan\x18\x05 \x01(\x0b\x32\x13.lathe.v1.SlicePlan\x12\x13\n\x0btotal_steps\x18\x06 \x01(\x05\x12%\n\x05notes\x18\x07 \x03(\x0b\x32\x16.lathe.v1.ProgressNote\"R\n\x0cProgressNote\x12\x0c\n\x04step\x18\x01 \x01(\x05\x12#\n\x05level\x18\x02 \x01(\x0e\x32\x14.lathe.v1.EventLevel\x12\x0f\n\x07message\x18\x03 \x01(\t\"q\n\x10\x43heckpointReport\x12\x0c\n\x04step\x18\x01 \x01(\x05\x12\'\n\x06object\x18\x02 \x01(\x0b\x32\x17.lathe.v1.AdapterObject\x12&\n\x07metrics\x18\x03 \x01(\x0b\x32\x15.lathe.v1.StepMetrics\"\x18\n\x16ReportProgressResponse\"\x8f\x02\n\x16\x43ompleteAttemptRequest\x12\x12\n\nattempt_id\x18\x01 \x01(\t\x12\x13\n\x0blease_token\x18\x02 \x01(\t\x12)\n\x07outcome\x18\x03 \x01(\x0e\x32\x18.lathe.v1.AttemptOutcome\x12.\n\rfinal_adapter\x18\x04 \x01(\x0b\x32\x17.lathe.v1.AdapterObject\x12\x16\n\x0etrained_tokens\x18\x05 \x01(\x03\x12!\n\x05\x65rror\x18\x06 \x01(\x0b\x32\x12.lathe.v1.JobError\x12\x0c\n\x04step\x18\x07 \x01(\x05\x12(\n\x07receipt\x18\x08 \x01(\x0b\x32\x17.lathe.v1.EngineReceipt\"\xd6\x02\n\rEngineReceipt\x12\x37\n\x08versions\x18\x01 \x03(\x0b\x32%.lathe.v1.EngineReceipt.VersionsEntry\x12\x31\n\x05\x66lags\x18\x02 \x03(\x0b\x32\".lathe.v1.EngineReceipt.FlagsEntry\x12#\n\x08halvings\x18\x03 \x03(\x0b\x32\x11.lathe.v1.Halving\x12\r\n\x05\x66used\x18\x04 \x01(\x08\x12\x16\n\x0eweights_sha256\x18\x05 \x01(\t\x12.\n\ncomparison\x18\x06 \x01(\x0b\x32\x1a.lathe.v1.WeightComparison\x1a/\n\rVersionsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x1a,\n\nFlagsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\x19\n\x17\x43ompleteAttemptResponse\"&\n\x11\x44\x65registerRequest\x12\x11\n\tengine_id\x18\x01 \x01(\t\"\x14\n\x12\x44\x65registerResponse*\xab\x01\n\x0f\x44irectiveAction\x12 \n\x1c\x44IRECTIVE_ACTION_UNSPECIFIED\x10\x00\x12\x1b\n\x17\x44IRECTIVE_ACTION_CANCEL\x10\x01\x12\x1a\n\x16\x44IRECTIVE_ACTION_PAUSE\x10\x02\x12\x1c\n\x18\x44IRECTIVE_ACTION_PREEMPT\x10\x03\x12\x1f\n\x1b\x44IRECTIVE_ACTION_LEASE_LOST\x10\x04*\xc8\x01\n\x0e\x41ttemptOutcome\x12\x1f\n\x1b\x41TTEMPT_OUTCOME_UNSPECIFIED\x10\x00\x12\x1d\n\x19\x41TTEMPT_OUTCOME_SUCCEEDED\x10\x01\x12\x1a\n\x16\x41TTEMPT_OUTCOME_FAILED\x10\x02\x12\x1c\n\x18\x41TTEMPT_OUTCOME_RELEASED\x10\x03\x12\x1d\n\x19\x41TTEMPT_OUTCOME_CANCELLED\x10\x04\x12\x1d\n\x19\x41TTEMPT_OUTCOME_RETRYABLE\x10\x05\x32\xdd\x03\n\rWorkerService\x12\x41\n\x08Register\x12\x19.lathe.v1.RegisterRequest\x1a\x1a.lathe.v1.RegisterResponse\x12\x44\n\tHeartbeat\x12\x1a.lathe.v1.HeartbeatRequest\x1a\x1b.lathe.v1.HeartbeatResponse\x12M\n\x0cLeaseAttempt\x12\x1d.lathe.v1.LeaseAttemptRequest\x1a\x1e.lathe.v1.LeaseAttemptResponse\x12S\n\x0eReportProgress\x12\x1f.lathe.v1.ReportProgressRequest\x1a .lathe.v1.ReportProgressResponse\x12V\n\x0f\x43ompleteAttempt\x12 .lathe.v1.CompleteAttemptRequest\x1a!.lathe.v1.CompleteAttemptResponse\x12G\n\nDeregister\x12\x1b.lathe.v1.DeregisterRequest\x1a\x1c.lathe.v1.DeregisterResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'lathe.v1.worker_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_DIRECTIVEACTION']._serialized_start=2395
-  _globals['_DIRECTIVEACTION']._serialized_end=2566
-  _globals['_ATTEMPTOUTCOME']._serialized_start=2569
-  _globals['_ATTEMPTOUTCOME']._serialized_end=2769
+  _globals['_ENGINERECEIPT_VERSIONSENTRY']._loaded_options = None
+  _globals['_ENGINERECEIPT_VERSIONSENTRY']._serialized_options = b'8\001'
+  _globals['_ENGINERECEIPT_FLAGSENTRY']._loaded_options = None
+  _globals['_ENGINERECEIPT_FLAGSENTRY']._serialized_options = b'8\001'
+  _globals['_DIRECTIVEACTION']._serialized_start=3357
+  _globals['_DIRECTIVEACTION']._serialized_end=3528
+  _globals['_ATTEMPTOUTCOME']._serialized_start=3531
+  _globals['_ATTEMPTOUTCOME']._serialized_end=3731
   _globals['_REGISTERREQUEST']._serialized_start=112
   _globals['_REGISTERREQUEST']._serialized_end=304
   _globals['_CAPACITY']._serialized_start=306
@@ -57,27 +61,37 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_LEASEATTEMPTRESPONSE']._serialized_start=934
   _globals['_LEASEATTEMPTRESPONSE']._serialized_end=992
   _globals['_ATTEMPT']._serialized_start=995
-  _globals['_ATTEMPT']._serialized_end=1324
-  _globals['_TOKENOBJECT']._serialized_start=1326
-  _globals['_TOKENOBJECT']._serialized_end=1375
-  _globals['_TRAININGCONFIG']._serialized_start=1378
-  _globals['_TRAININGCONFIG']._serialized_end=1619
-  _globals['_SLICEPLAN']._serialized_start=1621
-  _globals['_SLICEPLAN']._serialized_end=1712
-  _globals['_REPORTPROGRESSREQUEST']._serialized_start=1715
-  _globals['_REPORTPROGRESSREQUEST']._serialized_end=1930
-  _globals['_CHECKPOINTREPORT']._serialized_start=1932
-  _globals['_CHECKPOINTREPORT']._serialized_end=2045
-  _globals['_REPORTPROGRESSRESPONSE']._serialized_start=2047
-  _globals['_REPORTPROGRESSRESPONSE']._serialized_end=2071
-  _globals['_COMPLETEATTEMPTREQUEST']._serialized_start=2074
-  _globals['_COMPLETEATTEMPTREQUEST']._serialized_end=2303
-  _globals['_COMPLETEATTEMPTRESPONSE']._serialized_start=2305
-  _globals['_COMPLETEATTEMPTRESPONSE']._serialized_end=2330
-  _globals['_DEREGISTERREQUEST']._serialized_start=2332
-  _globals['_DEREGISTERREQUEST']._serialized_end=2370
-  _globals['_DEREGISTERRESPONSE']._serialized_start=2372
-  _globals['_DEREGISTERRESPONSE']._serialized_end=2392
-  _globals['_WORKERSERVICE']._serialized_start=2772
-  _globals['_WORKERSERVICE']._serialized_end=3249
+  _globals['_ATTEMPT']._serialized_end=1408
+  _globals['_HALVING']._serialized_start=1410
+  _globals['_HALVING']._serialized_end=1448
+  _globals['_TOKENOBJECT']._serialized_start=1450
+  _globals['_TOKENOBJECT']._serialized_end=1499
+  _globals['_TRAININGCONFIG']._serialized_start=1502
+  _globals['_TRAININGCONFIG']._serialized_end=2071
+  _globals['_SLICEPLAN']._serialized_start=2073
+  _globals['_SLICEPLAN']._serialized_end=2164
+  _globals['_REPORTPROGRESSREQUEST']._serialized_start=2167
+  _globals['_REPORTPROGRESSREQUEST']._serialized_end=2421
+  _globals['_PROGRESSNOTE']._serialized_start=2423
+  _globals['_PROGRESSNOTE']._serialized_end=2505
+  _globals['_CHECKPOINTREPORT']._serialized_start=2507
+  _globals['_CHECKPOINTREPORT']._serialized_end=2620
+  _globals['_REPORTPROGRESSRESPONSE']._serialized_start=2622
+  _globals['_REPORTPROGRESSRESPONSE']._serialized_end=2646
+  _globals['_COMPLETEATTEMPTREQUEST']._serialized_start=2649
+  _globals['_COMPLETEATTEMPTREQUEST']._serialized_end=2920
+  _globals['_ENGINERECEIPT']._serialized_start=2923
+  _globals['_ENGINERECEIPT']._serialized_end=3265
+  _globals['_ENGINERECEIPT_VERSIONSENTRY']._serialized_start=3172
+  _globals['_ENGINERECEIPT_VERSIONSENTRY']._serialized_end=3219
+  _globals['_ENGINERECEIPT_FLAGSENTRY']._serialized_start=3221
+  _globals['_ENGINERECEIPT_FLAGSENTRY']._serialized_end=3265
+  _globals['_COMPLETEATTEMPTRESPONSE']._serialized_start=3267
+  _globals['_COMPLETEATTEMPTRESPONSE']._serialized_end=3292
+  _globals['_DEREGISTERREQUEST']._serialized_start=3294
+  _globals['_DEREGISTERREQUEST']._serialized_end=3332
+  _globals['_DEREGISTERRESPONSE']._serialized_start=3334
+  _globals['_DEREGISTERRESPONSE']._serialized_end=3354
+  _globals['_WORKERSERVICE']._serialized_start=3734
+  _globals['_WORKERSERVICE']._serialized_end=4211
 # @@protoc_insertion_point(module_scope)

@@ -319,6 +319,8 @@ class Attempt(message.Message):
     SLICE_PLAN_FIELD_NUMBER: builtins.int
     EARLIER_PREFIXES_FIELD_NUMBER: builtins.int
     INITIAL_ADAPTER_FIELD_NUMBER: builtins.int
+    HALVINGS_FIELD_NUMBER: builtins.int
+    COMPARE_WITH_FIELD_NUMBER: builtins.int
     attempt_id: builtins.str
     """att-…"""
     lease_token: builtins.str
@@ -345,6 +347,14 @@ class Attempt(message.Message):
     def initial_adapter(self) -> models_pb2.AdapterObject:
         """The adapter to start from when the job tunes a tuned model."""
 
+    @builtins.property
+    def halvings(self) -> containers.RepeatedCompositeFieldContainer[Halving]:
+        """Of a rerun: what ran out of memory the first time, to be halved from the start."""
+
+    @builtins.property
+    def compare_with(self) -> models_pb2.AdapterObject:
+        """Of a rerun: the adapter that the final one is compared with."""
+
     def __init__(
         self,
         *,
@@ -358,10 +368,35 @@ class Attempt(message.Message):
         slice_plan: SlicePlan | None = ...,
         earlier_prefixes: abc.Iterable[builtins.str] | None = ...,
         initial_adapter: models_pb2.AdapterObject | None = ...,
+        halvings: abc.Iterable[Halving] | None = ...,
+        compare_with: models_pb2.AdapterObject | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = typing.Literal["config", b"config", "initial_adapter", b"initial_adapter", "slice_plan", b"slice_plan", "training", b"training", "validation", b"validation"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = typing.Literal["compare_with", b"compare_with", "config", b"config", "initial_adapter", b"initial_adapter", "slice_plan", b"slice_plan", "training", b"training", "validation", b"validation"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["attempt_id", b"attempt_id", "config", b"config", "earlier_prefixes", b"earlier_prefixes", "initial_adapter", b"initial_adapter", "job", b"job", "lease_token", b"lease_token", "output_prefix", b"output_prefix", "slice_plan", b"slice_plan", "training", b"training", "validation", b"validation"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["attempt_id", b"attempt_id", "compare_with", b"compare_with", "config", b"config", "earlier_prefixes", b"earlier_prefixes", "halvings", b"halvings", "initial_adapter", b"initial_adapter", "job", b"job", "lease_token", b"lease_token", "output_prefix", b"output_prefix", "slice_plan", b"slice_plan", "training", b"training", "validation", b"validation"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class Halving(message.Message):
+    """The slices of a step were halved so often because they ran out of memory."""
+
+    DESCRIPTOR: descriptor.Descriptor
+
+    STEP_FIELD_NUMBER: builtins.int
+    TIMES_FIELD_NUMBER: builtins.int
+    step: builtins.int
+    """1-based."""
+    times: builtins.int
+    def __init__(
+        self,
+        *,
+        step: builtins.int = ...,
+        times: builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["step", b"step", "times", b"times"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -402,6 +437,21 @@ class TrainingConfig(message.Message):
     LORA_ALPHA_FIELD_NUMBER: builtins.int
     TARGET_MODULES_FIELD_NUMBER: builtins.int
     BASE_MODEL_FIELD_NUMBER: builtins.int
+    METHOD_FIELD_NUMBER: builtins.int
+    BETA_FIELD_NUMBER: builtins.int
+    LOSS_FIELD_NUMBER: builtins.int
+    LABEL_SMOOTHING_FIELD_NUMBER: builtins.int
+    DESIRABLE_WEIGHT_FIELD_NUMBER: builtins.int
+    UNDESIRABLE_WEIGHT_FIELD_NUMBER: builtins.int
+    LORA_DROPOUT_FIELD_NUMBER: builtins.int
+    USE_RSLORA_FIELD_NUMBER: builtins.int
+    USE_DORA_FIELD_NUMBER: builtins.int
+    FULL_PARAMETER_FIELD_NUMBER: builtins.int
+    SCHEDULE_FIELD_NUMBER: builtins.int
+    EARLY_STOPPING_PATIENCE_FIELD_NUMBER: builtins.int
+    EVAL_EVERY_FIELD_NUMBER: builtins.int
+    KEEP_CHECKPOINTS_FIELD_NUMBER: builtins.int
+    SAMPLE_PROMPTS_FIELD_NUMBER: builtins.int
     n_epochs: builtins.int
     batch_size: builtins.int
     learning_rate: builtins.float
@@ -414,6 +464,29 @@ class TrainingConfig(message.Message):
     lora_alpha: builtins.float
     base_model: builtins.str
     """baseModels/{base_model}: written as base_model_name_or_path into adapter_config.json."""
+    method: builtins.str
+    """supervised, dpo, orpo or kto; empty means supervised."""
+    beta: builtins.float
+    """Of dpo, orpo and kto."""
+    loss: builtins.str
+    """Of dpo: sigmoid or ipo."""
+    label_smoothing: builtins.float
+    desirable_weight: builtins.float
+    """Of kto."""
+    undesirable_weight: builtins.float
+    lora_dropout: builtins.float
+    use_rslora: builtins.bool
+    use_dora: builtins.bool
+    full_parameter: builtins.bool
+    schedule: builtins.str
+    """cosine, linear or constant; empty means cosine."""
+    early_stopping_patience: builtins.int
+    """0 never stops early."""
+    eval_every: builtins.int
+    """Steps; 0 lets the engine choose."""
+    keep_checkpoints: builtins.int
+    """0 means 3."""
+    sample_prompts: builtins.int
     @builtins.property
     def target_modules(self) -> containers.RepeatedScalarFieldContainer[builtins.str]: ...
     def __init__(
@@ -430,10 +503,25 @@ class TrainingConfig(message.Message):
         lora_alpha: builtins.float = ...,
         target_modules: abc.Iterable[builtins.str] | None = ...,
         base_model: builtins.str = ...,
+        method: builtins.str = ...,
+        beta: builtins.float = ...,
+        loss: builtins.str = ...,
+        label_smoothing: builtins.float = ...,
+        desirable_weight: builtins.float = ...,
+        undesirable_weight: builtins.float = ...,
+        lora_dropout: builtins.float = ...,
+        use_rslora: builtins.bool = ...,
+        use_dora: builtins.bool = ...,
+        full_parameter: builtins.bool = ...,
+        schedule: builtins.str = ...,
+        early_stopping_patience: builtins.int = ...,
+        eval_every: builtins.int = ...,
+        keep_checkpoints: builtins.int = ...,
+        sample_prompts: builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["base_model", b"base_model", "batch_size", b"batch_size", "learning_rate", b"learning_rate", "lora_alpha", b"lora_alpha", "lora_r", b"lora_r", "max_grad_norm", b"max_grad_norm", "n_epochs", b"n_epochs", "seed", b"seed", "target_modules", b"target_modules", "warmup_fraction", b"warmup_fraction", "weight_decay", b"weight_decay"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["base_model", b"base_model", "batch_size", b"batch_size", "beta", b"beta", "desirable_weight", b"desirable_weight", "early_stopping_patience", b"early_stopping_patience", "eval_every", b"eval_every", "full_parameter", b"full_parameter", "keep_checkpoints", b"keep_checkpoints", "label_smoothing", b"label_smoothing", "learning_rate", b"learning_rate", "lora_alpha", b"lora_alpha", "lora_dropout", b"lora_dropout", "lora_r", b"lora_r", "loss", b"loss", "max_grad_norm", b"max_grad_norm", "method", b"method", "n_epochs", b"n_epochs", "sample_prompts", b"sample_prompts", "schedule", b"schedule", "seed", b"seed", "target_modules", b"target_modules", "undesirable_weight", b"undesirable_weight", "use_dora", b"use_dora", "use_rslora", b"use_rslora", "warmup_fraction", b"warmup_fraction", "weight_decay", b"weight_decay"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -474,6 +562,7 @@ class ReportProgressRequest(message.Message):
     CHECKPOINTS_FIELD_NUMBER: builtins.int
     SLICE_PLAN_FIELD_NUMBER: builtins.int
     TOTAL_STEPS_FIELD_NUMBER: builtins.int
+    NOTES_FIELD_NUMBER: builtins.int
     attempt_id: builtins.str
     lease_token: builtins.str
     total_steps: builtins.int
@@ -485,6 +574,8 @@ class ReportProgressRequest(message.Message):
     def slice_plan(self) -> SlicePlan:
         """With the first report of a job."""
 
+    @builtins.property
+    def notes(self) -> containers.RepeatedCompositeFieldContainer[ProgressNote]: ...
     def __init__(
         self,
         *,
@@ -494,10 +585,36 @@ class ReportProgressRequest(message.Message):
         checkpoints: abc.Iterable[CheckpointReport] | None = ...,
         slice_plan: SlicePlan | None = ...,
         total_steps: builtins.int = ...,
+        notes: abc.Iterable[ProgressNote] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = typing.Literal["slice_plan", b"slice_plan"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["attempt_id", b"attempt_id", "checkpoints", b"checkpoints", "lease_token", b"lease_token", "metrics", b"metrics", "slice_plan", b"slice_plan", "total_steps", b"total_steps"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["attempt_id", b"attempt_id", "checkpoints", b"checkpoints", "lease_token", b"lease_token", "metrics", b"metrics", "notes", b"notes", "slice_plan", b"slice_plan", "total_steps", b"total_steps"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class ProgressNote(message.Message):
+    """Something that the user is told as an event, once per step and message."""
+
+    DESCRIPTOR: descriptor.Descriptor
+
+    STEP_FIELD_NUMBER: builtins.int
+    LEVEL_FIELD_NUMBER: builtins.int
+    MESSAGE_FIELD_NUMBER: builtins.int
+    step: builtins.int
+    level: jobs_pb2.EventLevel.ValueType
+    message: builtins.str
+    def __init__(
+        self,
+        *,
+        step: builtins.int = ...,
+        level: jobs_pb2.EventLevel.ValueType = ...,
+        message: builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["level", b"level", "message", b"message", "step", b"step"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -552,6 +669,7 @@ class CompleteAttemptRequest(message.Message):
     TRAINED_TOKENS_FIELD_NUMBER: builtins.int
     ERROR_FIELD_NUMBER: builtins.int
     STEP_FIELD_NUMBER: builtins.int
+    RECEIPT_FIELD_NUMBER: builtins.int
     attempt_id: builtins.str
     lease_token: builtins.str
     outcome: AttemptOutcome.ValueType
@@ -563,6 +681,10 @@ class CompleteAttemptRequest(message.Message):
 
     @builtins.property
     def error(self) -> jobs_pb2.JobError: ...
+    @builtins.property
+    def receipt(self) -> EngineReceipt:
+        """For SUCCEEDED."""
+
     def __init__(
         self,
         *,
@@ -573,10 +695,99 @@ class CompleteAttemptRequest(message.Message):
         trained_tokens: builtins.int = ...,
         error: jobs_pb2.JobError | None = ...,
         step: builtins.int = ...,
+        receipt: EngineReceipt | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = typing.Literal["error", b"error", "final_adapter", b"final_adapter"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = typing.Literal["error", b"error", "final_adapter", b"final_adapter", "receipt", b"receipt"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["attempt_id", b"attempt_id", "error", b"error", "final_adapter", b"final_adapter", "lease_token", b"lease_token", "outcome", b"outcome", "step", b"step", "trained_tokens", b"trained_tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["attempt_id", b"attempt_id", "error", b"error", "final_adapter", b"final_adapter", "lease_token", b"lease_token", "outcome", b"outcome", "receipt", b"receipt", "step", b"step", "trained_tokens", b"trained_tokens"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class EngineReceipt(message.Message):
+    """What only the engine knows of how an attempt was computed."""
+
+    DESCRIPTOR: descriptor.Descriptor
+
+    @typing.final
+    class VersionsEntry(message.Message):
+        DESCRIPTOR: descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: builtins.int
+        VALUE_FIELD_NUMBER: builtins.int
+        key: builtins.str
+        value: builtins.str
+        def __init__(
+            self,
+            *,
+            key: builtins.str = ...,
+            value: builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    @typing.final
+    class FlagsEntry(message.Message):
+        DESCRIPTOR: descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: builtins.int
+        VALUE_FIELD_NUMBER: builtins.int
+        key: builtins.str
+        value: builtins.str
+        def __init__(
+            self,
+            *,
+            key: builtins.str = ...,
+            value: builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    VERSIONS_FIELD_NUMBER: builtins.int
+    FLAGS_FIELD_NUMBER: builtins.int
+    HALVINGS_FIELD_NUMBER: builtins.int
+    FUSED_FIELD_NUMBER: builtins.int
+    WEIGHTS_SHA256_FIELD_NUMBER: builtins.int
+    COMPARISON_FIELD_NUMBER: builtins.int
+    fused: builtins.bool
+    """Whether a slice shared its pass with another job's; the bits are not promised to come again then."""
+    weights_sha256: builtins.str
+    """Lower-case hex of the file with the final weights."""
+    @builtins.property
+    def versions(self) -> containers.ScalarMap[builtins.str, builtins.str]:
+        """Package -> version: lathe, python, torch, transformers, safetensors, …"""
+
+    @builtins.property
+    def flags(self) -> containers.ScalarMap[builtins.str, builtins.str]:
+        """What else decides the bits, such as cpu_capability, torch_build, kernels and num_threads."""
+
+    @builtins.property
+    def halvings(self) -> containers.RepeatedCompositeFieldContainer[Halving]:
+        """Of all steps, those of earlier attempts included."""
+
+    @builtins.property
+    def comparison(self) -> jobs_pb2.WeightComparison:
+        """Of a rerun."""
+
+    def __init__(
+        self,
+        *,
+        versions: abc.Mapping[builtins.str, builtins.str] | None = ...,
+        flags: abc.Mapping[builtins.str, builtins.str] | None = ...,
+        halvings: abc.Iterable[Halving] | None = ...,
+        fused: builtins.bool = ...,
+        weights_sha256: builtins.str = ...,
+        comparison: jobs_pb2.WeightComparison | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = typing.Literal["comparison", b"comparison"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["comparison", b"comparison", "flags", b"flags", "fused", b"fused", "halvings", b"halvings", "versions", b"versions", "weights_sha256", b"weights_sha256"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
