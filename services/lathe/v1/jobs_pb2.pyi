@@ -291,13 +291,15 @@ class TrainingOptions(message.Message):
     max_grad_norm: builtins.float
     """The gradient's norm is clipped to it; above 0."""
     early_stopping_patience: builtins.int
-    """Stop after so many full validations in a row without a lower loss; 0 never does. Needs a validation dataset."""
+    """Stop after so many validations in a row without a lower loss, with the best adapter as the result; 0 never does.
+    Needs a validation dataset, the whole of which each validation is then of.
+    """
     eval_every: builtins.int
     """Steps between validations on one batch; full ones are at each epoch's end besides."""
     keep_checkpoints: builtins.int
     """How many of the last checkpoints are kept, 1 to 100, beside the best one."""
     sample_prompts: builtins.int
-    """Show what the model answers to the prompts of so many validation examples at each checkpoint, 0 to 16."""
+    """Show what the model answers to the prompts of so many validation examples at each checkpoint, 0 to 8."""
     def __init__(
         self,
         *,
@@ -532,7 +534,7 @@ class DpoHyperparameters(message.Message):
     BATCH_SIZE_FIELD_NUMBER: builtins.int
     LEARNING_RATE_MULTIPLIER_FIELD_NUMBER: builtins.int
     BETA_FIELD_NUMBER: builtins.int
-    LOSS_FIELD_NUMBER: builtins.int
+    LOSS_TYPE_FIELD_NUMBER: builtins.int
     LABEL_SMOOTHING_FIELD_NUMBER: builtins.int
     n_epochs: builtins.int
     """As of SupervisedHyperparameters; an example is a pair."""
@@ -540,7 +542,7 @@ class DpoHyperparameters(message.Message):
     learning_rate_multiplier: builtins.float
     beta: builtins.float
     """How strongly the model is held to where it started, above 0 to 2."""
-    loss: builtins.str
+    loss_type: builtins.str
     """sigmoid (DPO) or ipo (Azar et al. 2023)."""
     label_smoothing: builtins.float
     """The share of pairs that are taken to be labelled the wrong way round, 0 to below 0.5; for sigmoid only."""
@@ -551,12 +553,12 @@ class DpoHyperparameters(message.Message):
         batch_size: builtins.int | None = ...,
         learning_rate_multiplier: builtins.float | None = ...,
         beta: builtins.float | None = ...,
-        loss: builtins.str | None = ...,
+        loss_type: builtins.str | None = ...,
         label_smoothing: builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = typing.Literal["_batch_size", b"_batch_size", "_beta", b"_beta", "_label_smoothing", b"_label_smoothing", "_learning_rate_multiplier", b"_learning_rate_multiplier", "_loss", b"_loss", "_n_epochs", b"_n_epochs", "batch_size", b"batch_size", "beta", b"beta", "label_smoothing", b"label_smoothing", "learning_rate_multiplier", b"learning_rate_multiplier", "loss", b"loss", "n_epochs", b"n_epochs"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = typing.Literal["_batch_size", b"_batch_size", "_beta", b"_beta", "_label_smoothing", b"_label_smoothing", "_learning_rate_multiplier", b"_learning_rate_multiplier", "_loss_type", b"_loss_type", "_n_epochs", b"_n_epochs", "batch_size", b"batch_size", "beta", b"beta", "label_smoothing", b"label_smoothing", "learning_rate_multiplier", b"learning_rate_multiplier", "loss_type", b"loss_type", "n_epochs", b"n_epochs"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["_batch_size", b"_batch_size", "_beta", b"_beta", "_label_smoothing", b"_label_smoothing", "_learning_rate_multiplier", b"_learning_rate_multiplier", "_loss", b"_loss", "_n_epochs", b"_n_epochs", "batch_size", b"batch_size", "beta", b"beta", "label_smoothing", b"label_smoothing", "learning_rate_multiplier", b"learning_rate_multiplier", "loss", b"loss", "n_epochs", b"n_epochs"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["_batch_size", b"_batch_size", "_beta", b"_beta", "_label_smoothing", b"_label_smoothing", "_learning_rate_multiplier", b"_learning_rate_multiplier", "_loss_type", b"_loss_type", "_n_epochs", b"_n_epochs", "batch_size", b"batch_size", "beta", b"beta", "label_smoothing", b"label_smoothing", "learning_rate_multiplier", b"learning_rate_multiplier", "loss_type", b"loss_type", "n_epochs", b"n_epochs"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__batch_size: _TypeAlias = typing.Literal["batch_size"]  # noqa: Y015
     _WhichOneofArgType__batch_size: _TypeAlias = typing.Literal["_batch_size", b"_batch_size"]  # noqa: Y015
@@ -566,8 +568,8 @@ class DpoHyperparameters(message.Message):
     _WhichOneofArgType__label_smoothing: _TypeAlias = typing.Literal["_label_smoothing", b"_label_smoothing"]  # noqa: Y015
     _WhichOneofReturnType__learning_rate_multiplier: _TypeAlias = typing.Literal["learning_rate_multiplier"]  # noqa: Y015
     _WhichOneofArgType__learning_rate_multiplier: _TypeAlias = typing.Literal["_learning_rate_multiplier", b"_learning_rate_multiplier"]  # noqa: Y015
-    _WhichOneofReturnType__loss: _TypeAlias = typing.Literal["loss"]  # noqa: Y015
-    _WhichOneofArgType__loss: _TypeAlias = typing.Literal["_loss", b"_loss"]  # noqa: Y015
+    _WhichOneofReturnType__loss_type: _TypeAlias = typing.Literal["loss_type"]  # noqa: Y015
+    _WhichOneofArgType__loss_type: _TypeAlias = typing.Literal["_loss_type", b"_loss_type"]  # noqa: Y015
     _WhichOneofReturnType__n_epochs: _TypeAlias = typing.Literal["n_epochs"]  # noqa: Y015
     _WhichOneofArgType__n_epochs: _TypeAlias = typing.Literal["_n_epochs", b"_n_epochs"]  # noqa: Y015
     @typing.overload
@@ -579,7 +581,7 @@ class DpoHyperparameters(message.Message):
     @typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__learning_rate_multiplier) -> _WhichOneofReturnType__learning_rate_multiplier | None: ...
     @typing.overload
-    def WhichOneof(self, oneof_group: _WhichOneofArgType__loss) -> _WhichOneofReturnType__loss | None: ...
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__loss_type) -> _WhichOneofReturnType__loss_type | None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__n_epochs) -> _WhichOneofReturnType__n_epochs | None: ...
 
@@ -796,6 +798,26 @@ class LoraConfig(message.Message):
 class JobEvent(message.Message):
     DESCRIPTOR: descriptor.Descriptor
 
+    @typing.final
+    class DataEntry(message.Message):
+        DESCRIPTOR: descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: builtins.int
+        VALUE_FIELD_NUMBER: builtins.int
+        key: builtins.str
+        value: builtins.str
+        def __init__(
+            self,
+            *,
+            key: builtins.str = ...,
+            value: builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     EVENT_ID_FIELD_NUMBER: builtins.int
     SEQUENCE_FIELD_NUMBER: builtins.int
     CREATE_TIME_FIELD_NUMBER: builtins.int
@@ -803,6 +825,8 @@ class JobEvent(message.Message):
     LEVEL_FIELD_NUMBER: builtins.int
     MESSAGE_FIELD_NUMBER: builtins.int
     METRICS_FIELD_NUMBER: builtins.int
+    KIND_FIELD_NUMBER: builtins.int
+    DATA_FIELD_NUMBER: builtins.int
     event_id: builtins.str
     """ftevent-…"""
     sequence: builtins.int
@@ -810,12 +834,16 @@ class JobEvent(message.Message):
     type: EventType.ValueType
     level: EventLevel.ValueType
     message: builtins.str
+    kind: builtins.str
+    """What a sentence of the engine is about, such as generation, and its parts (line, prompt, text)."""
     @builtins.property
     def create_time(self) -> timestamp_pb2.Timestamp: ...
     @builtins.property
     def metrics(self) -> StepMetrics:
         """For METRICS events."""
 
+    @builtins.property
+    def data(self) -> containers.ScalarMap[builtins.str, builtins.str]: ...
     def __init__(
         self,
         *,
@@ -826,10 +854,12 @@ class JobEvent(message.Message):
         level: EventLevel.ValueType = ...,
         message: builtins.str = ...,
         metrics: StepMetrics | None = ...,
+        kind: builtins.str = ...,
+        data: abc.Mapping[builtins.str, builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = typing.Literal["create_time", b"create_time", "metrics", b"metrics"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["create_time", b"create_time", "event_id", b"event_id", "level", b"level", "message", b"message", "metrics", b"metrics", "sequence", b"sequence", "type", b"type"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["create_time", b"create_time", "data", b"data", "event_id", b"event_id", "kind", b"kind", "level", b"level", "message", b"message", "metrics", b"metrics", "sequence", b"sequence", "type", b"type"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -439,7 +439,7 @@ class TrainingConfig(message.Message):
     BASE_MODEL_FIELD_NUMBER: builtins.int
     METHOD_FIELD_NUMBER: builtins.int
     BETA_FIELD_NUMBER: builtins.int
-    LOSS_FIELD_NUMBER: builtins.int
+    LOSS_TYPE_FIELD_NUMBER: builtins.int
     LABEL_SMOOTHING_FIELD_NUMBER: builtins.int
     DESIRABLE_WEIGHT_FIELD_NUMBER: builtins.int
     UNDESIRABLE_WEIGHT_FIELD_NUMBER: builtins.int
@@ -468,7 +468,7 @@ class TrainingConfig(message.Message):
     """supervised, dpo, orpo or kto; empty means supervised."""
     beta: builtins.float
     """Of dpo, orpo and kto."""
-    loss: builtins.str
+    loss_type: builtins.str
     """Of dpo: sigmoid or ipo."""
     label_smoothing: builtins.float
     desirable_weight: builtins.float
@@ -483,9 +483,9 @@ class TrainingConfig(message.Message):
     early_stopping_patience: builtins.int
     """0 never stops early."""
     eval_every: builtins.int
-    """Steps; 0 lets the engine choose."""
+    """Steps; 0 means about 20 times a job."""
     keep_checkpoints: builtins.int
-    """0 means 3."""
+    """The last so many, and the best one; 0 keeps all."""
     sample_prompts: builtins.int
     @builtins.property
     def target_modules(self) -> containers.RepeatedScalarFieldContainer[builtins.str]: ...
@@ -505,7 +505,7 @@ class TrainingConfig(message.Message):
         base_model: builtins.str = ...,
         method: builtins.str = ...,
         beta: builtins.float = ...,
-        loss: builtins.str = ...,
+        loss_type: builtins.str = ...,
         label_smoothing: builtins.float = ...,
         desirable_weight: builtins.float = ...,
         undesirable_weight: builtins.float = ...,
@@ -521,7 +521,7 @@ class TrainingConfig(message.Message):
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["base_model", b"base_model", "batch_size", b"batch_size", "beta", b"beta", "desirable_weight", b"desirable_weight", "early_stopping_patience", b"early_stopping_patience", "eval_every", b"eval_every", "full_parameter", b"full_parameter", "keep_checkpoints", b"keep_checkpoints", "label_smoothing", b"label_smoothing", "learning_rate", b"learning_rate", "lora_alpha", b"lora_alpha", "lora_dropout", b"lora_dropout", "lora_r", b"lora_r", "loss", b"loss", "max_grad_norm", b"max_grad_norm", "method", b"method", "n_epochs", b"n_epochs", "sample_prompts", b"sample_prompts", "schedule", b"schedule", "seed", b"seed", "target_modules", b"target_modules", "undesirable_weight", b"undesirable_weight", "use_dora", b"use_dora", "use_rslora", b"use_rslora", "warmup_fraction", b"warmup_fraction", "weight_decay", b"weight_decay"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["base_model", b"base_model", "batch_size", b"batch_size", "beta", b"beta", "desirable_weight", b"desirable_weight", "early_stopping_patience", b"early_stopping_patience", "eval_every", b"eval_every", "full_parameter", b"full_parameter", "keep_checkpoints", b"keep_checkpoints", "label_smoothing", b"label_smoothing", "learning_rate", b"learning_rate", "lora_alpha", b"lora_alpha", "lora_dropout", b"lora_dropout", "lora_r", b"lora_r", "loss_type", b"loss_type", "max_grad_norm", b"max_grad_norm", "method", b"method", "n_epochs", b"n_epochs", "sample_prompts", b"sample_prompts", "schedule", b"schedule", "seed", b"seed", "target_modules", b"target_modules", "undesirable_weight", b"undesirable_weight", "use_dora", b"use_dora", "use_rslora", b"use_rslora", "warmup_fraction", b"warmup_fraction", "weight_decay", b"weight_decay"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -563,6 +563,7 @@ class ReportProgressRequest(message.Message):
     SLICE_PLAN_FIELD_NUMBER: builtins.int
     TOTAL_STEPS_FIELD_NUMBER: builtins.int
     NOTES_FIELD_NUMBER: builtins.int
+    DROPPED_CHECKPOINTS_FIELD_NUMBER: builtins.int
     attempt_id: builtins.str
     lease_token: builtins.str
     total_steps: builtins.int
@@ -576,6 +577,10 @@ class ReportProgressRequest(message.Message):
 
     @builtins.property
     def notes(self) -> containers.RepeatedCompositeFieldContainer[ProgressNote]: ...
+    @builtins.property
+    def dropped_checkpoints(self) -> containers.RepeatedScalarFieldContainer[builtins.int]:
+        """Steps of checkpoints that keep_checkpoints gives up; their files are deleted once this is answered."""
+
     def __init__(
         self,
         *,
@@ -586,35 +591,63 @@ class ReportProgressRequest(message.Message):
         slice_plan: SlicePlan | None = ...,
         total_steps: builtins.int = ...,
         notes: abc.Iterable[ProgressNote] | None = ...,
+        dropped_checkpoints: abc.Iterable[builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = typing.Literal["slice_plan", b"slice_plan"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["attempt_id", b"attempt_id", "checkpoints", b"checkpoints", "lease_token", b"lease_token", "metrics", b"metrics", "notes", b"notes", "slice_plan", b"slice_plan", "total_steps", b"total_steps"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["attempt_id", b"attempt_id", "checkpoints", b"checkpoints", "dropped_checkpoints", b"dropped_checkpoints", "lease_token", b"lease_token", "metrics", b"metrics", "notes", b"notes", "slice_plan", b"slice_plan", "total_steps", b"total_steps"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 @typing.final
 class ProgressNote(message.Message):
-    """Something that the user is told as an event, once per step and message."""
+    """A sentence that becomes an event of the job, once per step, kind and message."""
 
     DESCRIPTOR: descriptor.Descriptor
 
+    @typing.final
+    class DataEntry(message.Message):
+        DESCRIPTOR: descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: builtins.int
+        VALUE_FIELD_NUMBER: builtins.int
+        key: builtins.str
+        value: builtins.str
+        def __init__(
+            self,
+            *,
+            key: builtins.str = ...,
+            value: builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     STEP_FIELD_NUMBER: builtins.int
-    LEVEL_FIELD_NUMBER: builtins.int
+    KIND_FIELD_NUMBER: builtins.int
     MESSAGE_FIELD_NUMBER: builtins.int
+    DATA_FIELD_NUMBER: builtins.int
     step: builtins.int
-    level: jobs_pb2.EventLevel.ValueType
+    kind: builtins.str
+    """Such as out_of_memory, early_stopping or generation."""
     message: builtins.str
+    @builtins.property
+    def data(self) -> containers.ScalarMap[builtins.str, builtins.str]:
+        """Of a generation: line, prompt and text."""
+
     def __init__(
         self,
         *,
         step: builtins.int = ...,
-        level: jobs_pb2.EventLevel.ValueType = ...,
+        kind: builtins.str = ...,
         message: builtins.str = ...,
+        data: abc.Mapping[builtins.str, builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["level", b"level", "message", b"message", "step", b"step"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["data", b"data", "kind", b"kind", "message", b"message", "step", b"step"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
