@@ -41,6 +41,42 @@ class TokenRef:
 
 
 @dataclass(frozen=True, slots=True)
+class Supervised:
+    """Maximum likelihood of the trained tokens."""
+
+
+@dataclass(frozen=True, slots=True)
+class Dpo:
+    """Direct preference optimisation. beta: how closely the reference is kept to; loss_type: `sigmoid` or `ipo`.
+
+    label_smoothing: the share of the preferences taken to be wrong (cDPO), with `sigmoid` only.
+    """
+
+    beta: float = 0.1
+    loss_type: str = "sigmoid"
+    label_smoothing: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Orpo:
+    """Odds ratio preference optimisation. beta: the weight of the odds ratio, the paper's lambda."""
+
+    beta: float = 0.1
+
+
+@dataclass(frozen=True, slots=True)
+class Kto:
+    """Kahneman-Tversky optimisation. beta: how closely the reference is kept to; weights: of rows of either kind."""
+
+    beta: float = 0.1
+    desirable_weight: float = 1.0
+    undesirable_weight: float = 1.0
+
+
+Method = Supervised | Dpo | Orpo | Kto
+
+
+@dataclass(frozen=True, slots=True)
 class TrainingConfig:
     """Resolved hyperparameters. learning_rate is the peak; base_model is written into adapter_config.json."""
 
@@ -55,6 +91,7 @@ class TrainingConfig:
     lora_alpha: float = 32.0
     target_modules: tuple[str, ...] = ()
     base_model: str = ""
+    method: Method = Supervised()
 
 
 @dataclass(frozen=True, slots=True)
