@@ -24,7 +24,6 @@ from lathe.datasets.model import (
     Report,
     TokenizerFile,
 )
-from lathe.text.formats import RowFormat
 
 metadata = sa.MetaData()
 
@@ -336,11 +335,7 @@ def _is(project: str, dataset_id: str) -> tuple[sa.ColumnElement[bool], sa.Colum
 
 def _report(content: Mapping[str, Any]) -> Report:
     findings = tuple(Finding(**finding) for finding in content["findings"])
-    # Rows that an earlier version wrote have no format.
-    found = content.get("format")
-    return Report(
-        content["example_count"], content["finding_count"], findings, RowFormat(found) if found else None
-    )
+    return Report(content["example_count"], content["finding_count"], findings)
 
 
 def _dataset(row: Any) -> Dataset:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from lathe.common.errors import FieldViolation, InvalidArgument
 from lathe.engine.frozen import FrozenLinear
-from lathe.text.families import LINEAR_MODULES
+from lathe.text.architectures import ALL_LINEAR_MODULES, LINEAR_MODULES
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -50,9 +50,10 @@ class LoraSpec:
             raise _invalid("r", f"{self.r} is outside 1 … 1024")
         if not (math.isfinite(self.lora_alpha) and self.lora_alpha > 0):
             raise _invalid("lora_alpha", f"{self.lora_alpha} is not a positive number")
-        unknown = sorted(set(self.target_modules) - set(LINEAR_MODULES))
+        unknown = sorted(set(self.target_modules) - set(ALL_LINEAR_MODULES))
         if unknown or not self.target_modules:
-            raise _invalid("target_modules", f"{unknown or 'empty'}; choose from {', '.join(LINEAR_MODULES)}")
+            text = f"{unknown or 'empty'}; choose from {', '.join(ALL_LINEAR_MODULES)}"
+            raise _invalid("target_modules", text)
 
     @property
     def scale(self) -> float:
@@ -79,8 +80,11 @@ class LoraSpec:
         }
 
     @classmethod
-    def from_config(cls, config: Mapping[str, object]) -> LoraSpec:
-        """Reads an adapter_config.json. Raises InvalidArgument for what would change the arithmetic unseen."""
+    def from_config(cls, config: Mapping[str, object], linears: Sequence[str] = LINEAR_MODULES) -> LoraSpec:
+        """Reads an adapter_config.json. Raises InvalidArgument for what would change the arithmetic unseen.
+
+        linears: what "all-linear" stands for.
+        """
         if config.get("peft_type") != "LORA":
             raise _invalid("peft_type", f"{config.get('peft_type')!r}; only LORA adapters are supported")
         if config.get("bias", "none") != "none":
@@ -90,13 +94,13 @@ class LoraSpec:
                 raise _invalid(name, f"{config[name]!r}; this option is not supported")
         modules = config.get("target_modules")
         if modules == "all-linear":
-            modules = list(LINEAR_MODULES)
+            modules = list(linears)
         if not isinstance(modules, list):
             raise _invalid("target_modules", "a list of module names is needed")
         r, alpha = config.get("r"), config.get("lora_alpha")
         if not isinstance(r, int) or not isinstance(alpha, int | float):
             raise _invalid("r", "r and lora_alpha must be numbers")
-        order = {name: i for i, name in enumerate(LINEAR_MODULES)}
+        order = {name: i for i, name in enumerate(ALL_LINEAR_MODULES)}
         names = sorted({str(m) for m in modules}, key=lambda m: order.get(m, len(order)))
         return cls(r, float(alpha), tuple(names), bool(config.get("use_rslora", False)))
 
@@ -340,7 +344,7 @@ class AdapterBank:
 
     def load(self, slot: int, folder: Path, *, trainable: bool = False) -> Adapter:
         """An adapter from PEFT's files. Raises InvalidArgument."""
-        adapter = self._add(slot, read_spec(folder), trainable=trainable)
+        adapter = self._add(slot, read_spec(folder, self.linears), trainable=trainable)
         try:
             adapter.load_weights(folder)
         except InvalidArgument:
@@ -351,6 +355,11 @@ class AdapterBank:
     def remove(self, slot: int) -> None:
         del self._slots[slot]
         self._mixed_key, self._mixed = (), _SideBySide({}, [])
+
+    @property
+    def linears(self) -> tuple[str, ...]:
+        """The names of the base's linears that an adapter may have."""
+        return tuple(shape.name for shape in self._shapes)
 
     def free_slot(self) -> int:
         return next(slot for slot in range(len(self._slots) + 1) if slot not in self._slots)
@@ -373,6 +382,9 @@ class AdapterBank:
         return LoraPass(runs)
 
     def _add(self, slot: int, spec: LoraSpec, *, trainable: bool) -> Adapter:
+        if unknown := [name for name in spec.target_modules if name not in self.linears]:
+            text = f"this base model has no {', '.join(unknown)}; choose from {', '.join(self.linears)}"
+            raise _invalid("target_modules", text)
         adapter = Adapter(spec, self._shapes, self._layers, self._dtype, self._device, trainable=trainable)
         self._made += 1
         adapter.serial = self._made
@@ -424,15 +436,15 @@ def _side_by_side(adapters: Sequence[Adapter], widths: Mapping[str, int]) -> _Si
     return made
 
 
-def read_spec(folder: Path) -> LoraSpec:
-    """The LoraSpec of an adapter folder. Raises InvalidArgument."""
+def read_spec(folder: Path, linears: Sequence[str] = LINEAR_MODULES) -> LoraSpec:
+    """The LoraSpec of an adapter folder; linears: what "all-linear" stands for. Raises InvalidArgument."""
     try:
         config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise InvalidArgument(f"the adapter's {CONFIG_FILE} cannot be read: {error}") from error
     if not isinstance(config, dict):
         raise InvalidArgument(f"the adapter's {CONFIG_FILE} is not a JSON object.")
-    return LoraSpec.from_config(config)
+    return LoraSpec.from_config(config, linears)
 
 
 def _invalid(name: str, what: str) -> InvalidArgument:

@@ -1,7 +1,8 @@
 """Attention for the two kinds of pass: training (causal over whole rows) and serving (against the KV cache).
 
 Both take the fused, not yet rotated q, k, v of flat tokens and give the heads' outputs of flat tokens; everything
-else in the decoder works on flat tokens. Scores and softmax are fp32.
+else in the decoder works on flat tokens. Scores and softmax are fp32. In a layer with a sliding window a token sees
+the window's last tokens, itself included.
 
 On a CPU training does not use torch's flash kernel: at 8 rows of 100 tokens in bfloat16 it took 3.2 + 17.3 ms a
 layer (forward, backward) where plain batched products took about 1.5 + 1.5 (measured, torch 2.13).
@@ -9,7 +10,7 @@ layer (forward, backward) where plain batched products took about 1.5 + 1.5 (mea
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from lathe.engine.kernels import applied
 from lathe.engine.kv import KVCache
+from lathe.engine.rope import Rope
 from lathe.engine.spec import DecoderSpec
 
 # Queries are taken in blocks of this many, each against the keys up to its end: bounds memory, skips most of
@@ -32,24 +34,6 @@ class Attention(Protocol):
     def __call__(self, layer: int, qkv: Tensor) -> Tensor: ...
 
 
-@dataclass(frozen=True, slots=True)
-class Rope:
-    """Rotation tables of a pass: cos and (sign-folded) sin, [T, 1, head_dim], in the compute dtype."""
-
-    cos: Tensor
-    sin: Tensor
-
-    def rotate(self, x: Tensor) -> Tensor:
-        """x [T, heads, head_dim] -> rotated copy (rotate_half convention; Su et al. 2021)."""
-        half = x.shape[-1] // 2
-        return (x * self.cos).addcmul_(x.roll(half, -1), self.sin)
-
-    def unrotate(self, x: Tensor) -> Tensor:
-        """The inverse, which is also the gradient."""
-        half = x.shape[-1] // 2
-        return (x * self.cos).addcmul_(x.roll(half, -1), self.sin, value=-1)
-
-
 class RowAttention:
     """Causal attention within each row of a flat batch (training, and scoring without a cache).
 
@@ -58,10 +42,18 @@ class RowAttention:
     """
 
     def __init__(
-        self, spec: DecoderSpec, rope: Rope, lengths: Sequence[int], device: torch.device, *, fused: bool
+        self,
+        spec: DecoderSpec,
+        ropes: Sequence[Rope],
+        lengths: Sequence[int],
+        device: torch.device,
+        *,
+        fused: bool,
     ) -> None:
-        self._spec, self._rope, self._fused = spec, rope, fused
+        self._spec, self._ropes, self._fused = spec, ropes, fused
         self._rows, self._length = len(lengths), max(lengths)
+        self._device = device
+        self._bands: dict[int, Tensor] = {}
         self._pad: Tensor | None = None
         self._unpad: Tensor | None = None
         if min(lengths) != self._length:
@@ -74,17 +66,18 @@ class RowAttention:
 
     def __call__(self, layer: int, qkv: Tensor) -> Tensor:
         if not self._fused:
-            return self._sdpa(qkv)
+            return self._sdpa(layer, qkv)
         if qkv.requires_grad:
-            return applied(_RowAttention, qkv, self)
-        return self.forward(qkv)[0]
+            return applied(_RowAttention, qkv, self, layer)
+        return self.forward(layer, qkv)[0]
 
-    def _split(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _split(self, layer: int, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Rotated, padded q [n kv, g, L, d] and k, v [n kv, L, d]."""
         spec = self._spec
         heads, kv, d = spec.heads, spec.kv_heads, spec.head_dim
         x = qkv.view(-1, heads + 2 * kv, d)
-        qk, v = self._padded(self._rope.rotate(x[:, : heads + kv])), self._padded(x[:, heads + kv :])
+        qk = self._padded(self._ropes[layer].rotate(x[:, : heads + kv]))
+        v = self._padded(x[:, heads + kv :])
         n, length = self._rows, self._length
         q = qk[:, :heads].view(n, length, kv, heads // kv, d).permute(0, 2, 3, 1, 4)
         k = qk[:, heads:].view(n, length, kv, d).transpose(1, 2)
@@ -103,38 +96,50 @@ class RowAttention:
         x = o.view(self._rows, kv, g, length, d).permute(0, 3, 1, 2, 4)
         return self._flat(x.reshape(self._rows * length, kv * g * d))
 
-    def forward(self, qkv: Tensor) -> tuple[Tensor, list[Tensor]]:
+    def forward(self, layer: int, qkv: Tensor) -> tuple[Tensor, list[Tensor]]:
         """The output and what the backward pass needs: q, k, v and, for short rows, the probabilities."""
-        q, k, v = self._split(qkv)
+        q, k, v = self._split(layer, qkv)
         out = torch.empty_like(q)
         probabilities: list[Tensor] = []
-        for start in range(0, self._length, QUERY_BLOCK):
-            stop = min(start + QUERY_BLOCK, self._length)
-            p = attend(q[:, :, start:stop], k[:, :stop], start)
-            out[:, :, start:stop] = torch.bmm(p, v[:, :stop]).view(out[:, :, start:stop].shape)
+        for start, stop, low in self._blocks(layer):
+            p = self._attend(layer, q[:, :, start:stop], k[:, low:stop], start - low)
+            out[:, :, start:stop] = torch.bmm(p, v[:, low:stop]).view(out[:, :, start:stop].shape)
             if self._length <= QUERY_BLOCK:
                 probabilities.append(p)
         return self._merge(out), [q, k, v, *probabilities]
 
-    def backward(self, do: Tensor, q: Tensor, k: Tensor, v: Tensor, *probabilities: Tensor) -> Tensor:
+    def _blocks(self, layer: int) -> Iterator[tuple[int, int, int]]:
+        """Blocks of queries start:stop, each with the first key that any of them sees."""
+        for start in range(0, self._length, QUERY_BLOCK):
+            low = first_seen(start, self._spec.windows[layer])
+            yield start, min(start + QUERY_BLOCK, self._length), low
+
+    def _attend(self, layer: int, q: Tensor, k: Tensor, past: int) -> Tensor:
+        return attend(q, k, past, scale=self._spec.attention_scale, window=self._spec.windows[layer])
+
+    def backward(
+        self, layer: int, do: Tensor, q: Tensor, k: Tensor, v: Tensor, *probabilities: Tensor
+    ) -> Tensor:
         """d out [T, heads * d] -> d qkv, flat."""
         spec, n, length = self._spec, self._rows, self._length
         heads, kv, d = spec.heads, spec.kv_heads, spec.head_dim
         o = self._padded_gradient(do).view(n, length, kv, heads // kv, d).permute(0, 2, 3, 1, 4)
         o = o.reshape(n * kv, -1, length, d)
         dq = torch.empty_like(q)
-        dk = torch.zeros(k.shape, dtype=torch.float32, device=k.device)
+        dk = torch.zeros(k.shape, dtype=torch.promote_types(k.dtype, torch.float32), device=k.device)
         dv = torch.zeros_like(dk)
-        for start in range(0, length, QUERY_BLOCK):
-            stop = min(start + QUERY_BLOCK, length)
-            p = probabilities[0] if probabilities else attend(q[:, :, start:stop], k[:, :stop], start)
+        for start, stop, low in self._blocks(layer):
+            if probabilities:
+                p = probabilities[0]
+            else:
+                p = self._attend(layer, q[:, :, start:stop], k[:, low:stop], start - low)
             o_block = o[:, :, start:stop].reshape(n * kv, -1, d)
-            dv[:, :stop] += torch.bmm(p.transpose(1, 2), o_block)
-            dp = torch.bmm(o_block, v[:, :stop].transpose(1, 2))
+            dv[:, low:stop] += torch.bmm(p.transpose(1, 2), o_block)
+            dp = torch.bmm(o_block, v[:, low:stop].transpose(1, 2))
             ds = torch._softmax_backward_data(dp, p, -1, p.dtype)
-            dq[:, :, start:stop] = torch.bmm(ds, k[:, :stop]).view(dq[:, :, start:stop].shape)
-            dk[:, :stop] += torch.bmm(ds.transpose(1, 2), q[:, :, start:stop].reshape(n * kv, -1, d))
-        scale = d**-0.5
+            dq[:, :, start:stop] = torch.bmm(ds, k[:, low:stop]).view(dq[:, :, start:stop].shape)
+            dk[:, low:stop] += torch.bmm(ds.transpose(1, 2), q[:, :, start:stop].reshape(n * kv, -1, d))
+        scale = spec.attention_scale
         dqk = torch.empty((n, length, heads + kv, d), dtype=do.dtype, device=do.device)
         torch.mul(
             dq.view(n, kv, -1, length, d).permute(0, 3, 1, 2, 4),
@@ -145,7 +150,7 @@ class RowAttention:
         dv_flat = self._flat(dv.view(n, kv, length, d).transpose(1, 2).reshape(n * length, kv, d)).to(
             do.dtype
         )
-        rotated = self._rope.unrotate(self._flat(dqk.view(n * length, heads + kv, d)))
+        rotated = self._ropes[layer].unrotate(self._flat(dqk.view(n * length, heads + kv, d)))
         return torch.cat((rotated, dv_flat), dim=1).view(do.shape[0], -1)
 
     def _padded_gradient(self, do: Tensor) -> Tensor:
@@ -154,43 +159,63 @@ class RowAttention:
         padded = do.new_zeros((self._rows * self._length, do.shape[1]))
         return padded.index_copy_(0, self._unpad, do)
 
-    def _sdpa(self, qkv: Tensor) -> Tensor:
+    def _sdpa(self, layer: int, qkv: Tensor) -> Tensor:
         spec, n, length = self._spec, self._rows, self._length
         heads, kv, d = spec.heads, spec.kv_heads, spec.head_dim
-        q, k, v = self._split(qkv)
+        q, k, v = self._split(layer, qkv)
+        window = spec.windows[layer]
+        mask = None if window is None or window >= length else self._band(window)
         o = F.scaled_dot_product_attention(
             q.reshape(n, heads, length, d),
             k.view(n, kv, length, d),
             v.view(n, kv, length, d),
-            is_causal=True,
+            attn_mask=mask,
+            is_causal=mask is None,
+            scale=spec.attention_scale,
             enable_gqa=True,
         )
         return self._merge(o.reshape(n * kv, -1, length, d))
 
+    def _band(self, window: int) -> Tensor:
+        """Which keys [length] each query [length] sees in a layer with this window; made once a pass."""
+        if window not in self._bands:
+            seen = torch.ones((self._length, self._length), dtype=torch.bool, device=self._device)
+            self._bands[window] = seen.tril_().triu_(1 - window)
+        return self._bands[window]
+
 
 class _RowAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, qkv: Tensor, attention: RowAttention) -> Tensor:
-        out, saved = attention.forward(qkv)
+    def forward(ctx: Any, qkv: Tensor, attention: RowAttention, layer: int) -> Tensor:
+        out, saved = attention.forward(layer, qkv)
         ctx.save_for_backward(*saved)
-        ctx.attention = attention
+        ctx.attention, ctx.layer = attention, layer
         return out
 
     @staticmethod
     def backward(ctx: Any, do: Tensor) -> tuple[Tensor | None, ...]:
-        return ctx.attention.backward(do.contiguous(), *ctx.saved_tensors), None
+        return ctx.attention.backward(ctx.layer, do.contiguous(), *ctx.saved_tensors), None, None
 
 
-def attend(q: Tensor, k: Tensor, past: int) -> Tensor:
+def first_seen(place: int, window: int | None) -> int:
+    """The first place that a token at this place sees."""
+    return 0 if window is None else max(0, place - window + 1)
+
+
+def attend(q: Tensor, k: Tensor, past: int, *, scale: float, window: int | None) -> Tensor:
     """Probabilities [b, g m, n] of queries [b, g, m, d] at places past … past + m - 1 over keys [b, n, d].
 
-    In the queries' dtype; scores (an fp32 product) and softmax in fp32.
+    The keys begin at the first that the first query sees. In the queries' dtype; scores (an fp32 product) and
+    softmax in fp32 (in fp64 for fp64).
     """
     b, g, m, d = q.shape
-    n = k.shape[1]
-    scores = torch.bmm(q.reshape(b, g * m, d).float() * d**-0.5, k.float().transpose(1, 2))
+    n, wide = k.shape[1], torch.promote_types(q.dtype, torch.float32)
+    scores = torch.bmm(q.reshape(b, g * m, d).to(wide) * scale, k.to(wide).transpose(1, 2))
     if m > 1:
-        mask = torch.full((m, n), float("-inf"), device=q.device).triu_(past + 1)
+        hidden = torch.full((m, n), float("-inf"), dtype=wide, device=q.device)
+        mask = hidden.triu(past + 1)
+        if window is not None and n > window:
+            mask += hidden.tril_(past - window)
         scores.view(b, g, m, n).add_(mask)
     return torch.softmax(scores, -1).to(q.dtype)
 
@@ -212,8 +237,10 @@ class CachedAttention:
     range is not much larger than they are; prompts one by one.
     """
 
-    def __init__(self, spec: DecoderSpec, rope: Rope, spans: Sequence[CachedSpan], cache: KVCache) -> None:
-        self._spec, self._rope, self._cache = spec, rope, cache
+    def __init__(
+        self, spec: DecoderSpec, ropes: Sequence[Rope], spans: Sequence[CachedSpan], cache: KVCache
+    ) -> None:
+        self._spec, self._ropes, self._cache = spec, ropes, cache
         length, device = cache.length, cache.data.device
         places: list[int] = []
         for span in spans:
@@ -231,43 +258,55 @@ class CachedAttention:
         if self._batched:
             self._rows = torch.tensor([span.start for span in single], device=device)
             self._slots = torch.tensor([span.slot - self._low for span in single], device=device)
-            mask = torch.zeros((self._high - self._low, self._longest), dtype=cache.data.dtype)
-            for span in single:
-                mask[span.slot - self._low, span.past + 1 :] = float("-inf")
-            self._mask = mask.to(device)[:, None, None, :]
+            self._masks = {window: self._mask(single, window) for window in dict.fromkeys(spec.windows)}
+
+    def _mask(self, single: Sequence[CachedSpan], window: int | None) -> tuple[int, Tensor]:
+        """The first place that any of the batched tokens sees, and from there each slot's mask."""
+        first = min(first_seen(span.past, window) for span in single)
+        dtype, device = self._cache.data.dtype, self._cache.data.device
+        mask = torch.zeros((self._high - self._low, self._longest - first), dtype=dtype)
+        for span in single:
+            row = mask[span.slot - self._low]
+            row[: first_seen(span.past, window) - first] = float("-inf")
+            row[span.past + 1 - first :] = float("-inf")
+        return first, mask.to(device)[:, None, None, :]
 
     def __call__(self, layer: int, qkv: Tensor) -> Tensor:
-        spec = self._spec
+        spec, window = self._spec, self._spec.windows[layer]
         heads, kv, d = spec.heads, spec.kv_heads, spec.head_dim
         x = qkv.view(-1, heads + 2 * kv, d)
-        x[:, : heads + kv] = self._rope.rotate(x[:, : heads + kv])
+        x[:, : heads + kv] = self._ropes[layer].rotate(x[:, : heads + kv])
         pool = self._cache.data[layer]
         pool.view(-1, 2 * kv * d).index_copy_(0, self._places, qkv[:, heads * d :])
         entries = pool.view(pool.shape[0], pool.shape[1], 2, kv, d)
         q = x[:, :heads].view(-1, kv, heads // kv, d)
         out = torch.empty((qkv.shape[0], kv, heads // kv, d), dtype=qkv.dtype, device=qkv.device)
         if self._batched:
+            first, mask = self._masks[window]
             queries = q.new_zeros((self._high - self._low, *q.shape[1:]))
             queries.index_copy_(0, self._slots, q.index_select(0, self._rows))
-            span = entries[self._low : self._high, : self._longest]
-            k, v = span[:, :, 0].transpose(1, 2), span[:, :, 1].transpose(1, 2)
-            o = F.scaled_dot_product_attention(queries, k, v, attn_mask=self._mask)
+            o = self._one_each(queries, entries[self._low : self._high, first : self._longest], mask)
             out.index_copy_(0, self._rows, o.index_select(0, self._slots))
         for one in self._single:
-            own = entries[one.slot : one.slot + 1, : one.past + 1]
-            k, v = own[:, :, 0].transpose(1, 2), own[:, :, 1].transpose(1, 2)
-            out[one.start : one.stop] = F.scaled_dot_product_attention(q[one.start : one.stop], k, v)
+            own = entries[one.slot : one.slot + 1, first_seen(one.past, window) : one.past + 1]
+            out[one.start : one.stop] = self._one_each(q[one.start : one.stop], own, None)
         for one in self._spans:
-            self._prompt(q, out, entries, one)
+            self._prompt(q, out, entries, one, window)
         return out.view(qkv.shape[0], heads * d)
 
-    def _prompt(self, q: Tensor, out: Tensor, entries: Tensor, span: CachedSpan) -> None:
-        end = span.past + span.stop - span.start
+    def _one_each(self, q: Tensor, entries: Tensor, mask: Tensor | None) -> Tensor:
+        """One query a slot: q [slots, kv, g, d] over entries [slots, places, 2, kv, d]."""
+        k, v = entries[:, :, 0].transpose(1, 2), entries[:, :, 1].transpose(1, 2)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=self._spec.attention_scale)
+
+    def _prompt(self, q: Tensor, out: Tensor, entries: Tensor, span: CachedSpan, window: int | None) -> None:
+        end, scale = span.past + span.stop - span.start, self._spec.attention_scale
         k, v = entries[span.slot, :end, 0].transpose(0, 1), entries[span.slot, :end, 1].transpose(0, 1)
         for start in range(span.start, span.stop, QUERY_BLOCK):
             stop = min(start + QUERY_BLOCK, span.stop)
             past = span.past + start - span.start
-            seen = past + stop - start
+            low, seen = first_seen(past, window), past + stop - start
             block = q[start:stop].permute(1, 2, 0, 3)
-            o = torch.bmm(attend(block, k[:, :seen], past), v[:, :seen])
+            p = attend(block, k[:, low:seen], past - low, scale=scale, window=window)
+            o = torch.bmm(p, v[:, low:seen])
             out[start:stop] = o.view(block.shape).permute(2, 0, 1, 3)

@@ -1,8 +1,10 @@
-"""The decoder: one forward pass for training and serving, over flat tokens."""
+"""The decoder: one forward pass for training and serving, over flat tokens.
+
+It is one program for every family; what differs is data: the spec's numbers, and which norms a layer has.
+"""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -10,22 +12,45 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lathe.engine.adapters import AdapterBank
-from lathe.engine.attention import Attention, CachedAttention, CachedSpan, Rope, RowAttention
+from lathe.engine.activations import activate
+from lathe.engine.adapters import AdapterBank, LoraPass
+from lathe.engine.attention import Attention, CachedAttention, CachedSpan, RowAttention
 from lathe.engine.frozen import FrozenLinear
-from lathe.engine.kernels import linear, rms_norm, swiglu
+from lathe.engine.kernels import linear
 from lathe.engine.kv import KVCache
-from lathe.engine.spec import DecoderSpec, RopeSpec
+from lathe.engine.norms import Norm
+from lathe.engine.rope import Rope, RopeTables
+from lathe.engine.spec import DecoderSpec
+
+
+@dataclass(slots=True)
+class LayerNorms:
+    """The norms of a layer, by role; which of them are there says how the layer is built.
+
+    input: before attention. mlp: before the MLP; without one attention and MLP run side by side on the input norm
+    (Phi-2). attention_out, mlp_out: of what is added to the residual (Gemma 3). q, k: over each head (Qwen3, Gemma 3).
+    """
+
+    input: Norm
+    mlp: Norm | None = None
+    attention_out: Norm | None = None
+    mlp_out: Norm | None = None
+    q: Norm | None = None
+    k: Norm | None = None
+
+    @property
+    def nbytes(self) -> int:
+        norms = (self.input, self.mlp, self.attention_out, self.mlp_out, self.q, self.k)
+        return sum(norm.nbytes for norm in norms if norm is not None)
 
 
 @dataclass(slots=True)
 class LayerWeights:
-    """One layer; q, k, v and gate, up are fused along their outputs. Norm weights in the compute dtype."""
+    """One layer; q, k, v and gate, up are fused along their outputs (without a gate, gate_up is the MLP's first)."""
 
-    input_norm: Tensor
+    norms: LayerNorms
     qkv: FrozenLinear
     o: FrozenLinear
-    post_norm: Tensor
     gate_up: FrozenLinear
     down: FrozenLinear
 
@@ -34,13 +59,13 @@ class LayerWeights:
 class Weights:
     embeddings: Tensor  # [vocab, hidden]
     layers: list[LayerWeights]
-    final_norm: Tensor
+    final_norm: Norm
     head: FrozenLinear
 
     @property
     def nbytes(self) -> int:
         linears = [part for w in self.layers for part in (w.qkv, w.o, w.gate_up, w.down)]
-        norms = self.final_norm.nbytes * (2 * len(self.layers) + 1)
+        norms = self.final_norm.nbytes + sum(w.norms.nbytes for w in self.layers)
         return self.embeddings.nbytes + norms + sum(part.nbytes for part in (*linears, self.head))
 
 
@@ -52,7 +77,9 @@ class Decoder:
         self.weights = weights
         self.device, self.dtype = weights.embeddings.device, weights.embeddings.dtype
         self._fused = self.device.type == "cpu" if fused_attention is None else fused_attention
-        self._frequencies = rope_frequencies(spec.rope, spec.head_dim).to(self.device)
+        self._ropes = {rope: RopeTables(rope, self.device, self.dtype) for rope in dict.fromkeys(spec.ropes)}
+        # As transformers keeps it: rounded to the weights' type.
+        self._embedding_scale = float(torch.tensor(spec.embedding_scale).to(self.dtype))
 
     def forward(
         self,
@@ -65,6 +92,7 @@ class Decoder:
         cache: KVCache | None = None,
         kv_slots: Sequence[int] | None = None,
         past: Sequence[int] | None = None,
+        reach: Sequence[int] | None = None,
         training: bool = False,
     ) -> Tensor:
         """Hidden states [T, hidden] after the last norm, of flat tokens.
@@ -72,66 +100,73 @@ class Decoder:
         tokens, positions: [T] int64; lengths: tokens of each sequence in order; slots: each one's adapter in
         `bank`, -1 for the base. Without a cache each sequence is a whole row. With one, `kv_slots` and `past` say
         where each sequence lies and how many tokens it has there already; their keys and values are written.
+        reach: tokens of each whole sequence as far as known, when this pass does not end it (see RopeTables.at).
         training: record a graph through which LoRA's gradients are added to the adapters' buffers.
         """
         if training != torch.is_grad_enabled():
             raise ValueError("a training pass needs gradients enabled, any other needs them disabled")
         lora = bank.plan(slots, lengths, training=training)
-        attention = self._attention(positions, lengths, cache, kv_slots, past)
-        eps = self.spec.norm_eps
-        h = F.embedding(tokens, self.weights.embeddings)
+        attention = self._attention(
+            positions, lengths, cache=cache, kv_slots=kv_slots, past=past, reach=reach
+        )
+        h = self._embed(tokens)
         for i, w in enumerate(self.weights.layers):
-            x = rms_norm(h, w.input_norm, eps)
-            o = attention(i, linear(x, w.qkv, lora, (i, "qkv")))
-            h = linear(o, w.o, lora, (i, "o"), residual=h)
-            x = rms_norm(h, w.post_norm, eps)
-            a = swiglu(linear(x, w.gate_up, lora, (i, "gate_up")))
-            h = linear(a, w.down, lora, (i, "down"), residual=h)
-        return rms_norm(h, self.weights.final_norm, eps)
+            x = w.norms.input(h)
+            qkv = self._normalise_heads(linear(x, w.qkv, lora, (i, "qkv")), w.norms)
+            h = _add(h, attention(i, qkv), w.o, lora, (i, "o"), norm=w.norms.attention_out)
+            if w.norms.mlp is not None:
+                x = w.norms.mlp(h)
+            inner = linear(x, w.gate_up, lora, (i, "gate_up"))
+            inner = activate(inner, self.spec.activation, gated=self.spec.gated)
+            h = _add(h, inner, w.down, lora, (i, "down"), norm=w.norms.mlp_out)
+        return self.weights.final_norm(h)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The head on chosen rows: [n, hidden] -> [n, vocab] in fp32 (no gradient; see losses for training)."""
         return self.weights.head.forward(hidden).float()
 
-    def rope(self, positions: Tensor) -> Rope:
-        """cos and sin tables; the first half of sin is negated so that rotation is x cos + roll(x) sin."""
-        angles = positions[:, None].float() * self._frequencies[None, :]
-        cos, sin = angles.cos().to(self.dtype), angles.sin().to(self.dtype)
-        return Rope(torch.cat((cos, cos), -1)[:, None], torch.cat((-sin, sin), -1)[:, None])
+    def _embed(self, tokens: Tensor) -> Tensor:
+        h = F.embedding(tokens, self.weights.embeddings)
+        return h if self._embedding_scale == 1 else h * self._embedding_scale
+
+    def _normalise_heads(self, qkv: Tensor, norms: LayerNorms) -> Tensor:
+        if norms.q is None or norms.k is None:
+            return qkv
+        x = qkv.view(qkv.shape[0], -1, self.spec.head_dim)
+        heads, keys = self.spec.heads, self.spec.heads + self.spec.kv_heads
+        q, k, v = x[:, :heads], x[:, heads:keys], x[:, keys:]
+        return torch.cat((norms.q(q), norms.k(k), v), dim=1).view(qkv.shape)
 
     def _attention(
         self,
         positions: Tensor,
         lengths: Sequence[int],
+        *,
         cache: KVCache | None,
         kv_slots: Sequence[int] | None,
         past: Sequence[int] | None,
+        reach: Sequence[int] | None,
     ) -> Attention:
-        rope = self.rope(positions)
+        before = [0] * len(lengths) if past is None else past
+        reach = reach or [n + done for n, done in zip(lengths, before, strict=True)]
+        tables = {rope: made.at(positions, lengths, reach) for rope, made in self._ropes.items()}
+        ropes: list[Rope] = [tables[rope] for rope in self.spec.ropes]
         if cache is None:
-            return RowAttention(self.spec, rope, lengths, self.device, fused=self._fused)
+            return RowAttention(self.spec, ropes, lengths, self.device, fused=self._fused)
         if kv_slots is None or past is None:
             raise ValueError("a pass with a cache needs kv_slots and past")
         spans: list[CachedSpan] = []
         start = 0
-        for length, slot, before in zip(lengths, kv_slots, past, strict=True):
-            spans.append(CachedSpan(start, start + length, slot, before))
+        for length, slot, done in zip(lengths, kv_slots, past, strict=True):
+            spans.append(CachedSpan(start, start + length, slot, done))
             start += length
-        return CachedAttention(self.spec, rope, spans, cache)
+        return CachedAttention(self.spec, ropes, spans, cache)
 
 
-def rope_frequencies(rope: RopeSpec, head_dim: int) -> Tensor:
-    """Inverse frequencies [head_dim / 2]; "llama3" is the piecewise scaling of Llama 3.1's release."""
-    inverse = 1.0 / (rope.theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim))
-    if rope.kind == "linear":
-        return inverse / rope.factor
-    if rope.kind != "llama3":
-        return inverse
-    wavelength = 2 * math.pi / inverse
-    low, high = rope.original_context / rope.low_freq_factor, rope.original_context / rope.high_freq_factor
-    smooth = (rope.original_context / wavelength - rope.low_freq_factor) / (
-        rope.high_freq_factor - rope.low_freq_factor
-    )
-    between = (1 - smooth) * inverse / rope.factor + smooth * inverse
-    scaled = torch.where(wavelength > low, inverse / rope.factor, inverse)
-    return torch.where((wavelength <= low) & (wavelength >= high), between, scaled)
+def _add(
+    h: Tensor, x: Tensor, base: FrozenLinear, lora: LoraPass, group: tuple[int, str], *, norm: Norm | None
+) -> Tensor:
+    """The residual h plus the linear of x, normalised first where the family does."""
+    if norm is None:
+        return linear(x, base, lora, group, residual=h)
+    return h + norm(linear(x, base, lora, group))

@@ -30,6 +30,8 @@ from lathe.engine.weights import choose_dtype, load_weights, read_spec
 OPTIMIZER_FILE = "optimizer.safetensors"
 # A prompt waits for another one that is being computed when they share at least this many further tokens.
 _WORTH_WAITING = 8
+# Ends the cache key of sequences beyond longrope's original context.
+_FAR = "+far"
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +89,10 @@ class SequenceState:
     @property
     def prompt_tokens(self) -> int:
         return len(self.prompt)
+
+    @property
+    def total(self) -> int:
+        return len(self.prompt) + len(self.tokens)
 
     def pending(self) -> list[int]:
         """Tokens to be put through the model, the newest sampled one included."""
@@ -177,7 +183,7 @@ class Engine:
             raise FailedPrecondition(
                 f"adapter {key!r} is in use by {held.users} sequence(s); close them first."
             )
-        self._cache.forget(self._cache_key(key))
+        self._forget(self._cache_key(key))
         self._bank.remove(held.slot)
         del self._held[key]
 
@@ -204,7 +210,7 @@ class Engine:
         stale = self._cache_key(key)
         norm = optimizer.step(lr, clip=clip, weight_decay=weight_decay)
         self._adapter(key).adapter.publish()
-        self._cache.forget(stale)
+        self._forget(stale)
         return norm
 
     def zero_grad(self, key: str) -> None:
@@ -296,7 +302,7 @@ class Engine:
             for state, tokens in chunks:
                 last += len(tokens)
                 state.done += len(tokens)
-                if state.done == len(state.prompt) + len(state.tokens):
+                if state.done == state.total:
                     ends.append((state, last - 1))
             if not ends:
                 return []
@@ -363,6 +369,15 @@ class Engine:
         adapter = self._adapter(key).adapter
         return f"{key}@{adapter.serial}.{adapter.version}"
 
+    def _forget(self, cache_key: str) -> None:
+        for mark in ("", _FAR):
+            self._cache.forget(cache_key + mark)
+
+    def _far(self, tokens: int) -> bool:
+        """Whether longrope rotates a sequence of so many tokens by its other frequencies."""
+        limit = self.spec.longrope_context
+        return limit is not None and tokens > limit
+
     def _rows_pass(self, key: str, rows: Sequence[Sequence[int]], *, training: bool) -> Tensor:
         lengths = [len(row) for row in rows]
         tokens = torch.cat([torch.as_tensor(row, dtype=torch.int64) for row in rows]).to(self.device)
@@ -404,6 +419,8 @@ class Engine:
         begun: list[SequenceState] = []
         room = prefill_tokens
         for state in work:
+            if state.kv_slot is not None and self._far(state.total) and not self._far(state.done):
+                self._release(state)  # its keys were rotated by the other frequencies
             pending = state.pending()
             if state.kv_slot is not None and len(pending) == 1:
                 wanted.append((state, pending))
@@ -431,7 +448,8 @@ class Engine:
     def _allocate(self, state: SequenceState, *, others: bool) -> bool:
         tokens = state.all_tokens()
         try:
-            state.kv_slot, state.done = self._cache.allocate(tokens, self._cache_key(state.key))
+            mark = _FAR if self._far(len(tokens)) else ""
+            state.kv_slot, state.done = self._cache.allocate(tokens, self._cache_key(state.key) + mark)
         except ResourceExhausted:
             if others:
                 return False
@@ -480,6 +498,7 @@ class Engine:
             cache=self._cache,
             kv_slots=[_slot_of(state) for state, _ in chunks],
             past=[state.done for state, _ in chunks],
+            reach=[state.total for state, _ in chunks],
         )
 
 

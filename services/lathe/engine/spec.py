@@ -8,24 +8,20 @@ from typing import Any
 
 from lathe.common.errors import InvalidArgument
 from lathe.engine.adapters import ModuleShape
-from lathe.text.families import describe, rope_settings
-
-
-@dataclass(frozen=True, slots=True)
-class RopeSpec:
-    """Rotary embedding: kind "default", "linear" or "llama3" (the latter with its four numbers)."""
-
-    theta: float
-    kind: str = "default"
-    factor: float = 1.0
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_context: int = 8192
+from lathe.engine.rope import RopeSpec, longrope_scale, yarn_scale
+from lathe.text.architectures import ARCHITECTURES, biases, completed, ropes, windows
+from lathe.text.families import describe
+from lathe.text.layout import Linear, linears, sizes
 
 
 @dataclass(frozen=True, slots=True)
 class DecoderSpec:
-    """The shape of a decoder. Widths in numbers of features."""
+    """The shape of a decoder. Widths in numbers of features.
+
+    norms: role -> the file's path within a layer (roles: text.architectures.Architecture). norm: "rms", "rms+1" or
+    "layer". linears: of a layer, in transformers' order. ropes, windows: of each layer; a window counts the tokens
+    that a token sees, itself included, and None means all before it. attention_scale: factor of the scores.
+    """
 
     architecture: str
     vocab_size: int
@@ -35,37 +31,55 @@ class DecoderSpec:
     heads: int
     kv_heads: int
     head_dim: int
-    norm_eps: float
-    rope: RopeSpec
     context_length: int
-    attention_bias: bool
-    mlp_bias: bool
+    linears: tuple[Linear, ...]
+    norms: Mapping[str, str]
+    final_norm: str
+    norm: str
+    norm_eps: float
+    activation: str
+    gated: bool
+    ropes: tuple[RopeSpec, ...]
+    windows: tuple[int | None, ...]
+    attention_scale: float
+    embedding_scale: float
     tied_head: bool
+    head_bias: bool
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> DecoderSpec:
         """Raises InvalidArgument naming what is not supported."""
-        family = describe(config)
-        if not family.supported:
+        described = describe(config)
+        if not described.supported:
             raise InvalidArgument(
-                f"this base model cannot be loaded: {family.reason}", reason="UNSUPPORTED_MODEL"
+                f"this base model cannot be loaded: {described.reason}", reason="UNSUPPORTED_MODEL"
             )
-        heads, rope = int(config["num_attention_heads"]), rope_settings(config)
+        family, n = ARCHITECTURES[described.architecture], sizes(config)
+        config = dict[str, Any](completed(config))
+        gemma = described.architecture == "Gemma3ForCausalLM"
         return cls(
-            architecture=family.architecture,
-            vocab_size=family.vocab_size,
-            hidden_size=family.hidden_size,
-            intermediate_size=int(config["intermediate_size"]),
-            layers=family.layers,
-            heads=heads,
-            kv_heads=int(config.get("num_key_value_heads") or heads),
-            head_dim=int(config.get("head_dim") or family.hidden_size // heads),
-            norm_eps=float(config.get("rms_norm_eps", 1e-6)),
-            rope=_rope(rope, family.context_length),
-            context_length=family.context_length,
-            attention_bias=bool(config.get("attention_bias", False)),
-            mlp_bias=bool(config.get("mlp_bias", False)),
+            architecture=described.architecture,
+            vocab_size=n.vocab,
+            hidden_size=n.hidden,
+            intermediate_size=n.inner,
+            layers=n.layers,
+            heads=n.heads,
+            kv_heads=n.kv_heads,
+            head_dim=n.head_dim,
+            context_length=described.context_length,
+            linears=linears(config),
+            norms=family.norms,
+            final_norm=family.final_norm,
+            norm=family.norm,
+            norm_eps=float(config.get(family.norm_eps, 1e-6)),
+            activation=str(config.get(family.activation, family.activations[0])),
+            gated=family.gated,
+            ropes=tuple(_rope(settings, n.head_dim, described.context_length) for settings in ropes(config)),
+            windows=windows(config),
+            attention_scale=float(config["query_pre_attn_scalar"] if gemma else n.head_dim) ** -0.5,
+            embedding_scale=n.hidden**0.5 if gemma else 1.0,
             tied_head=bool(config.get("tie_word_embeddings", False)),
+            head_bias="head" in biases(family, config),
         )
 
     @property
@@ -76,26 +90,59 @@ class DecoderSpec:
     def kv_size(self) -> int:
         return self.kv_heads * self.head_dim
 
+    def norm_width(self, role: str) -> int:
+        """Features of the norm with this role."""
+        return self.head_dim if role in ("q", "k") else self.hidden_size
+
+    @property
+    def longrope_context(self) -> int | None:
+        """Sequences longer than this are rotated by other frequencies than shorter ones; None if all are alike."""
+        return next((rope.original_context for rope in self.ropes if rope.long), None)
+
     def module_shapes(self) -> tuple[ModuleShape, ...]:
         """The linears of a layer in the model's order, with their places in the fused ones (qkv, gate_up)."""
-        q, kv, h, inter = self.q_size, self.kv_size, self.hidden_size, self.intermediate_size
-        return (
-            ModuleShape("self_attn.q_proj", "qkv", h, 0, q),
-            ModuleShape("self_attn.k_proj", "qkv", h, q, q + kv),
-            ModuleShape("self_attn.v_proj", "qkv", h, q + kv, q + 2 * kv),
-            ModuleShape("self_attn.o_proj", "o", q, 0, h),
-            ModuleShape("mlp.gate_proj", "gate_up", h, 0, inter),
-            ModuleShape("mlp.up_proj", "gate_up", h, inter, 2 * inter),
-            ModuleShape("mlp.down_proj", "down", inter, 0, h),
-        )
+        ends: dict[str, int] = {}
+        shapes: list[ModuleShape] = []
+        for linear in self.linears:
+            start = ends.get(linear.group, 0)
+            ends[linear.group] = stop = start + linear.out_features
+            shapes.append(ModuleShape(linear.path, linear.group, linear.in_features, start, stop))
+        return tuple(shapes)
 
 
-def _rope(settings: Mapping[str, Any], context: int) -> RopeSpec:
-    return RopeSpec(
+def _rope(settings: Mapping[str, Any], head_dim: int, context: int) -> RopeSpec:
+    kind, original = str(settings["rope_type"]), int(settings["original_max_position_embeddings"])
+    factor = float(settings.get("factor") or (context / original if kind in ("yarn", "longrope") else 1.0))
+    size = int(head_dim * float(settings["partial_rotary_factor"]))
+    rope = RopeSpec(
         theta=float(settings["rope_theta"]),
-        kind=str(settings["rope_type"]),
-        factor=float(settings.get("factor", 1.0)),
+        size=size,
+        kind=kind,
+        factor=factor,
         low_freq_factor=float(settings.get("low_freq_factor", 1.0)),
         high_freq_factor=float(settings.get("high_freq_factor", 4.0)),
-        original_context=int(settings.get("original_max_position_embeddings", context)),
+        original_context=original,
+        scale=_scale(kind, settings, factor, original),
+        beta_fast=float(settings.get("beta_fast") or 32),
+        beta_slow=float(settings.get("beta_slow") or 1),
+        truncate=bool(settings.get("truncate", True)),
+        short=tuple(map(float, settings.get("short_factor") or ())) if kind == "longrope" else (),
+        long=tuple(map(float, settings.get("long_factor") or ())) if kind == "longrope" else (),
     )
+    if kind == "longrope" and not len(rope.short) == len(rope.long) == size // 2:
+        raise InvalidArgument(
+            f"config.json: longrope needs short_factor and long_factor with {size // 2} numbers each; they have "
+            f"{len(rope.short)} and {len(rope.long)}.",
+            reason="UNSUPPORTED_MODEL",
+        )
+    return rope
+
+
+def _scale(kind: str, settings: Mapping[str, Any], factor: float, original: int) -> float:
+    if kind not in ("yarn", "longrope"):
+        return 1.0
+    if settings.get("attention_factor") is not None:
+        return float(settings["attention_factor"])
+    if kind == "longrope":
+        return longrope_scale(factor, original)
+    return yarn_scale(factor, float(settings.get("mscale") or 0), float(settings.get("mscale_all_dim") or 0))

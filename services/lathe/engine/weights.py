@@ -14,9 +14,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lathe.common.errors import InvalidArgument
-from lathe.engine.base import LayerWeights, Weights
+from lathe.engine.base import LayerNorms, LayerWeights, Weights
 from lathe.engine.frozen import FrozenLinear
+from lathe.engine.norms import Norm
 from lathe.engine.spec import DecoderSpec
+from lathe.text.layout import Linear
 
 _INDEX = "model.safetensors.index.json"
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -49,21 +51,21 @@ def random_weights(
     def frozen(out: int, width: int) -> FrozenLinear:
         return FrozenLinear(draw(out, width), None)
 
-    hidden, inter = spec.hidden_size, spec.intermediate_size
-    ones = torch.ones(hidden, device=device, dtype=dtype)
-    layers = [
-        LayerWeights(
-            input_norm=ones,
-            qkv=frozen(spec.q_size + 2 * spec.kv_size, hidden),
-            o=frozen(hidden, spec.q_size),
-            post_norm=ones,
-            gate_up=frozen(2 * inter, hidden),
-            down=frozen(hidden, inter),
-        )
-        for _ in range(spec.layers)
-    ]
-    embeddings = draw(spec.vocab_size, hidden)
-    return Weights(embeddings, layers, ones, FrozenLinear(embeddings, None))
+    def norm(width: int) -> Norm:
+        bias = torch.zeros(width, device=device, dtype=dtype) if spec.norm == "layer" else None
+        return Norm(torch.ones(width, device=device, dtype=dtype), bias, spec.norm_eps)
+
+    def layer() -> LayerWeights:
+        fused = {
+            group: frozen(sum(part.out_features for part in parts), parts[0].in_features)
+            for group, parts in _groups(spec).items()
+        }
+        norms = {role: norm(spec.norm_width(role)) for role in spec.norms}
+        return LayerWeights(norms=LayerNorms(**norms), **fused)
+
+    embeddings = draw(spec.vocab_size, spec.hidden_size)
+    layers = [layer() for _ in range(spec.layers)]
+    return Weights(embeddings, layers, norm(spec.hidden_size), FrozenLinear(embeddings, None))
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
@@ -104,34 +106,32 @@ class _Reader:
         hidden, vocab = spec.hidden_size, spec.vocab_size
         embeddings = self._read("model.embed_tokens.weight", vocab, hidden)
         head = embeddings if spec.tied_head else self._read("lm_head.weight", vocab, hidden)
+        bias = self._read("lm_head.bias", vocab) if spec.head_bias else None
         layers = [self._layer(spec, f"model.layers.{i}.") for i in range(spec.layers)]
-        return Weights(embeddings, layers, self._read("model.norm.weight", hidden), FrozenLinear(head, None))
+        final = self._norm(spec, f"model.{spec.final_norm}", hidden)
+        return Weights(embeddings, layers, final, FrozenLinear(head, bias))
 
     def _layer(self, spec: DecoderSpec, prefix: str) -> LayerWeights:
-        bias = {"self_attn": spec.attention_bias, "mlp": spec.mlp_bias}
-        fused: dict[str, FrozenLinear] = {}
-        shapes = spec.module_shapes()
-        for group in dict.fromkeys(shape.group for shape in shapes):
-            members = [shape for shape in shapes if shape.group == group]
-            paths = [prefix + shape.path for shape in members]
-            sizes = [shape.out_features for shape in members]
-            rows = [
-                self._read(f"{p}.weight", n, members[0].in_features)
-                for p, n in zip(paths, sizes, strict=True)
-            ]
-            biases = (
-                [self._read(f"{p}.bias", n) for p, n in zip(paths, sizes, strict=True)]
-                if bias[members[0].path.split(".")[0]]
-                else []
-            )
-            fused[group] = FrozenLinear(_join(rows), _join(biases) if biases else None)
-        return LayerWeights(
-            input_norm=self._read(prefix + "input_layernorm.weight", spec.hidden_size),
-            post_norm=self._read(prefix + "post_attention_layernorm.weight", spec.hidden_size),
-            **fused,
-        )
+        fused = {group: self._fused(prefix, parts) for group, parts in _groups(spec).items()}
+        norms = {
+            role: self._norm(spec, prefix + path, spec.norm_width(role)) for role, path in spec.norms.items()
+        }
+        return LayerWeights(norms=LayerNorms(**norms), **fused)
 
-    def _read(self, name: str, *size: int) -> Tensor:
+    def _fused(self, prefix: str, parts: Sequence[Linear]) -> FrozenLinear:
+        weights = [self._read(f"{prefix}{p.path}.weight", p.out_features, p.in_features) for p in parts]
+        biases = [self._read(f"{prefix}{p.path}.bias", p.out_features) for p in parts if p.bias]
+        return FrozenLinear(_join(weights), _join(biases) if biases else None)
+
+    def _norm(self, spec: DecoderSpec, path: str, width: int) -> Norm:
+        bias = self._read(f"{path}.bias", width) if spec.norm == "layer" else None
+        if spec.norm != "rms+1":
+            return Norm(self._read(f"{path}.weight", width), bias, spec.norm_eps)
+        # 1 + w would be rounded in bfloat16.
+        exact = torch.promote_types(self._dtype, torch.float32)
+        return Norm(1 + self._read(f"{path}.weight", width, dtype=exact), bias, spec.norm_eps)
+
+    def _read(self, name: str, *size: int, dtype: torch.dtype | None = None) -> Tensor:
         file = self._files.get(name)
         if file is None:
             raise InvalidArgument(f"the weights have no tensor {name}, which config.json asks for.")
@@ -142,7 +142,7 @@ class _Reader:
             raise InvalidArgument(
                 f"tensor {name} is {tensor.dtype}; only floating point weights are supported."
             )
-        return tensor.to(self._device, self._dtype)
+        return tensor.to(self._device, dtype or self._dtype)
 
 
 def weight_files(folder: Path) -> tuple[Path, ...]:
@@ -166,6 +166,14 @@ def weight_files(folder: Path) -> tuple[Path, ...]:
             )
         raise InvalidArgument(f"the folder has no {missing[0]}.")
     return tuple(folder / name for name in names)
+
+
+def _groups(spec: DecoderSpec) -> dict[str, list[Linear]]:
+    """The linears of a layer by the fused one they make up."""
+    groups: dict[str, list[Linear]] = {}
+    for part in spec.linears:
+        groups.setdefault(part.group, []).append(part)
+    return groups
 
 
 def _join(parts: Sequence[Tensor]) -> Tensor:

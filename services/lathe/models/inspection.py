@@ -40,7 +40,8 @@ async def inspect(model: BaseModel, store: ObjectStore) -> Facts:
     }
     found = tensors.merge_shards(shards, documents.get(INDEX))
     family = describe(config)
-    tensors.check_required(family.architecture, config, found)
+    if family.supported:
+        tensors.check_required(config, found)
     tokenizer = await _tokenizer(model, store)
     if family.vocab_size and tokenizer.vocab_size > family.vocab_size:
         raise bad_folder(

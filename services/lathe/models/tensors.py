@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from lathe.models.model import bad_folder
+from lathe.text.architectures import architecture_of
+from lathe.text.layout import tensor_shapes
 
 MAX_HEADER_BYTES = 100_000_000
 LENGTH_BYTES = 8
@@ -22,9 +24,6 @@ DTYPES = {
     "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1,
 }  # fmt: skip
 FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
-
-# Families whose tensors have Llama's names.
-_LLAMA_NAMES = frozenset({"LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,53 +114,15 @@ def merge_shards(
     return tensors
 
 
-def check_required(architecture: str, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    """Raise InvalidArgument if a tensor that the architecture needs is missing or has another shape.
-
-    Architectures with other tensor names than Llama's are not checked here: their weights are checked when loaded.
-    """
-    if architecture not in _LLAMA_NAMES:
-        return
-    for name, shape in _llama_tensors(config).items():
+def check_required(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Raise InvalidArgument if a tensor that a supported config asks for is missing or has another shape."""
+    for name, shape in tensor_shapes(config).items():
         tensor = tensors.get(name)
         if tensor is None:
             raise bad_folder(
-                f"The weights have no tensor {name!r}, which a {architecture} of this config needs."
+                f"The weights have no tensor {name!r}, which a {architecture_of(config)} of this config needs."
             )
         if tensor.shape != shape:
             raise bad_folder(
                 f"Tensor {name!r} has the shape {list(tensor.shape)}; by config.json it must be {list(shape)}."
             )
-
-
-def _llama_tensors(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    try:
-        hidden, vocab = int(config["hidden_size"]), int(config["vocab_size"])
-        layers, inner = int(config["num_hidden_layers"]), int(config["intermediate_size"])
-        heads = int(config["num_attention_heads"])
-        kv_heads = int(config.get("num_key_value_heads") or heads)
-        width = int(config.get("head_dim") or hidden // heads)
-    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
-        raise bad_folder(f"config.json lacks or has a wrong value for {error}.") from error
-    if not 0 < layers <= 1024:
-        raise bad_folder(f"config.json: num_hidden_layers is {layers}.")
-    needed: dict[str, tuple[int, ...]] = {
-        "model.embed_tokens.weight": (vocab, hidden),
-        "model.norm.weight": (hidden,),
-    }
-    if not config.get("tie_word_embeddings", False):
-        needed["lm_head.weight"] = (vocab, hidden)
-    for layer in range(layers):
-        root = f"model.layers.{layer}"
-        needed |= {
-            f"{root}.input_layernorm.weight": (hidden,),
-            f"{root}.post_attention_layernorm.weight": (hidden,),
-            f"{root}.self_attn.q_proj.weight": (heads * width, hidden),
-            f"{root}.self_attn.k_proj.weight": (kv_heads * width, hidden),
-            f"{root}.self_attn.v_proj.weight": (kv_heads * width, hidden),
-            f"{root}.self_attn.o_proj.weight": (hidden, heads * width),
-            f"{root}.mlp.gate_proj.weight": (inner, hidden),
-            f"{root}.mlp.up_proj.weight": (inner, hidden),
-            f"{root}.mlp.down_proj.weight": (hidden, inner),
-        }
-    return needed

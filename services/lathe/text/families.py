@@ -8,9 +8,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-LINEAR_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-SUPPORTED_ARCHITECTURES = ("LlamaForCausalLM",)
-SUPPORTED_ROPE = ("default", "linear", "llama3")
+from lathe.text.architectures import ARCHITECTURES, Architecture, architecture_of, completed, integer, ropes
+from lathe.text.layout import parameter_count
+
+SUPPORTED_ARCHITECTURES = tuple(ARCHITECTURES)
+SUPPORTED_ROPE = ("default", "linear", "llama3", "yarn", "longrope")
+MAX_LAYERS = 1024
 METHODS = ("supervised",)
 
 
@@ -32,8 +35,7 @@ class Family:
 
 def describe(config: Mapping[str, object]) -> Family:
     """Says whether and how the model of a Hugging Face config.json can be tuned and served. Never raises."""
-    architectures = config.get("architectures")
-    architecture = str(architectures[0]) if isinstance(architectures, list) and architectures else ""
+    architecture, config = architecture_of(config), completed(config)
     reason = _unsupported(config, architecture)
     supported = not reason
     return Family(
@@ -41,77 +43,61 @@ def describe(config: Mapping[str, object]) -> Family:
         reason=reason,
         architecture=architecture,
         methods=METHODS if supported else (),
-        target_modules=LINEAR_MODULES if supported else (),
-        context_length=_integer(config, "max_position_embeddings"),
+        target_modules=ARCHITECTURES[architecture].target_modules if supported else (),
+        context_length=integer(config, "max_position_embeddings"),
         parameter_count=parameter_count(config) if supported else 0,
-        hidden_size=_integer(config, "hidden_size"),
-        layers=_integer(config, "num_hidden_layers"),
-        vocab_size=_integer(config, "vocab_size"),
+        hidden_size=integer(config, "hidden_size"),
+        layers=integer(config, "num_hidden_layers"),
+        vocab_size=integer(config, "vocab_size"),
     )
 
 
-def rope_settings(config: Mapping[str, object]) -> dict[str, object]:
-    """The rotary settings wherever the config keeps them.
-
-    transformers 5 writes `rope_parameters` (with `rope_theta` inside), earlier versions `rope_scaling` and a
-    `rope_theta` beside it; both may say `type` for `rope_type`.
-    """
-    found = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    settings: dict[str, object] = dict(found) if isinstance(found, Mapping) else {}
-    settings["rope_type"] = settings.get("rope_type") or settings.get("type") or "default"
-    if settings.get("rope_theta") is None:
-        settings["rope_theta"] = config.get("rope_theta") or 10000.0
-    return settings
-
-
-def parameter_count(config: Mapping[str, object]) -> int:
-    """The number of weights of a Llama-family model; tied embeddings count once."""
-    hidden, layers = _integer(config, "hidden_size"), _integer(config, "num_hidden_layers")
-    heads = _integer(config, "num_attention_heads")
-    kv_heads = _integer(config, "num_key_value_heads") or heads
-    head_dim = _integer(config, "head_dim") or hidden // heads
-    inter, vocab = _integer(config, "intermediate_size"), _integer(config, "vocab_size")
-    q_size, kv_size = heads * head_dim, kv_heads * head_dim
-    attention = hidden * (q_size + 2 * kv_size) + q_size * hidden
-    if config.get("attention_bias"):
-        attention += q_size + 2 * kv_size + hidden
-    mlp = 3 * hidden * inter
-    if config.get("mlp_bias"):
-        mlp += 2 * inter + hidden
-    embeddings = vocab * hidden * (1 if config.get("tie_word_embeddings") else 2)
-    return layers * (attention + mlp + 2 * hidden) + hidden + embeddings
-
-
-def _integer(config: Mapping[str, object], key: str) -> int:
-    value = config.get(key)
-    return value if isinstance(value, int) and not isinstance(value, bool) else 0
-
-
 def _unsupported(config: Mapping[str, object], architecture: str) -> str:
-    if architecture not in SUPPORTED_ARCHITECTURES:
+    family = ARCHITECTURES.get(architecture)
+    if family is None:
         named = architecture or "no architecture"
-        return f"config.json names {named}; supported are: {', '.join(SUPPORTED_ARCHITECTURES)}."
-    return _unusable_shape(config) or _unsupported_option(config)
+        hint = _HINTS.get(architecture, "")
+        return f"config.json names {named}; supported are: {', '.join(SUPPORTED_ARCHITECTURES)}.{hint}"
+    return _unusable_shape(config) or _unsupported_option(family, config) or _unsupported_rope(config)
+
+
+_HINTS = {"Gemma3ForConditionalGeneration": " Of Gemma 3, the models that take text alone can be tuned."}
 
 
 def _unusable_shape(config: Mapping[str, object]) -> str:
     needed = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
     for key in (*needed, "max_position_embeddings"):
-        if _integer(config, key) <= 0:
+        if integer(config, key) <= 0:
             return f"config.json has no usable {key}; a positive integer is needed."
-    heads, kv_heads = _integer(config, "num_attention_heads"), _integer(config, "num_key_value_heads")
+    if integer(config, "num_hidden_layers") > MAX_LAYERS:
+        return f"num_hidden_layers is {integer(config, 'num_hidden_layers')}; at most {MAX_LAYERS} are supported."
+    heads, kv_heads = integer(config, "num_attention_heads"), integer(config, "num_key_value_heads")
     if kv_heads and heads % kv_heads:
         return f"num_attention_heads {heads} is no multiple of num_key_value_heads {kv_heads}."
+    if (types := config.get("layer_types")) is not None:
+        layers = integer(config, "num_hidden_layers")
+        if not isinstance(types, list) or len(types) != layers:
+            return f"layer_types must name each of the {layers} layers."
     return ""
 
 
-def _unsupported_option(config: Mapping[str, object]) -> str:
+def _unsupported_option(family: Architecture, config: Mapping[str, object]) -> str:
     if config.get("quantization_config"):
         return "the weights are quantised (quantization_config in config.json); import the unquantised model."
-    rope = rope_settings(config)["rope_type"]
-    if rope not in SUPPORTED_ROPE:
-        return f"rope type {rope!r} is not supported; supported are: {', '.join(SUPPORTED_ROPE)}."
-    activation = config.get("hidden_act", "silu")
-    if activation != "silu":
-        return f"hidden_act {activation!r} is not supported; supported is: silu."
+    activation = config.get(family.activation, family.activations[0])
+    if activation not in family.activations:
+        return f"{family.activation} {activation!r} is not supported; supported is: {', '.join(family.activations)}."
+    for key in family.refused:
+        if config.get(key):
+            return f"{key} {config[key]!r} is not supported."
+    types = config.get("layer_types")
+    odd = set(types) - {"full_attention", "sliding_attention"} if isinstance(types, list) else set()
+    return f"layer type {min(map(str, odd))!r} is not supported." if odd else ""
+
+
+def _unsupported_rope(config: Mapping[str, object]) -> str:
+    for rope in ropes(config):
+        kind = rope["rope_type"]
+        if kind not in SUPPORTED_ROPE:
+            return f"rope type {kind!r} is not supported; supported are: {', '.join(SUPPORTED_ROPE)}."
     return ""

@@ -85,7 +85,7 @@ def test_describe() -> None:
     assert family.target_modules[0] == "q_proj"
     for change, word in (
         ({"architectures": ["X"]}, "X"),
-        ({"rope_scaling": {"type": "yarn"}}, "yarn"),
+        ({"rope_scaling": {"type": "dynamic"}}, "dynamic"),
         ({"quantization_config": {"bits": 4}}, "quantised"),
         ({"hidden_act": "gelu"}, "gelu"),
         ({"hidden_size": "wide"}, "hidden_size"),

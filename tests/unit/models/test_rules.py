@@ -99,13 +99,13 @@ def test_a_tensor_that_the_architecture_needs_is_missing_or_of_another_shape():
     shapes = dict(SHAPES)
     del shapes["model.layers.0.mlp.up_proj.weight"]
     with pytest.raises(InvalidArgument, match=r"no tensor 'model\.layers\.0\.mlp\.up_proj\.weight'"):
-        tensors.check_required("LlamaForCausalLM", CONFIG, header_of(safetensors(shapes)))
+        tensors.check_required(CONFIG, header_of(safetensors(shapes)))
     shapes = {**SHAPES, "model.norm.weight": (9,)}
     with pytest.raises(InvalidArgument, match=r"shape \[9\]; by config.json it must be \[8\]"):
-        tensors.check_required("LlamaForCausalLM", CONFIG, header_of(safetensors(shapes)))
+        tensors.check_required(CONFIG, header_of(safetensors(shapes)))
     untied = {**CONFIG, "tie_word_embeddings": False}
     with pytest.raises(InvalidArgument, match="lm_head"):
-        tensors.check_required("LlamaForCausalLM", untied, header_of(safetensors(SHAPES)))
+        tensors.check_required(untied, header_of(safetensors(SHAPES)))
 
 
 def test_shards_and_their_index():
