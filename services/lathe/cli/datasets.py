@@ -96,6 +96,7 @@ def show(context: typer.Context, dataset: DATASET, as_json: JSON = False) -> Non
             ("purpose", found.purpose),
             ("state", state_word(found)),
             ("examples", str(found.report.example_count or "")),
+            ("format", found.report.format),
             ("size", size(found.size_bytes)),
             ("sha256", found.sha256),
             ("created", when(found.create_time)),

@@ -11,6 +11,7 @@ from datetime import datetime, timedelta
 from enum import StrEnum
 
 from lathe.common.errors import FieldViolation, InvalidArgument, Unimplemented
+from lathe.text.formats import METHOD_FORMATS, RowFormat, described
 
 PURPOSES = ("fine-tune", "evals", "batch", "assistants", "vision", "user_data")
 RESULTS_PURPOSE = "fine-tune-results"
@@ -60,11 +61,13 @@ class Finding:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What validation or an audit found: the first findings of `finding_count`."""
+    """What validation or an audit found: the first findings of `finding_count`. format: that of a training file's rows;
+    None for other files, and where no row is a good one."""
 
     example_count: int = 0
     finding_count: int = 0
     findings: tuple[Finding, ...] = ()
+    format: RowFormat | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +93,7 @@ class Dataset:
 
 @dataclass(frozen=True, slots=True)
 class AuditOptions:
-    """method: supervised. context_limit: tokens; 0 for the base model's own. truncation: end or error."""
+    """method: a key of METHOD_FORMATS. context_limit: tokens; 0 for the base model's own. truncation: end or error."""
 
     method: str = "supervised"
     context_limit: int = 0
@@ -136,7 +139,11 @@ class AuditTask:
 
 @dataclass(frozen=True, slots=True)
 class AuditResult:
-    """What an audit made: the token object's digest, and counts. sha256 is empty when there are errors."""
+    """What an audit made: the token object's digest, and counts. sha256 is empty when there are errors.
+
+    rows: what a batch counts: a chat row, a preference pair, one of the pieces of a long text. max_row_tokens: of one
+    sequence.
+    """
 
     sha256: str = ""
     rows: int = 0
@@ -212,8 +219,9 @@ def resolve_options(options: AuditOptions, base: BaseModelInfo) -> AuditOptions:
 
     Raises InvalidArgument, and Unimplemented for a method that is not built yet.
     """
-    if options.method not in ("", "supervised"):
-        raise Unimplemented(f"options.method {options.method!r} is not offered yet; use supervised.")
+    if options.method and options.method not in METHOD_FORMATS:
+        known = ", ".join(METHOD_FORMATS)
+        raise Unimplemented(f"options.method {options.method!r} is not offered yet; use one of {known}.")
     if options.truncation not in ("", "end", "error"):
         raise invalid(
             "options.truncation", f"options.truncation {options.truncation!r} must be end or error."
@@ -228,9 +236,32 @@ def resolve_options(options: AuditOptions, base: BaseModelInfo) -> AuditOptions:
     return AuditOptions(options.method or "supervised", limit, options.truncation or "end")
 
 
-def report_of(example_count: int, errors: Iterable[Finding], notes: Iterable[Finding], count: int) -> Report:
+def check_format(method: str, report: Report) -> Finding | None:
+    """What is wrong with training on a file of this report by this method; None where nothing is."""
+    wanted = METHOD_FORMATS[method]
+    # Files that were validated before there were other formats say none.
+    found = report.format or RowFormat.CHAT
+    if found in wanted:
+        return None
+    fitting = " or ".join(name for name, formats in METHOD_FORMATS.items() if found in formats)
+    return Finding(
+        0,
+        "",
+        "wrong_format",
+        f"The method {method} trains on a file in which each row is {' or '.join(map(described, wanted))}; in this one "
+        f"each is {described(found)}. Use the method {fitting}, or another file.",
+    )
+
+
+def report_of(
+    example_count: int,
+    errors: Iterable[Finding],
+    notes: Iterable[Finding],
+    count: int,
+    found: RowFormat | None,
+) -> Report:
     """A report that shows errors before notes. count: how many of both there are in all."""
-    return Report(example_count, count, (*errors, *notes)[:MAX_FINDINGS])
+    return Report(example_count, count, (*errors, *notes)[:MAX_FINDINGS], found)
 
 
 def invalid(field: str, message: str) -> InvalidArgument:

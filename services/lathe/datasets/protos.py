@@ -34,7 +34,10 @@ def report_pb(report: Report) -> pb.ValidationReport:
         for item in report.findings
     ]
     return pb.ValidationReport(
-        example_count=report.example_count, finding_count=report.finding_count, findings=findings
+        example_count=report.example_count,
+        finding_count=report.finding_count,
+        findings=findings,
+        format=report.format or "",
     )
 
 

@@ -157,7 +157,8 @@ class DatasetsService:
     ) -> Audit:
         """The audit of a dataset for a base model; it is begun if there is none. Call again while RUNNING.
 
-        A dataset that is not READY answers for it: RUNNING while it is validated, ERROR with its findings.
+        A dataset that is not READY answers for it: RUNNING while it is validated, ERROR with its findings. ERROR too
+        where the method does not train on files of its format.
         Raises NotFound for the dataset or the base model, FailedPrecondition, InvalidArgument, Unimplemented.
         """
         dataset = await self.get(project, dataset_id)
@@ -172,6 +173,9 @@ class DatasetsService:
                 f"{base.name} cannot be tuned: {base.not_tunable_reason}", reason="NOT_TUNABLE"
             )
         resolved = rules.resolve_options(options, base)
+        wrong = rules.check_format(resolved.method, dataset.report or Report())
+        if wrong is not None:
+            return Audit("", AuditState.ERROR, Report(0, 1, (wrong,)))
         key = rules.audit_key(
             dataset.sha256,
             base.tokenizer_digest,

@@ -24,6 +24,7 @@ from lathe.datasets.model import (
     Report,
     TokenizerFile,
 )
+from lathe.text.formats import RowFormat
 
 metadata = sa.MetaData()
 
@@ -335,7 +336,11 @@ def _is(project: str, dataset_id: str) -> tuple[sa.ColumnElement[bool], sa.Colum
 
 def _report(content: Mapping[str, Any]) -> Report:
     findings = tuple(Finding(**finding) for finding in content["findings"])
-    return Report(content["example_count"], content["finding_count"], findings)
+    # Rows that an earlier version wrote have no format.
+    found = content.get("format")
+    return Report(
+        content["example_count"], content["finding_count"], findings, RowFormat(found) if found else None
+    )
 
 
 def _dataset(row: Any) -> Dataset:

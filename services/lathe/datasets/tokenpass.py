@@ -9,10 +9,12 @@ from pathlib import Path
 
 from lathe.datasets.model import AuditResult, Finding, Report, report_of
 from lathe.text.arrow import TokenRow, TokenWriter
-from lathe.text.chat import Row, parse_row
 from lathe.text.errors import RowError
+from lathe.text.formats import RowFormat
 from lathe.text.jsonl import MAX_FINDINGS, Line, LineSplitter
-from lathe.text.render import Example, RenderOptions, render_batch
+from lathe.text.render import RenderOptions
+from lathe.text.rows import TrainingRow, parse_line
+from lathe.text.sequences import Tokenised, tokenise_rows
 from lathe.text.tokenizer import Tokenizer
 
 # Tokenised together: enough for the tokenizer's own threads, few enough to keep memory flat.
@@ -54,9 +56,10 @@ class TokenPass:
         self._writer = writer
         self._now = now
         self._splitter = LineSplitter()
-        self._pending: list[tuple[int, Row]] = []
+        self._pending: list[tuple[int, TrainingRow]] = []
         self._errors, self._notes = _Found(), _Found()
-        self._rows = self._tokens = self._trained = self._truncated = self._longest = 0
+        self._format = RowFormat.CHAT
+        self._examples = self._rows = self._tokens = self._trained = self._truncated = self._longest = 0
 
     def feed(self, chunk: bytes) -> None:
         """The next bytes of the file."""
@@ -68,10 +71,10 @@ class TokenPass:
         for line in self._splitter.finish():
             self._take(line)
         self._render()
-        if not self._rows and not self._errors.count:
+        if not self._examples and not self._errors.count:
             self._errors.add(Finding(0, "", "empty_file", "The file has no example."))
         count = self._errors.count + self._notes.count
-        report = report_of(self._rows, self._errors.first, self._notes.first, count)
+        report = report_of(self._examples, self._errors.first, self._notes.first, count, self._format)
         result = AuditResult(
             rows=self._rows,
             tokens=self._tokens,
@@ -90,7 +93,9 @@ class TokenPass:
         try:
             if line.too_long:
                 raise RowError("", "line_too_long", "the line is too long")
-            self._pending.append((line.number, parse_row(line.data)))
+            row = parse_line(line.data)
+            self._format = row.format
+            self._pending.append((line.number, row))
         except RowError as error:
             self._error(line.number, error)
         if len(self._pending) == BATCH_ROWS:
@@ -100,30 +105,42 @@ class TokenPass:
         pending, self._pending = self._pending, []
         if not pending:
             return
-        examples = render_batch(self._tokenizer, [row for _, row in pending], self._options, now=self._now)
-        for (line, _), example in zip(pending, examples, strict=True):
-            if isinstance(example, RowError):
-                self._error(line, example)
+        found = tokenise_rows(self._tokenizer, [row for _, row in pending], self._options, now=self._now)
+        for (line, _), row in zip(pending, found, strict=True):
+            if isinstance(row, RowError):
+                self._error(line, row)
             else:
-                self._keep(line, example)
+                self._keep(line, row)
 
-    def _keep(self, line: int, example: Example) -> None:
-        self._rows += 1
-        self._tokens += len(example.tokens)
-        self._trained += example.trained_tokens
-        self._longest = max(self._longest, len(example.tokens))
-        if example.truncated:
+    def _keep(self, line: int, row: Tokenised) -> None:
+        self._examples += 1
+        self._rows += row.rows
+        for role, example in row.sequences:
+            self._tokens += len(example.tokens)
+            self._trained += example.trained_tokens
+            self._longest = max(self._longest, len(example.tokens))
+            self._writer.write(TokenRow(example.tokens, example.mask, line, role))
+        if row.truncated:
             self._truncated += 1
-            total = len(example.tokens) + example.truncated
-            cut = (
-                f"the row has {total} tokens; the last {example.truncated} were cut at the limit of "
-                f"{self._options.context_limit}"
-            )
-            self._notes.add(Finding(line, "messages", "truncated", cut))
-        self._writer.write(TokenRow(example.tokens, example.mask, line))
+        note = _shortened(row, self._options.context_limit)
+        if note:
+            self._notes.add(Finding(line, "", "truncated" if row.truncated else "split", note))
 
     def _error(self, line: int, error: RowError) -> None:
         self._errors.add(Finding(line, error.field, error.code, error.detail))
+
+
+def _shortened(row: Tokenised, limit: int) -> str:
+    """What became of a row that is longer than the limit; empty for any other."""
+    if row.was_split:
+        return f"the text is longer than the limit of {limit} tokens; it was split into {row.rows} rows"
+    return "; ".join(
+        f"the {role.name.lower() + ' output' if len(row.sequences) > 1 else 'row'} has "
+        f"{len(example.tokens) + example.truncated} tokens; the last {example.truncated} were cut at the limit of "
+        f"{limit}"
+        for role, example in row.sequences
+        if example.truncated
+    )
 
 
 def file_sha256(path: Path) -> str:

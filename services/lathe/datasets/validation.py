@@ -14,7 +14,7 @@ from lathe.common.objectstore.base import ObjectStore
 from lathe.datasets.model import RESULTS_PURPOSE, Dataset, DatasetState, Finding, Report, blob_key
 from lathe.datasets.ports import DatasetStore
 from lathe.text.jsonl import MAX_FINDINGS, LineSplitter
-from lathe.text.jsonl import Validator as ChatValidator
+from lathe.text.jsonl import Validator as RowValidator
 
 log = logging.getLogger(__name__)
 
@@ -27,11 +27,11 @@ class RowCheck(Protocol):
     def report(self) -> Report: ...
 
 
-class ChatRows:
-    """Purpose fine-tune: every line a chat example."""
+class TrainingRows:
+    """Purpose fine-tune: every line a training example, all of one format."""
 
     def __init__(self) -> None:
-        self._validator = ChatValidator()
+        self._validator = RowValidator()
 
     def feed(self, chunk: bytes) -> None:
         self._validator.feed(chunk)
@@ -39,7 +39,7 @@ class ChatRows:
     def report(self) -> Report:
         found = self._validator.finish()
         findings = tuple(Finding(item.line, item.field, item.code, item.message) for item in found.findings)
-        return Report(found.rows, found.finding_count, findings)
+        return Report(found.rows, found.finding_count, findings, found.format)
 
 
 class ObjectRows:
@@ -97,7 +97,7 @@ class AnyBytes:
 def row_check(purpose: str) -> RowCheck:
     """What the rows of a file of this purpose must be."""
     if purpose == "fine-tune":
-        return ChatRows()
+        return TrainingRows()
     return ObjectRows() if purpose in ("evals", "batch") else AnyBytes()
 
 

@@ -1,8 +1,8 @@
-"""A JSONL row of chat, or the messages of a request: checked, and brought into the shape that templates read.
+"""The messages of a training row or of a request: checked, and brought into the shape that templates read.
 
 The shape: `content` a string (text parts are joined by a newline), `tool_calls` with `arguments` as an object
 (as Hugging Face templates expect), the deprecated `function_call` and role `function` as their successors, no
-null and no `weight` (it lives in `Row.weights`).
+null and no `weight` (it lives in `Chat.weights`).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ Message = dict[str, Any]
 Tool = dict[str, Any]
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
-_ROW_KEYS = frozenset({"messages", "tools", "parallel_tool_calls", "functions"})
+CHAT_KEYS = frozenset({"messages", "tools", "parallel_tool_calls", "functions"})
 _COMMON_KEYS = frozenset({"role", "content", "name"})
 _ASSISTANT_KEYS = _COMMON_KEYS | {"weight", "tool_calls", "function_call"}
 # What an SDK's own message object carries along, empty for text: accepted as null or empty, then dropped.
@@ -27,8 +27,8 @@ _TOOL_KEYS = _COMMON_KEYS | {"tool_call_id"}
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
-    """A training example.
+class Chat:
+    """A conversation to train on.
 
     weights: one per message; 1 where an assistant's turn is trained (the default), 0 elsewhere.
     tools: None when the row has none.
@@ -48,25 +48,20 @@ class Conversation:
     tools: tuple[Tool, ...] | None
 
 
-def parse_row(line: bytes) -> Row:
-    """Parses one line of a supervised chat file. Raises RowError, which names the field and the code."""
-    data = decode_json(line)
-    if not isinstance(data, dict):
-        raise RowError("", "data_type", f"a line must be one JSON object, not {_type_name(data)}")
+def parse_chat(data: Mapping[str, Any]) -> Chat:
+    """Checks one row of a supervised chat file. Raises RowError, which names the field and the code."""
     if "messages" not in data:
         raise RowError("messages", "missing_messages_list", "the row has no list of messages")
     for key in data:
-        if key not in _ROW_KEYS:
-            known = ", ".join(sorted(_ROW_KEYS))
+        if key not in CHAT_KEYS:
+            known = ", ".join(sorted(CHAT_KEYS))
             raise RowError(key, "message_unrecognized_key", f"unknown key; a row may have {known}")
-    messages, weights = _parse_messages(data["messages"], "messages")
+    messages, weights = parse_turns(data["messages"], "messages")
     if not any(message["role"] == "assistant" for message in messages):
         raise RowError("messages", "example_missing_assistant_message", "no message has the role assistant")
-    parallel = data.get("parallel_tool_calls")
-    if parallel is not None and not isinstance(parallel, bool):
-        raise RowError("parallel_tool_calls", "invalid_tools", "must be true or false")
+    parallel = parse_parallel_tool_calls(data.get("parallel_tool_calls"))
     tools = parse_tools(data.get("tools"), data.get("functions"))
-    return Row(tuple(messages), tools, parallel, tuple(weights))
+    return Chat(tuple(messages), tools, parallel, tuple(weights))
 
 
 def parse_messages(
@@ -80,7 +75,7 @@ def parse_messages(
 
     `field_prefix` is put before each field's path.
     """
-    parsed, _ = _parse_messages(messages, f"{field_prefix}messages")
+    parsed, _ = parse_turns(messages, f"{field_prefix}messages")
     return Conversation(tuple(parsed), parse_tools(tools, functions, field_prefix))
 
 
@@ -94,14 +89,21 @@ def parse_tools(tools: object, functions: object = None, field_prefix: str = "")
     if entries is None:
         return None
     if not isinstance(entries, list):
-        raise RowError(path, "invalid_tools", f"must be a list, not {_type_name(entries)}")
+        raise RowError(path, "invalid_tools", f"must be a list, not {type_name(entries)}")
     found: list[Tool] = []
     for index, entry in enumerate(entries):
         tool = {"type": "function", "function": entry} if name == "functions" else entry
         _check_tool(tool, f"{path}[{index}]", "" if name == "functions" else ".function")
         found.append(tool)
-    _check_unicode(found, path)
+    check_unicode(found, path)
     return tuple(found) or None
+
+
+def parse_parallel_tool_calls(value: object, field_prefix: str = "") -> bool | None:
+    """Checks `parallel_tool_calls`. Raises RowError."""
+    if value is not None and not isinstance(value, bool):
+        raise RowError(f"{field_prefix}parallel_tool_calls", "invalid_tools", "must be true or false")
+    return value
 
 
 def decode_json(line: bytes) -> Any:
@@ -124,10 +126,11 @@ def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not a JSON number")
 
 
-def _parse_messages(messages: object, path: str) -> tuple[list[Message], list[int]]:
+def parse_turns(messages: object, path: str) -> tuple[list[Message], list[int]]:
+    """The messages and their weights; there is at least one. `path` is where they stand. Raises RowError."""
     if not isinstance(messages, list):
         raise RowError(
-            path, "missing_messages_list", f"must be a list of messages, not {_type_name(messages)}"
+            path, "missing_messages_list", f"must be a list of messages, not {type_name(messages)}"
         )
     if not messages:
         raise RowError(path, "missing_messages_list", "the list of messages is empty")
@@ -142,7 +145,7 @@ def _parse_messages(messages: object, path: str) -> tuple[list[Message], list[in
 
 def _parse_message(message: object, path: str) -> tuple[Message, int]:
     if not isinstance(message, dict):
-        raise RowError(path, "data_type", f"a message must be an object, not {_type_name(message)}")
+        raise RowError(path, "data_type", f"a message must be an object, not {type_name(message)}")
     if message.get("role") is None:
         raise RowError(f"{path}.role", "message_missing_key", "the message has no role")
     role = message["role"]
@@ -162,10 +165,10 @@ def _parse_message(message: object, path: str) -> tuple[Message, int]:
         if message.get(key) is not None:
             if not isinstance(message[key], str):
                 raise RowError(
-                    f"{path}.{key}", "data_type", f"must be a string, not {_type_name(message[key])}"
+                    f"{path}.{key}", "data_type", f"must be a string, not {type_name(message[key])}"
                 )
             result[key] = message[key]
-    _check_unicode(result, path)
+    check_unicode(result, path)
     return result, _weight(message, path) if role == "assistant" else 0
 
 
@@ -207,7 +210,7 @@ def _content(message: Mapping[str, Any], path: str, role: str, *, optional: bool
     text = _join_parts(content, field) if isinstance(content, list) else content
     if not isinstance(text, str):
         raise RowError(
-            field, "missing_content", f"must be a string or a list of text parts, not {_type_name(text)}"
+            field, "missing_content", f"must be a string or a list of text parts, not {type_name(text)}"
         )
     if not text and role in ("user", "assistant") and not optional:
         raise RowError(field, "missing_content", f"the content of a message of role {role} is empty")
@@ -219,7 +222,7 @@ def _join_parts(parts: Sequence[Any], field: str) -> str:
     for index, part in enumerate(parts):
         where = f"{field}[{index}]"
         if not isinstance(part, dict):
-            raise RowError(where, "missing_content", f"a part must be an object, not {_type_name(part)}")
+            raise RowError(where, "missing_content", f"a part must be an object, not {type_name(part)}")
         if part.get("type") != "text":
             kind = json.dumps(part.get("type"), ensure_ascii=False)
             raise RowError(where, "missing_content", f"only parts of type text are supported, not {kind}")
@@ -243,13 +246,13 @@ def _tool_calls(message: Mapping[str, Any], path: str) -> list[dict[str, Any]]:
     if calls is None:
         return []
     if not isinstance(calls, list):
-        raise RowError(f"{path}.tool_calls", "invalid_tools", f"must be a list, not {_type_name(calls)}")
+        raise RowError(f"{path}.tool_calls", "invalid_tools", f"must be a list, not {type_name(calls)}")
     return [_tool_call(call, f"{path}.tool_calls[{index}]") for index, call in enumerate(calls)]
 
 
 def _tool_call(call: object, path: str) -> dict[str, Any]:
     if not isinstance(call, dict):
-        raise RowError(path, "invalid_tools", f"a tool call must be an object, not {_type_name(call)}")
+        raise RowError(path, "invalid_tools", f"a tool call must be an object, not {type_name(call)}")
     if call.get("type", "function") != "function":
         raise RowError(f"{path}.type", "invalid_tools", "only tool calls of type function are supported")
     for key in call:
@@ -271,7 +274,7 @@ def _function(function: object, path: str) -> dict[str, Any]:
     """Name and arguments of a call; the arguments, on the wire JSON in a string, become an object."""
     if not isinstance(function, dict):
         raise RowError(
-            path, "invalid_tools", f"must be an object with name and arguments, not {_type_name(function)}"
+            path, "invalid_tools", f"must be an object with name and arguments, not {type_name(function)}"
         )
     for key in function:
         if key not in ("name", "arguments"):
@@ -297,7 +300,7 @@ def _function(function: object, path: str) -> dict[str, Any]:
 
 def _check_tool(tool: object, path: str, inner: str) -> None:
     if not isinstance(tool, dict):
-        raise RowError(path, "invalid_tools", f"a tool must be an object, not {_type_name(tool)}")
+        raise RowError(path, "invalid_tools", f"a tool must be an object, not {type_name(tool)}")
     if tool.get("type") != "function":
         raise RowError(f"{path}.type", "invalid_tools", "only tools of type function are supported")
     function = tool.get("function")
@@ -313,7 +316,7 @@ def _check_tool(tool: object, path: str, inner: str) -> None:
             raise RowError(f"{path}{inner}.{key}", "invalid_tools", f"must be {wanted}")
 
 
-def _check_unicode(value: object, path: str) -> None:
+def check_unicode(value: object, path: str) -> None:
     """Refuses lone surrogates: JSON can write them (`\\ud800`), but they are no text and have no UTF-8."""
     if isinstance(value, str):
         try:
@@ -322,14 +325,14 @@ def _check_unicode(value: object, path: str) -> None:
             raise RowError(path, "invalid_utf8", "has half a surrogate pair, which is not text") from None
     elif isinstance(value, dict):
         for key, item in value.items():
-            _check_unicode(key, path)
-            _check_unicode(item, f"{path}.{key}")
+            check_unicode(key, path)
+            check_unicode(item, f"{path}.{key}")
     elif isinstance(value, list):
         for index, item in enumerate(value):
-            _check_unicode(item, f"{path}[{index}]")
+            check_unicode(item, f"{path}[{index}]")
 
 
-def _type_name(value: object) -> str:
+def type_name(value: object) -> str:
     if value is None:
         return "null"
     names: dict[type, str] = {bool: "a boolean", int: "a number", float: "a number", str: "a string"}

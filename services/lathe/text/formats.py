@@ -33,6 +33,19 @@ class RowFormat(StrEnum):
     TEXT = "text"
 
 
+def described(found: RowFormat) -> str:
+    """The format in words, for messages: "a chat row (messages)"."""
+    return _WORDS[found]
+
+
+_WORDS = {
+    RowFormat.CHAT: "a chat row (messages)",
+    RowFormat.PREFERENCE: "a preference row (input, preferred_output, non_preferred_output)",
+    RowFormat.UNPAIRED_PREFERENCE: "an unpaired preference row (messages, or prompt and completion, with a label)",
+    RowFormat.COMPLETION: "a completion row (prompt, completion)",
+    RowFormat.TEXT: "a text row (text)",
+}
+
 METHOD_FORMATS: dict[str, tuple[RowFormat, ...]] = {
     "supervised": (RowFormat.CHAT, RowFormat.COMPLETION, RowFormat.TEXT),
     "dpo": (RowFormat.PREFERENCE,),

@@ -6,8 +6,9 @@ from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import overload
 
-from lathe.text.chat import Row, parse_row
 from lathe.text.errors import RowError
+from lathe.text.formats import RowFormat, described
+from lathe.text.rows import TrainingRow, parse_line
 
 MAX_LINE_BYTES = 16 << 20
 MIN_EXAMPLES = 10
@@ -130,12 +131,13 @@ class Finding:
 @dataclass(frozen=True, slots=True)
 class Report:
     """examples: rows without a finding. rows: lines that are not blank. findings: the first 20 of
-    finding_count."""
+    finding_count. format: that of the good rows; None where there is none."""
 
     examples: int
     rows: int
     findings: tuple[Finding, ...]
     finding_count: int
+    format: RowFormat | None
 
     @property
     def valid(self) -> bool:
@@ -144,9 +146,10 @@ class Report:
 
 @dataclass(slots=True)
 class Validator:
-    """Fed a training file in chunks, checks every row by itself; `finish` gives the report.
+    """Fed a training file in chunks, checks every row; `finish` gives the report.
 
-    One finding a row, the first. `file_kind` names the file in the sentence about too few examples.
+    A file has one format, that of its first good row. One finding a row, the first. `file_kind` names the file in the
+    sentence about too few examples.
     """
 
     max_line_bytes: int = MAX_LINE_BYTES
@@ -157,11 +160,12 @@ class Validator:
     _rows: int = field(default=0, init=False)
     _count: int = field(default=0, init=False)
     _findings: list[Finding] = field(default_factory=list, init=False)
+    _first: tuple[int, RowFormat] | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         self._splitter = LineSplitter(self.max_line_bytes)
 
-    def feed(self, chunk: bytes) -> list[tuple[int, Row]]:
+    def feed(self, chunk: bytes) -> list[tuple[int, TrainingRow]]:
         """Checks the rows that this chunk ends; gives those that are good, with their line numbers."""
         return self._check(self._splitter.feed(chunk))
 
@@ -174,10 +178,11 @@ class Validator:
                 f"but must have at least {self.min_examples} examples"
             )
             self._add(Finding(0, "", "invalid_n_examples", message))
-        return Report(self._examples, self._rows, tuple(self._findings), self._count)
+        found = self._first[1] if self._first is not None else None
+        return Report(self._examples, self._rows, tuple(self._findings), self._count, found)
 
-    def _check(self, lines: Iterator[Line]) -> list[tuple[int, Row]]:
-        good: list[tuple[int, Row]] = []
+    def _check(self, lines: Iterator[Line]) -> list[tuple[int, TrainingRow]]:
+        good: list[tuple[int, TrainingRow]] = []
         for line in lines:
             self._rows += 1
             try:
@@ -188,15 +193,24 @@ class Validator:
                 self._examples += 1
         return good
 
-    def _row(self, line: Line) -> Row:
+    def _row(self, line: Line) -> TrainingRow:
         if line.too_long:
             raise RowError("", "line_too_long", f"the line is longer than {self.max_line_bytes} bytes")
         try:
-            return parse_row(line.data)
+            row = parse_line(line.data)
         except RowError as error:
             if line.ended or error.code not in ("invalid_json", "invalid_utf8"):
                 raise
             raise RowError("", error.code, f"{error.detail}; the file seems to stop half-way") from None
+        self._first = self._first or (line.number, row.format)
+        number, expected = self._first
+        if row.format is not expected:
+            raise RowError(
+                "",
+                "mixed_formats",
+                f"the row is {described(row.format)}, line {number} is {described(expected)}; a file has one format",
+            )
+        return row
 
     def _add(self, finding: Finding) -> None:
         self._count += 1

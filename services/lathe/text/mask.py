@@ -32,8 +32,11 @@ class Span:
 
 @dataclass(frozen=True, slots=True)
 class Rendered:
+    """document: the text stands outside any chat; it is trained to its very end, its end of text included."""
+
     text: str
     spans: tuple[Span, ...]
+    document: bool = False
 
 
 @dataclass(frozen=True, slots=True)

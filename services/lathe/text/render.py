@@ -2,7 +2,9 @@
 prompted with.
 
 Trained are exactly the tokens that the assistant's turns of weight 1 produce: content or tool calls, and the
-token that ends the turn; never a header, another role, or the newline after the end of the turn.
+token that ends the turn; never a header, another role, or the newline after the end of the turn. Of a text outside
+any chat the completion is trained, with the end of text that is put behind it; the model's bos is put before it
+where its tokenizer does so. The first token of all is never a target: nothing precedes it.
 
 Characters are mapped to tokens by the offsets of one tokenisation of the whole text. That tokenisation can
 differ from inference where a prompt ends and an answer begins: at inference the prompt is tokenised alone, so
@@ -17,19 +19,23 @@ before it are not trained; turns after the cut see it in their history.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Any, Literal, ParamSpec, TypeVar
 
 from tokenizers import Encoding
 
-from lathe.text.chat import Row
+from lathe.text.chat import Chat
 from lathe.text.errors import RowError
-from lathe.text.mask import Piece, Rendered, Source, render_spans, token_start, trained_range
+from lathe.text.mask import Piece, Rendered, Source, Span, render_spans, token_start, trained_range
+from lathe.text.rows import Plain
 from lathe.text.template import ChatTemplate
 from lathe.text.tokenizer import Tokenizer
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +44,6 @@ class RenderOptions:
     weights: `message` trains the turns whose weight is 1, `last_turn` only the last of them."""
 
     context_limit: int
-    method: Literal["supervised"] = "supervised"
     truncation: Literal["end", "error"] = "end"
     weights: Literal["message", "last_turn"] = "message"
 
@@ -61,7 +66,7 @@ class Example:
 
 
 def render_example(
-    tokenizer: Tokenizer, row: Row, options: RenderOptions, *, now: datetime | None = None
+    tokenizer: Tokenizer, row: Chat | Plain, options: RenderOptions, *, now: datetime | None = None
 ) -> Example:
     """Raises RowError: template_error, turn_not_maskable, nothing_trained, context_exceeded."""
     result = render_batch(tokenizer, [row], options, now=now)[0]
@@ -71,24 +76,60 @@ def render_example(
 
 
 def render_batch(
-    tokenizer: Tokenizer, rows: Sequence[Row], options: RenderOptions, *, now: datetime | None = None
+    tokenizer: Tokenizer,
+    rows: Sequence[Chat | Plain],
+    options: RenderOptions,
+    *,
+    now: datetime | None = None,
 ) -> list[Example | RowError]:
     """render_example for many rows, tokenised together; a row that cannot be used gives its error in its
     place. `now` is what a template that writes the date reads; one moment for all rows."""
-    moment = now if now is not None else tokenizer.template.now()
-    rendered = [_render(tokenizer.template, row, options, moment) for row in rows]
+    return [
+        whole if isinstance(whole, RowError) else _or_error(cut, whole, options)
+        for whole in render_whole(tokenizer, rows, options, now=now)
+    ]
+
+
+def render_whole(
+    tokenizer: Tokenizer,
+    rows: Sequence[Chat | Plain],
+    options: RenderOptions,
+    *,
+    now: datetime | None = None,
+) -> list[Example | RowError]:
+    """As render_batch, but nothing is cut or refused for its length."""
+    moment = now if now is not None or not tokenizer.has_template else tokenizer.template.now()
+    rendered = [_or_error(_render, tokenizer, row, options, moment) for row in rows]
     good = [item for item in rendered if isinstance(item, Rendered)]
     encodings = iter(tokenizer.encode_spans([item.text for item in good]))
-    results: list[Example | RowError] = []
-    for item in rendered:
-        if isinstance(item, RowError):
-            results.append(item)
-            continue
-        try:
-            results.append(_example(tokenizer, item, next(encodings), options))
-        except RowError as error:
-            results.append(error)
-    return results
+    return [
+        item if isinstance(item, RowError) else _example(tokenizer, item, next(encodings))
+        for item in rendered
+    ]
+
+
+def cut(example: Example, options: RenderOptions) -> Example:
+    """The example within the context limit. Raises RowError: context_exceeded, nothing_trained."""
+    limit, size = options.context_limit, len(example.tokens)
+    over = max(size - limit, 0)
+    if over and options.truncation == "error":
+        raise RowError(
+            "messages",
+            "context_exceeded",
+            f"the row has {size} tokens, the limit is {limit}; shorten it by {over}",
+        )
+    kept = example.mask[:limit]
+    if not any(kept):
+        cause = f"all that would be trained lies after token {limit}" if over else "no token is left"
+        raise RowError("messages", "nothing_trained", f"the row has nothing to train: {cause}")
+    return Example(example.tokens[:limit], kept, over, sum(kept), example.boundary_stable)
+
+
+def _or_error(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T | RowError:
+    try:
+        return function(*args, **kwargs)
+    except RowError as error:
+        return error
 
 
 def render_prompt(
@@ -111,43 +152,44 @@ def prepare(messages: Sequence[Mapping[str, Any]], template: ChatTemplate) -> li
     return [{**m, "role": "system"} if m["role"] == "developer" else m for m in messages]
 
 
-def _render(template: ChatTemplate, row: Row, options: RenderOptions, now: datetime) -> Rendered | RowError:
+def _render(
+    tokenizer: Tokenizer, row: Chat | Plain, options: RenderOptions, now: datetime | None
+) -> Rendered:
+    if isinstance(row, Plain):
+        text, edge = row.prompt + row.completion, len(row.prompt)
+        return Rendered(text, (Span(edge, len(text), 0, follows_prompt=True),), document=True)
     weights = list(row.weights)
     turns = [index for index, weight in enumerate(weights) if weight]
     if options.weights == "last_turn":
         weights = [int(bool(turns) and index == turns[-1]) for index in range(len(weights))]
     if not turns:
-        return RowError("messages", "nothing_trained", "every message of the assistant has weight 0")
-    try:
-        return render_spans(Source(template, prepare(row.messages, template), row.tools, weights, now))
-    except RowError as error:
-        return error
+        raise RowError("messages", "nothing_trained", "every message of the assistant has weight 0")
+    if not tokenizer.has_template or now is None:
+        raise RowError("messages", "template_error", "the base model has no chat template")
+    template = tokenizer.template
+    return render_spans(Source(template, prepare(row.messages, template), row.tools, weights, now))
 
 
-def _example(tokenizer: Tokenizer, item: Rendered, encoding: Encoding, options: RenderOptions) -> Example:
+def _example(tokenizer: Tokenizer, item: Rendered, encoding: Encoding) -> Example:
     pieces, stable = _pieces(tokenizer, item, encoding)
     tokens = [token for piece in pieces for token in piece.ids()]
     mask = bytearray(len(tokens))
-    stops = frozenset(tokenizer.eos_ids)
+    stops = frozenset() if item.document else frozenset(tokenizer.eos_ids)
     for span in item.spans:
         start, end = trained_range(pieces, tokens, span, len(item.text), stops)
         mask[start:end] = b"\1" * (end - start)
-    over = max(len(tokens) - options.context_limit, 0)
-    if over and options.truncation == "error":
-        raise RowError(
-            "messages",
-            "context_exceeded",
-            f"the row has {len(tokens)} tokens, the limit is {options.context_limit}; shorten it by {over}",
-        )
-    kept = bytes(mask[: options.context_limit])
-    if not any(kept):
-        cause = (
-            f"all that would be trained lies after token {options.context_limit}"
-            if over
-            else "no token is left"
-        )
-        raise RowError("messages", "nothing_trained", f"the row has nothing to train: {cause}")
-    return Example(tokens[: options.context_limit], kept, over, sum(kept), stable)
+    if item.document:
+        tokens, mask = _as_document(tokenizer, tokens, mask)
+    mask[:1] = b"\0" * bool(mask)
+    return Example(tokens, bytes(mask), 0, sum(mask), stable)
+
+
+def _as_document(tokenizer: Tokenizer, tokens: list[int], mask: bytearray) -> tuple[list[int], bytearray]:
+    """With what the tokenizer puts before a text, and the end of text, which is trained."""
+    prefix = tokenizer.document_prefix
+    ends = tokenizer.eos_id is None or tokens[-1:] == [tokenizer.eos_id]
+    end = [] if ends or tokenizer.eos_id is None else [tokenizer.eos_id]
+    return [*prefix, *tokens, *end], bytearray(len(prefix)) + mask + b"\1" * len(end)
 
 
 def _pieces(tokenizer: Tokenizer, item: Rendered, encoding: Encoding) -> tuple[tuple[Piece, ...], bool]:

@@ -31,6 +31,7 @@ class Tokenizer:
     """Immutable; safe to share between threads.
 
     bos_id: None where the model has none.
+    eos_id: the one that ends a text outside any chat; None where the model names none.
     eos_ids: every id that ends a turn, ascending: eos of tokenizer_config, generation_config and config, and
     the special token with which the chat template closes an assistant's turn.
     digest: SHA-256 over the canonical tokenizer.json, named special tokens and stop ids; template_digest:
@@ -53,7 +54,9 @@ class Tokenizer:
         self._anchor_ids = frozenset(id_ for id_, token in added.items() if not token.single_word)
         self.bos_id: int | None = self._named_id("bos_token")
         self.pad_id: int | None = self._named_id("pad_token")
-        eos = {*configured_eos, self._named_id("eos_token"), self._end_of_turn()}
+        named = self._named_id("eos_token")
+        self.eos_id: int | None = named if named is not None else next(iter(configured_eos), None)
+        eos = {*configured_eos, named, self._end_of_turn()}
         self.eos_ids: tuple[int, ...] = tuple(sorted(id_ for id_ in eos if id_ is not None))
         # Ids need not be dense: what a model's embedding must hold is the highest one, plus one.
         self.vocab_size: int = max(backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
@@ -147,6 +150,13 @@ class Tokenizer:
             if token.special and not (token.rstrip or token.single_word):
                 return str(token.content)
         return ""
+
+    @cached_property
+    def document_prefix(self) -> tuple[int, ...]:
+        """The ids that the tokenizer puts before a text outside any chat: its bos, or nothing."""
+        alone, whole = self.encode("a"), self.encode("a", add_special_tokens=True)
+        places = (n for n in range(len(whole)) if whole[n : n + len(alone)] == alone)
+        return tuple(whole[: next(places, 0)])
 
     def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
         """Ids of a rendered text. Special tokens within the text are recognised, none is added by default."""

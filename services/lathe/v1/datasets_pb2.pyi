@@ -119,9 +119,14 @@ class ValidationReport(message.Message):
     EXAMPLE_COUNT_FIELD_NUMBER: builtins.int
     FINDING_COUNT_FIELD_NUMBER: builtins.int
     FINDINGS_FIELD_NUMBER: builtins.int
+    FORMAT_FIELD_NUMBER: builtins.int
     example_count: builtins.int
     finding_count: builtins.int
     """How many findings there are; the first 20 are listed."""
+    format: builtins.str
+    """What the rows of a fine-tune file are: chat, preference, unpaired_preference, completion or text. Empty for files
+    of another purpose, and where no row is a good one.
+    """
     @builtins.property
     def findings(self) -> containers.RepeatedCompositeFieldContainer[Finding]: ...
     def __init__(
@@ -130,10 +135,11 @@ class ValidationReport(message.Message):
         example_count: builtins.int = ...,
         finding_count: builtins.int = ...,
         findings: abc.Iterable[Finding] | None = ...,
+        format: builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["example_count", b"example_count", "finding_count", b"finding_count", "findings", b"findings"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["example_count", b"example_count", "finding_count", b"finding_count", "findings", b"findings", "format", b"format"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -468,11 +474,13 @@ class AuditOptions(message.Message):
     CONTEXT_LIMIT_FIELD_NUMBER: builtins.int
     TRUNCATION_FIELD_NUMBER: builtins.int
     method: builtins.str
-    """supervised; later issues add dpo and reinforcement."""
+    """supervised (the default), dpo, orpo or kto. A file whose format the method does not train on is an ERROR with the
+    finding wrong_format.
+    """
     context_limit: builtins.int
     """Tokens; 0 means the base model's own limit."""
     truncation: builtins.str
-    """end (cut the example's end and say so) or error. Empty means end."""
+    """end (cut the example's end, split a text, and say so) or error. Empty means end."""
     def __init__(
         self,
         *,
@@ -533,12 +541,13 @@ class Audit(message.Message):
     """The Arrow object with tokens and loss mask: blobs/{sha256}."""
     sha256: builtins.str
     rows: builtins.int
+    """What a batch counts: a chat row, a preference pair, one of the pieces of a long text."""
     tokens: builtins.int
     trained_tokens: builtins.int
     truncated_rows: builtins.int
     """Rows cut at the context limit."""
     max_row_tokens: builtins.int
-    """The longest row, for the engine's memory."""
+    """The longest sequence, for the engine's memory."""
     @builtins.property
     def report(self) -> ValidationReport: ...
     def __init__(

@@ -1,13 +1,15 @@
 """Tokens and loss mask, once per dataset and base model."""
 
+import re
 from datetime import timedelta
 
 import pytest
 
 from lathe.common.errors import FailedPrecondition, InvalidArgument, NotFound, Unavailable, Unimplemented
 from lathe.datasets.auditing import Auditor
-from lathe.datasets.model import AuditOptions, AuditState, blob_key
+from lathe.datasets.model import AuditOptions, AuditState, Report, blob_key, check_format
 from lathe.text.arrow import read_tokens
+from lathe.text.formats import Role, RowFormat
 from lathe.text.tokenizer import Tokenizer
 from tests.fixtures.tiny import tiny_tokenizer_config, tiny_tokenizer_json
 from tests.fixtures.worlds import Died, DyingRows, DyingStore
@@ -86,7 +88,7 @@ async def test_what_cannot_be_audited_says_why(world, base):
     with pytest.raises(NotFound):
         await ensure(world, dataset, base="baseModels/none")
     with pytest.raises(Unimplemented, match="method"):
-        await ensure(world, dataset, AuditOptions(method="dpo"))
+        await ensure(world, dataset, AuditOptions(method="reinforcement"))
     with pytest.raises(InvalidArgument, match="context_limit"):
         await ensure(world, dataset, AuditOptions(context_limit=513))
     with pytest.raises(InvalidArgument, match="truncation"):
@@ -210,3 +212,64 @@ async def test_token_objects_stay_while_a_dataset_needs_them(world, base):
     world.clock.tick(timedelta(days=70).total_seconds())
     await world.sweep()
     assert await world.objects.head(audit.object_key) is not None
+
+
+def preference(n: int, chosen: str = "How can I help you today?", rejected: str = "No.") -> dict:
+    return {
+        "input": {"messages": [{"role": "user", "content": f"Hello {n}"}]},
+        "preferred_output": [{"role": "assistant", "content": chosen}],
+        "non_preferred_output": [{"role": "assistant", "content": rejected}],
+    }
+
+
+async def test_a_preference_file_becomes_pairs(world, base, tmp_path):
+    dataset = await world.ready(jsonl(preference(n) for n in range(12)))
+    assert dataset.report.format is RowFormat.PREFERENCE
+    audit = await audited(world, dataset, AuditOptions(method="dpo"))
+    assert (audit.state, audit.report.format) == (AuditState.READY, RowFormat.PREFERENCE)
+    found = await table(world, audit, tmp_path)
+    assert audit.result.rows == audit.report.example_count == 12
+    assert found.roles == [Role.CHOSEN, Role.REJECTED] * 12
+    assert found.lines == [line for line in range(1, 13) for _ in range(2)]
+    assert audit.result.tokens == sum(len(tokens) for tokens in found.tokens)
+    assert await ensure(world, dataset, AuditOptions(method="orpo")) == audit
+
+
+async def test_a_cut_pair_is_one_note(world, base):
+    rows = [preference(n) for n in range(10)] + [preference(10, "How can I help you today? " * 20)]
+    audit = await audited(world, await world.ready(jsonl(rows)), AuditOptions(method="dpo", context_limit=64))
+    assert (audit.result.truncated_rows, audit.result.rows, audit.result.max_row_tokens) == (1, 11, 64)
+    (note,) = audit.report.findings
+    assert (note.line, note.code) == (11, "truncated") and note.message.startswith("the chosen output has")
+
+
+async def test_a_long_text_becomes_several_rows(world, base):
+    rows = [{"text": "One two three"}] * 10 + [{"text": "One two three four five six. " * 30}]
+    dataset = await world.ready(jsonl(rows))
+    audit = await audited(world, dataset, AuditOptions(context_limit=32))
+    assert (audit.report.example_count, audit.report.format) == (11, RowFormat.TEXT)
+    assert audit.result.rows > 11 and audit.result.max_row_tokens == 32
+    assert [(note.line, note.code) for note in audit.report.findings] == [(11, "split")]
+    assert audit.result.truncated_rows == 0
+
+
+@pytest.mark.parametrize(
+    ("method", "content", "words"),
+    [
+        ("dpo", [row(f"Hello {n}") for n in range(12)], "a preference row .* Use the method supervised"),
+        ("supervised", [preference(n) for n in range(12)], "a chat row .* Use the method dpo or orpo"),
+        ("kto", [{"text": "a"}] * 12, "an unpaired preference row .* Use the method supervised"),
+    ],
+)
+async def test_a_method_trains_on_files_of_its_format(world, base, method, content, words):
+    dataset = await world.ready(jsonl(content))
+    audit = await ensure(world, dataset, AuditOptions(method=method))
+    assert (audit.state, audit.key) == (AuditState.ERROR, "")
+    (finding,) = audit.report.findings
+    assert (finding.line, finding.code) == (0, "wrong_format")
+    assert re.search(words, finding.message)
+
+
+def test_a_file_validated_before_formats_were_told_is_chat():
+    assert check_format("supervised", Report(12)) is None
+    assert "a chat row" in check_format("dpo", Report(12)).message

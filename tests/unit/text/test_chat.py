@@ -7,13 +7,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lathe.text.chat import parse_messages, parse_row
+from lathe.text.chat import Chat, parse_messages
 from lathe.text.errors import RowError
+from lathe.text.rows import parse_line
 
 USER = {"role": "user", "content": "hi"}
 ANSWER = {"role": "assistant", "content": "hello"}
 CALL = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
+
+
+def parse_row(line: bytes) -> Chat:
+    (part,) = parse_line(line).parts
+    assert isinstance(part.content, Chat)
+    return part.content
 
 
 def row(*messages: Any, **more: Any) -> bytes:

@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lathe.text.errors import RowError
+from lathe.text.formats import RowFormat
 from lathe.text.jsonl import Validator, iter_lines
 
 ROW = b'{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}'
@@ -54,7 +55,7 @@ def test_a_good_file() -> None:
     validator = Validator()
     rows = validator.feed(b"\xef\xbb\xbf" + (ROW + b"\r\n\n") * 9 + ROW)
     report = validator.finish()
-    assert (report.valid, report.examples, report.rows) == (True, 10, 10)
+    assert (report.valid, report.examples, report.rows, report.format) == (True, 10, 10, RowFormat.CHAT)
     assert [number for number, _ in rows] == list(range(1, 19, 2))
 
 
@@ -84,3 +85,15 @@ def test_too_few_examples(rows: int, count: int) -> None:
     finding = validator.finish().findings[0]
     assert (finding.line, finding.code) == (0, "invalid_n_examples")
     assert finding.message == f"Training file has {count} example(s), but must have at least 10 examples"
+
+
+def test_a_file_has_one_format() -> None:
+    validator = Validator()
+    text = b'{"text": "a"}\n'
+    validator.feed(b'{"text": 7}\n' + text * 9 + ROW + b"\n" + text)
+    report = validator.finish()
+    assert (report.format, report.examples) == (RowFormat.TEXT, 10)
+    assert [(f.line, f.code) for f in report.findings] == [(1, "data_type"), (11, "mixed_formats")]
+    assert report.findings[1].message == (
+        "the row is a chat row (messages), line 2 is a text row (text); a file has one format"
+    )

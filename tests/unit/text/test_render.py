@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as Backend
 
-from lathe.text.chat import Row, parse_row
+from lathe.text.chat import Chat
 from lathe.text.errors import RowError
 from lathe.text.render import (
     Example,
@@ -20,6 +20,7 @@ from lathe.text.render import (
     render_prompt,
     trained_text,
 )
+from lathe.text.rows import parse_line
 from lathe.text.tokenizer import Tokenizer
 from tests.fixtures.templates import BOS, EOS, GENERATION, REAL, SPECIAL, STRIPPING
 from tests.fixtures.tiny import tiny_tokenizer_json
@@ -29,7 +30,13 @@ OPTIONS = RenderOptions(context_limit=4096)
 NOW = datetime(2030, 1, 2)
 
 
-def row(*turns: tuple[str, str], weights: dict[int, int] | None = None, **more: Any) -> Row:
+def parse_row(line: bytes) -> Chat:
+    (part,) = parse_line(line).parts
+    assert isinstance(part.content, Chat)
+    return part.content
+
+
+def row(*turns: tuple[str, str], weights: dict[int, int] | None = None, **more: Any) -> Chat:
     messages: list[dict[str, Any]] = [{"role": role, "content": content} for role, content in turns]
     for index, weight in (weights or {}).items():
         messages[index]["weight"] = weight
@@ -251,7 +258,4 @@ def test_developer_is_system_to_a_template_that_does_not_know_it(tokenizer: Toke
 
 
 def test_options_have_a_canonical_text() -> None:
-    assert (
-        RenderOptions(8).canonical()
-        == '{"context_limit":8,"method":"supervised","truncation":"end","weights":"message"}'
-    )
+    assert RenderOptions(8).canonical() == '{"context_limit":8,"truncation":"end","weights":"message"}'
