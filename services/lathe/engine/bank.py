@@ -10,9 +10,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lathe.engine.adapters import Adapter, BaseWeights, GroupKey, Site, check_weights
+from lathe.engine.adapters import Adapter, BaseWeights, check_weights
 from lathe.engine.frozen import FrozenLinear
 from lathe.engine.lora_config import LoraSpec, read_spec
+from lathe.engine.lora_layout import GroupKey, Site
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from lathe.engine.activations import activate
-from lathe.engine.adapters import HEAD, GroupKey
 from lathe.engine.attention import Attention, CachedAttention, CachedSpan, RowAttention
 from lathe.engine.bank import AdapterBank, LoraPass
 from lathe.engine.frozen import FrozenLinear
 from lathe.engine.kv import KVCache
 from lathe.engine.lora import Head, embed, linear
+from lathe.engine.lora_layout import HEAD, GroupKey
 from lathe.engine.norms import Norm
 from lathe.engine.rope import Rope, RopeTables
 from lathe.engine.spec import DecoderSpec

@@ -13,10 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lathe.engine.adapters import EMBEDDING, HEAD, GroupKey, LoraGroup
+from lathe.engine.adapters import LoraGroup
 from lathe.engine.bank import LoraPass, MixedLora, Segment
 from lathe.engine.dropout import keep_mask
 from lathe.engine.frozen import FrozenLinear
+from lathe.engine.lora_layout import EMBEDDING, HEAD, GroupKey
 from lathe.engine.untyped import applied
 
 # What the backward pass needs of a segment: u, v (DoRA's output before m / n, or None), masks (or None).
@@ -39,7 +40,11 @@ def linear(
 
 
 def embed(tokens: Tensor, table: Tensor, lora: LoraPass) -> Tensor:
-    """The rows of the embedding table [vocab, hidden] plus each segment's LoRA: [T] -> [T, hidden]."""
+    """The rows of the embedding table [vocab, hidden] plus each segment's LoRA: [T] -> [T, hidden].
+
+    Unlike PEFT, whose embedding layer knows a padding token, it trains every token of a row: there is no padding, and
+    many models name their end-of-turn token as the one to pad with.
+    """
     if lora.anchor is not None and any(True for _ in _parts(lora, EMBEDDING)):
         return applied(_Embed, tokens, lora.anchor, table, lora)
     return _embed_forward(tokens, table, lora, keep=False)[0]

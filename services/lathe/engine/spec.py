@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lathe.common.errors import InvalidArgument
-from lathe.engine.adapters import ModuleShape, Site, sites
+from lathe.engine.lora_layout import ModuleShape, Site, sites
 from lathe.engine.rope import RopeSpec, longrope_scale, yarn_scale
 from lathe.text.architectures import ARCHITECTURES, biases, completed, ropes, windows
 from lathe.text.families import describe
