@@ -13,6 +13,7 @@ from lathe.engine.model import (
     Attempt,
     AttemptError,
     CheckpointReport,
+    EngineReceipt,
     HeartbeatReply,
     HeldLease,
     Outcome,
@@ -35,6 +36,7 @@ class FakeJob:
     outcomes: list[Outcome] = field(default_factory=list)
     final: AdapterRef | None = None
     error: AttemptError | None = None
+    receipt: EngineReceipt | None = None
     prefixes: list[str] = field(default_factory=list)
     # Steps and checkpoints in the order in which a user's events tell them.
     told: list[int | str] = field(default_factory=list)
@@ -128,12 +130,13 @@ class FakeJobs:
         trained_tokens: int,
         final_adapter: AdapterRef | None = None,
         error: AttemptError | None = None,
+        receipt: EngineReceipt | None = None,
     ) -> None:
         self._reachable()
         self._check(lease)
         self.revoke(lease.attempt_id)
         self.job.outcomes.append(outcome)
-        self.job.final, self.job.error = final_adapter, error
+        self.job.final, self.job.error, self.job.receipt = final_adapter, error, receipt
 
     async def deregister(self, engine_id: str) -> None:
         self._reachable()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import asdict
 
 import grpc
 
@@ -15,12 +16,16 @@ from lathe.engine.model import (
     Attempt,
     AttemptError,
     CheckpointReport,
+    EngineReceipt,
+    Environment,
     HeldLease,
     Outcome,
     Progress,
     Registration,
     SlicePlan,
     StepMetrics,
+    TrainingConfig,
+    WeightComparison,
 )
 from lathe.v1 import jobs_pb2, models_pb2, worker_pb2, worker_pb2_grpc
 from tests.fakes.worker_jobs import FakeJobs
@@ -118,6 +123,7 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
                 error=AttemptError(request.error.code, request.error.message)
                 if request.HasField("error")
                 else None,
+                receipt=_receipt(request.receipt) if request.HasField("receipt") else None,
             )
         except LatheError as error:
             await context.abort(*to_rpc_status(error))
@@ -156,13 +162,39 @@ def _attempt(attempt: Attempt) -> worker_pb2.Attempt:
         )
         if attempt.validation is not None
         else None,
-        config=worker_pb2.TrainingConfig(
-            **{name: getattr(config, name) for name in config.__dataclass_fields__}
-        ),
+        config=_config(config),
         slice_plan=worker_pb2.SlicePlan(**{name: getattr(plan, name) for name in plan.__dataclass_fields__})
         if plan is not None
         else None,
         earlier_prefixes=attempt.earlier_prefixes,
+        halvings=[worker_pb2.Halving(step=index + 1, times=times) for index, times in attempt.halvings],
+        compare_with=models_pb2.AdapterObject(
+            prefix=attempt.compare_with.prefix, manifest_sha256=attempt.compare_with.manifest_sha256
+        )
+        if attempt.compare_with is not None
+        else None,
+    )
+
+
+def _config(config: TrainingConfig) -> worker_pb2.TrainingConfig:
+    """On the wire a method's own settings stand among the others."""
+    flat = {name: getattr(config, name) for name in config.__dataclass_fields__}
+    method = {"method": type(config.method).__name__.lower(), **asdict(config.method)}
+    return worker_pb2.TrainingConfig(**flat | method)
+
+
+def _receipt(pb: worker_pb2.EngineReceipt) -> EngineReceipt:
+    compared = pb.comparison
+    return EngineReceipt(
+        Environment(dict(pb.versions), dict(pb.flags)),
+        tuple((item.step - 1, item.times) for item in pb.halvings),
+        pb.fused,
+        pb.weights_sha256,
+        WeightComparison(
+            compared.bit_identical, compared.largest_difference, compared.tensor, compared.not_compared_reason
+        )
+        if pb.HasField("comparison")
+        else None,
     )
 
 

@@ -6,7 +6,7 @@ import asyncio
 import logging
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from shutil import rmtree
 from typing import TypeVar
@@ -29,6 +29,7 @@ from lathe.common.objectstore.base import ObjectStore
 from lathe.engine.basecache import ensure_adapter
 from lathe.engine.checkpoints import (
     Found,
+    Manifest,
     checkpoint_prefix,
     delete,
     describe,
@@ -40,12 +41,15 @@ from lathe.engine.checkpoints import (
 from lathe.engine.engine import TrainRow
 from lathe.engine.loop import ModelLoop
 from lathe.engine.model import (
+    ADAPTER_WEIGHTS,
     AdapterRef,
     Attempt,
     AttemptError,
     AttemptEvent,
     CheckpointReport,
     Ended,
+    EngineReceipt,
+    Environment,
     HeldLease,
     Outcome,
     Progress,
@@ -54,10 +58,12 @@ from lathe.engine.model import (
     SnapshotKind,
     StepMetrics,
     TokenRef,
+    WeightComparison,
     is_disk_full,
     outcome_of,
 )
 from lathe.engine.ports import Jobs, TrainVerbs
+from lathe.engine.receipt import compare
 from lathe.engine.recipes.sft import SftData, SftRun, Start
 
 logger = logging.getLogger(__name__)
@@ -74,13 +80,14 @@ T = TypeVar("T")
 class AttemptSettings:
     """work: a local folder of this engine's own. cache: verified adapters. plan: for jobs without one yet.
 
-    read_rows: the rows of an Arrow object in a file; may block.
+    read_rows: the rows of an Arrow object in a file; may block. environment: what this process computes with.
     """
 
     work: Path
     cache: Path
     plan: SlicePlan
     read_rows: Callable[[Path], Sequence[TrainRow]]
+    environment: Environment = field(default_factory=Environment)
     report_interval_s: float = 0.5
     checkpoint_interval_s: float = 60.0
     retry_max_s: float = 15.0
@@ -112,6 +119,7 @@ class AttemptRunner:
         self._snapshots: deque[Snapshot] = deque()
         self._resumes: list[str] = []
         self._final: AdapterRef | None = None
+        self._receipt: EngineReceipt | None = None
         self._ended: Ended | None = None
         self._uploaded = False
         self._refusals = 0
@@ -320,6 +328,8 @@ class AttemptRunner:
         prefix = checkpoint_prefix(self._attempt.output_prefix, snapshot)
         waiting = tuple(self._metrics)
         manifest = await asyncio.to_thread(describe, snapshot, self._plan, waiting)
+        if snapshot.kind is SnapshotKind.FINAL:
+            self._receipt = await self._receipt_of(snapshot, manifest)
         ref = await self._patiently(lambda: upload(self._store, prefix, snapshot.folder, manifest))
         await asyncio.to_thread(rmtree, snapshot.folder, ignore_errors=True)
         if snapshot.kind is SnapshotKind.EPOCH:
@@ -331,6 +341,27 @@ class AttemptRunner:
             for old in resumes_to_drop(self._resumes):
                 await self._patiently(lambda old=old: delete(self._store, old))  # type: ignore[misc]
                 self._resumes.remove(old)
+
+    async def _receipt_of(self, snapshot: Snapshot, manifest: Manifest) -> EngineReceipt:
+        """How the final adapter in the snapshot's folder was computed and, for a rerun, how it compares."""
+        return EngineReceipt(
+            self._settings.environment,
+            halvings=tuple(sorted(snapshot.halvings.items())),
+            weights_sha256=next(
+                (entry.sha256 for entry in manifest.files if entry.path == ADAPTER_WEIGHTS), ""
+            ),
+            comparison=await self._comparison(snapshot.folder),
+        )
+
+    async def _comparison(self, final: Path) -> WeightComparison | None:
+        wanted = self._attempt.compare_with
+        if wanted is None:
+            return None
+        try:
+            first = await self._patiently(lambda: ensure_adapter(self._store, wanted, self._settings.cache))
+        except LatheError as error:
+            return WeightComparison(bit_identical=False, not_compared_reason=error.message)
+        return await asyncio.to_thread(compare, first, final)
 
     # Reports, in order.
 
@@ -405,6 +436,7 @@ class AttemptRunner:
             trained_tokens=ended.trained_tokens,
             final_adapter=self._final if ended.outcome is Outcome.SUCCEEDED else None,
             error=ended.error,
+            receipt=self._receipt if ended.outcome is Outcome.SUCCEEDED else None,
         )
 
 

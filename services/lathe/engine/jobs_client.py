@@ -14,6 +14,7 @@ from lathe.engine.model import (
     Attempt,
     AttemptError,
     CheckpointReport,
+    EngineReceipt,
     HeartbeatReply,
     HeldLease,
     Outcome,
@@ -124,6 +125,7 @@ class GrpcJobs:
         trained_tokens: int,
         final_adapter: AdapterRef | None = None,
         error: AttemptError | None = None,
+        receipt: EngineReceipt | None = None,
     ) -> None:
         request = worker_pb2.CompleteAttemptRequest(
             attempt_id=lease.attempt_id,
@@ -133,6 +135,7 @@ class GrpcJobs:
             trained_tokens=trained_tokens,
             final_adapter=_adapter_pb(final_adapter) if final_adapter is not None else None,
             error=jobs_pb2.JobError(code=error.code, message=error.message) if error is not None else None,
+            receipt=receipt_pb(receipt) if receipt is not None else None,
         )
         await call(self._stub.CompleteAttempt, request)
 
@@ -160,13 +163,33 @@ def metrics_pb(row: StepMetrics) -> jobs_pb2.StepMetrics:
     )
 
 
+def receipt_pb(receipt: EngineReceipt) -> worker_pb2.EngineReceipt:
+    """Steps are counted from 1 there."""
+    compared = receipt.comparison
+    return worker_pb2.EngineReceipt(
+        versions=receipt.environment.versions,
+        flags=receipt.environment.flags,
+        halvings=[worker_pb2.Halving(step=index + 1, times=times) for index, times in receipt.halvings],
+        fused=receipt.fused,
+        weights_sha256=receipt.weights_sha256,
+        comparison=jobs_pb2.WeightComparison(
+            bit_identical=compared.bit_identical,
+            largest_difference=compared.largest_difference,
+            tensor=compared.tensor,
+            not_compared_reason=compared.not_compared_reason,
+        )
+        if compared is not None
+        else None,
+    )
+
+
 def attempt_from(pb: worker_pb2.Attempt) -> Attempt:
     """A lease. Raises Unavailable for one that names no training object: jobs is not done with it."""
     if not pb.training.object_key:
         raise Unavailable(f"Attempt {pb.attempt_id} names no training object.")
     config = pb.config
     plan = pb.slice_plan
-    initial = pb.initial_adapter
+    initial, compared = pb.initial_adapter, pb.compare_with
     return Attempt(
         attempt_id=pb.attempt_id,
         lease_token=pb.lease_token,
@@ -194,6 +217,8 @@ def attempt_from(pb: worker_pb2.Attempt) -> Attempt:
         else None,
         earlier_prefixes=tuple(pb.earlier_prefixes),
         initial_adapter=AdapterRef(initial.prefix, initial.manifest_sha256) if initial.prefix else None,
+        halvings=tuple((item.step - 1, item.times) for item in pb.halvings),
+        compare_with=AdapterRef(compared.prefix, compared.manifest_sha256) if compared.prefix else None,
     )
 
 

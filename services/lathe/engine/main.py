@@ -33,6 +33,7 @@ from lathe.engine.jobs_client import GrpcJobs
 from lathe.engine.loop import LoopLimits, ModelLoop
 from lathe.engine.model import Registration as EngineRegistration
 from lathe.engine.model import SlicePlan
+from lathe.engine.receipt import environment
 from lathe.engine.rows import read_rows
 from lathe.engine.servicer import EngineServicer, Serving
 from lathe.engine.settings import EngineSettings
@@ -258,11 +259,13 @@ def _worker(
         engine_class=settings.engine_class,
         job_id=settings.job_id,
     )
+    plan = SlicePlan(settings.slice_tokens(), threads, dtype, settings.device)
     attempts = AttemptSettings(
         work=work,
         cache=settings.cache_folder,
         read_rows=read_rows,
-        plan=SlicePlan(settings.slice_tokens(), threads, dtype, settings.device),
+        plan=plan,
+        environment=environment(plan),
         checkpoint_interval_s=settings.checkpoint_interval_s,
     )
     return Worker(

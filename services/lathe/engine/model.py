@@ -10,6 +10,9 @@ from pathlib import Path
 
 from lathe.common.errors import FailedPrecondition, InvalidArgument, LatheError
 
+# PEFT's name of the file with an adapter's weights.
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+
 
 @dataclass(frozen=True, slots=True)
 class SlicePlan:
@@ -96,7 +99,10 @@ class TrainingConfig:
 
 @dataclass(frozen=True, slots=True)
 class Attempt:
-    """One lease of a job. output_prefix ends with a slash: `jobs/{job}/{attempt}/`."""
+    """One lease of a job. output_prefix ends with a slash: `jobs/{job}/{attempt}/`.
+
+    Of a rerun: halvings are those of the first time, as in Start; compare_with is the adapter that it made.
+    """
 
     attempt_id: str
     lease_token: str
@@ -108,6 +114,8 @@ class Attempt:
     slice_plan: SlicePlan | None = None
     earlier_prefixes: tuple[str, ...] = ()
     initial_adapter: AdapterRef | None = None
+    halvings: tuple[tuple[int, int], ...] = ()
+    compare_with: AdapterRef | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,6 +181,42 @@ class AttemptError:
 
     code: str
     message: str
+
+
+@dataclass(frozen=True, slots=True)
+class Environment:
+    """What a process computes with. versions: package -> version; flags: whatever else decides the bits."""
+
+    versions: Mapping[str, str] = field(default_factory=dict)
+    flags: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class WeightComparison:
+    """How a rerun's adapter differs from the first one's; tensor: the one with the largest absolute difference.
+
+    not_compared_reason: why there is nothing to say; the rest is unset then.
+    """
+
+    bit_identical: bool
+    largest_difference: float = 0.0
+    tensor: str = ""
+    not_compared_reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineReceipt:
+    """What only the engine knows of how a job's adapter was computed.
+
+    halvings: (step index, times) of all steps, those of earlier attempts included. fused: a slice shared its pass with
+    another job's, so that the bits need not come again. weights_sha256: of the file with the final weights.
+    """
+
+    environment: Environment
+    halvings: tuple[tuple[int, int], ...] = ()
+    fused: bool = False
+    weights_sha256: str = ""
+    comparison: WeightComparison | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
+from lathe.engine.adapters import LoraSpec
 from lathe.engine.engine import EngineMemory, SequenceState, SliceResult, StepOutput, TrainSlice
-from lathe.engine.lora_config import LoraSpec
 from lathe.engine.model import (
     AdapterRef,
     Attempt,
     AttemptError,
+    EngineReceipt,
     HeartbeatReply,
     HeldLease,
     Outcome,
@@ -79,6 +80,7 @@ class Jobs(Protocol):
         trained_tokens: int,
         final_adapter: AdapterRef | None = None,
         error: AttemptError | None = None,
+        receipt: EngineReceipt | None = None,
     ) -> None: ...
 
     async def deregister(self, engine_id: str) -> None: ...

@@ -18,6 +18,8 @@ from lathe.engine.loop import LoopLimits, ModelLoop
 from lathe.engine.model import (
     Action,
     Attempt,
+    EngineReceipt,
+    Environment,
     Outcome,
     Registration,
     SlicePlan,
@@ -28,10 +30,11 @@ from lathe.engine.worker import Left, Worker, WorkerSettings
 from tests.fakes.clock import FakeClock
 from tests.fakes.engine import FakeEngine
 from tests.fakes.objectstore import MemoryObjectStore
-from tests.fakes.worker_jobs import FakeJobs
+from tests.fakes.worker_jobs import FakeJob, FakeJobs
 
 OBJECT = b"tokens"
 PLAN = SlicePlan(16, 2, "float32", "cpu")
+ENVIRONMENT = Environment({"lathe": "0"}, {"num_threads": "2"})
 TOTAL = 6
 TURNS = 40
 
@@ -78,7 +81,12 @@ class Bench:
             store=self.store,
             clock=self.clock,
             attempts=AttemptSettings(
-                self.folder / "work", self.folder / "cache", PLAN, read_rows, report_rows=report_rows
+                self.folder / "work",
+                self.folder / "cache",
+                PLAN,
+                read_rows,
+                environment=ENVIRONMENT,
+                report_rows=report_rows,
             ),
             settings=WorkerSettings(600.0, lambda: self.parent_dead),
         )
@@ -162,6 +170,33 @@ async def test_a_job_from_lease_to_success(bench: Bench) -> None:
     await bench.io()
     assert not list((bench.folder / "work").iterdir())
     assert bench.worker.attempts == ()
+
+
+async def test_a_receipt_says_what_the_weights_were_computed_with(bench: Bench) -> None:
+    bench.jobs.offer(attempt())
+    bench.start()
+    await bench.until(lambda: bool(bench.jobs.job.outcomes))
+    digest = hashlib.sha256(bench.weights()).hexdigest()
+    assert bench.jobs.job.receipt == EngineReceipt(ENVIRONMENT, weights_sha256=digest)
+
+
+async def test_a_rerun_is_compared_with_what_there_was(bench: Bench) -> None:
+    bench.jobs.offer(attempt())
+    bench.start()
+    await bench.until(lambda: bool(bench.jobs.job.outcomes))
+    first = bench.jobs.job.final
+    assert first is not None
+    for number, compared, reason in (
+        (2, replace(first, prefix="jobs/deleted"), "no adapter at jobs/deleted"),
+        # The fake's weights are no tensors.
+        (3, first, "cannot be read for a comparison"),
+    ):
+        bench.jobs.job = FakeJob()
+        bench.jobs.offer(attempt(number, compare_with=compared))
+        await bench.until(lambda: bool(bench.jobs.job.outcomes))
+        assert bench.jobs.job.outcomes == [Outcome.SUCCEEDED]
+        assert bench.jobs.job.receipt is not None and bench.jobs.job.receipt.comparison is not None
+        assert reason in bench.jobs.job.receipt.comparison.not_compared_reason
 
 
 @pytest.mark.parametrize("turns", [2, 5, 9, 12, 14, 17, 18, 19])
