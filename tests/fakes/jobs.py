@@ -21,7 +21,6 @@ from lathe.jobs.model import (
     BaseRef,
     EngineClasses,
     Job,
-    JobRequest,
     Outcome,
     StepMetrics,
     TokenObject,
@@ -39,14 +38,17 @@ from lathe.jobs.ports import (
     ResolvedModel,
     User,
 )
+from lathe.jobs.progress import Progress
 from lathe.jobs.quotas import Quotas
 from lathe.jobs.reconciler import Reconciler
+from lathe.jobs.requests import JobRequest
 from lathe.jobs.service import JobsService
 from lathe.jobs.sharedclock import SharedClock
 from lathe.jobs.steps import JobSteps
 from lathe.jobs.store import SqlJobStore
 from lathe.jobs.store.tables import metadata
-from lathe.jobs.workers import Completion, Lease, Progress, Registration, WorkersService
+from lathe.jobs.training import Method
+from lathe.jobs.workers import Completion, Lease, Registration, WorkersService
 from tests.fakes.clock import FakeClock
 from tests.fakes.ids import FakeIds
 
@@ -62,6 +64,8 @@ class FakeDatasets:
     infos: dict[str, DatasetInfo] = dataclasses.field(default_factory=dict)
     audits: dict[str, Audit] = dataclasses.field(default_factory=dict)
     results: dict[str, bytes] = dataclasses.field(default_factory=dict)
+    # (dataset, method) of every audit that was asked for.
+    audited: list[tuple[str, str]] = dataclasses.field(default_factory=list)
     down: LatheError | None = None
 
     def add(self, dataset: str, rows: int = 100, state: DatasetState = DatasetState.READY) -> None:
@@ -84,6 +88,7 @@ class FakeDatasets:
         self._check()
         if dataset not in self.audits:
             raise NotFound(f"{dataset} was not found.")
+        self.audited.append((dataset, method))
         return self.audits[dataset]
 
     async def create_result_file(
@@ -98,7 +103,7 @@ class FakeDatasets:
 class FakeModels:
     models: dict[str, ResolvedModel] = dataclasses.field(
         default_factory=lambda: {
-            name: ResolvedModel(base, True, methods=("supervised",))
+            name: ResolvedModel(base, True, methods=tuple(Method))
             for base in (BASE, OTHER)
             for name in (base.id, base.name)
         }

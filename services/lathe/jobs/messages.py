@@ -6,10 +6,34 @@ import csv
 import io
 from collections.abc import Iterable, Sequence
 
-from lathe.jobs.model import EventLevel, EventType, JobError, NewEvent, StepMetrics
+from lathe.jobs.model import EventLevel, EventType, JobError, NewEvent, StepMetrics, WeightComparison
 from lathe.jobs.ports import FileFinding
 
 VALIDATING = "The files are being validated for this model."
+
+
+def rerun_created(job_id: str, first: str) -> NewEvent:
+    return NewEvent(f"Created fine-tuning job: {job_id}, a rerun of {first}")
+
+
+def other_tokens(first: str) -> NewEvent:
+    return NewEvent(
+        f"The files render to other tokens than they did for {first}, so the weights will not be the same",
+        level=EventLevel.WARN,
+    )
+
+
+def compared(first: str, comparison: WeightComparison) -> NewEvent:
+    if comparison.not_compared_reason:
+        why = comparison.not_compared_reason.rstrip(".")
+        return NewEvent(f"The weights were not compared with those of {first}: {why}", level=EventLevel.WARN)
+    if comparison.bit_identical:
+        return NewEvent(f"The weights are bit-identical to those of {first}")
+    return NewEvent(
+        f"The weights differ from those of {first} by at most {comparison.largest_difference:.3g} "
+        f"(in {comparison.tensor})",
+        level=EventLevel.WARN,
+    )
 
 
 def created(job_id: str) -> NewEvent:

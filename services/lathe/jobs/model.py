@@ -3,27 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from enum import StrEnum
 
 from lathe.common.errors import FieldViolation, InvalidArgument
+from lathe.jobs.training import AUTO, Hyperparameters, TrainingSpec
 
 MAX_SEED = 2**31 - 1
-MAX_METADATA_PAIRS = 16
-MAX_METADATA_KEY = 64
-MAX_METADATA_VALUE = 512
-# OpenAI keeps the checkpoints of the last three epochs.
-KEPT_CHECKPOINTS = 3
 # The only engine class where an operator has named none; also that of what was made before there were classes.
 DEFAULT_CLASS = "default"
-
-_SUFFIX = re.compile(r"[A-Za-z0-9_-]{1,64}")
-_HYPERPARAMETERS = "job.method.supervised.hyperparameters"
-_LORA = "job.method.supervised.lora"
 
 
 class JobState(StrEnum):
@@ -124,31 +114,31 @@ class SlicePlan:
 
 
 @dataclass(frozen=True, slots=True)
-class SupervisedSpec:
-    """The hyperparameters as asked for; None means auto."""
+class WeightComparison:
+    """Two adapters' weights; `largest_difference` is absolute, and `tensor` has it.
 
-    n_epochs: int | None = None
-    batch_size: int | None = None
-    learning_rate_multiplier: float | None = None
-    lora_r: int | None = None
-    lora_alpha: float | None = None
-    target_modules: tuple[str, ...] = ()
+    not_compared_reason: why there is nothing to say; empty when the rest says it.
+    """
+
+    bit_identical: bool = False
+    largest_difference: float = 0.0
+    tensor: str = ""
+    not_compared_reason: str = ""
 
 
 @dataclass(frozen=True, slots=True)
-class Hyperparameters:
-    """What auto became. learning_rate is the peak, already multiplied."""
+class EngineReceipt:
+    """What only the engine knows of how an attempt was computed.
 
-    n_epochs: int
-    batch_size: int
-    learning_rate_multiplier: float
-    learning_rate: float
-    lora_r: int
-    lora_alpha: float
-    target_modules: tuple[str, ...]
-    warmup_fraction: float = 0.1
-    weight_decay: float = 0.0
-    max_grad_norm: float = 1.0
+    versions: package -> version. flags: what else decides the bits. halvings: (step, how often its slices were halved
+    for want of memory). fused: some slice shared its pass with another job's.
+    """
+
+    versions: Mapping[str, str] = field(default_factory=dict)
+    flags: Mapping[str, str] = field(default_factory=dict)
+    halvings: tuple[tuple[int, int], ...] = ()
+    fused: bool = False
+    weights_sha256: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,10 +165,14 @@ class BaseRef:
 
 @dataclass(frozen=True, slots=True)
 class ComputeSpec:
-    """Where a job runs. engine_class: one of the operator's. dedicated: on an engine that serves nobody else."""
+    """Where a job runs. engine_class: one of the operator's. dedicated: on an engine that serves nobody else.
+
+    workers: processes that train it together.
+    """
 
     engine_class: str = DEFAULT_CLASS
     dedicated: bool = False
+    workers: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,12 +223,19 @@ class Job:
     training: DatasetRef
     seed: int
     create_time: datetime
-    spec: SupervisedSpec = SupervisedSpec()
+    spec: TrainingSpec = AUTO
     compute: ComputeSpec = ComputeSpec()
     validation: DatasetRef | None = None
     suffix: str = ""
     metadata: Mapping[str, str] = field(default_factory=dict)
+    # The tuned model whose adapter it starts from, and that adapter; neither for a base model.
+    parent_model: str = ""
     initial_adapter: AdapterObject | None = None
+    # Of a rerun: the job that it repeats, what that one halved, and the adapter that the end is compared with.
+    rerun_of: str = ""
+    halvings: tuple[tuple[int, int], ...] = ()
+    compare_with: AdapterObject | None = None
+    comparison: WeightComparison | None = None
     state: JobState = JobState.VALIDATING_FILES
     state_reason: str = ""
     # Set when the files are valid; kept for good, so that a retried job does not go to the end of the line.
@@ -302,6 +303,7 @@ class Attempt:
     error: JobError | None = None
     step: int = 0
     code_version: str = ""
+    receipt: EngineReceipt | None = None
 
     @property
     def prefix(self) -> str:
@@ -381,11 +383,16 @@ class StepMetrics:
     step_seconds: float = 0.0
     grad_norm: float = 0.0
     epoch: int = 0
+    # What the method measures besides, by TRL's names, such as rewards/margins.
+    figures: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
 class JobEvent:
-    """What a user is told. metrics: of the step that a METRICS event is about."""
+    """What a user is told. metrics: of the step that a METRICS event is about.
+
+    kind: of a sentence of the engine, such as generation; data: its parts.
+    """
 
     id: str
     job_id: str
@@ -396,6 +403,8 @@ class JobEvent:
     level: EventLevel = EventLevel.INFO
     step: int = 0
     metrics: StepMetrics | None = None
+    kind: str = ""
+    data: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -406,6 +415,8 @@ class NewEvent:
     type: EventType = EventType.MESSAGE
     level: EventLevel = EventLevel.INFO
     step: int = 0
+    kind: str = ""
+    data: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -418,99 +429,6 @@ class Checkpoint:
     create_time: datetime
     object: AdapterObject
     metrics: StepMetrics | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class JobRequest:
-    """A CreateJob, before anything was looked up. Datasets are ids of the same project."""
-
-    project: str
-    model: str
-    training: str
-    validation: str = ""
-    suffix: str = ""
-    seed: int | None = None
-    spec: SupervisedSpec = SupervisedSpec()
-    # An empty class is the operator's default.
-    compute: ComputeSpec = ComputeSpec("")
-    metadata: Mapping[str, str] = field(default_factory=dict)
-    request_id: str = ""
-
-
-def check_request(request: JobRequest) -> None:
-    """Raise InvalidArgument with one violation per wrong field of a CreateJob."""
-    wrong = [*_basic_violations(request), *_metadata_violations(request.metadata)]
-    wrong += _spec_violations(request.spec)
-    if wrong:
-        message = " ".join(violation.description for violation in wrong)
-        raise InvalidArgument(message, violations=wrong)
-
-
-def _basic_violations(request: JobRequest) -> list[FieldViolation]:
-    wrong = []
-    if not request.model:
-        wrong.append(FieldViolation("job.model", "job.model is required: name a base or tuned model."))
-    if not request.training:
-        wrong.append(FieldViolation("job.training_dataset", "job.training_dataset is required."))
-    if request.suffix and not _SUFFIX.fullmatch(request.suffix):
-        wrong.append(
-            FieldViolation(
-                "job.suffix", "job.suffix must be 1 to 64 letters, digits, hyphens or underscores."
-            )
-        )
-    if request.seed is not None and not 0 <= request.seed <= MAX_SEED:
-        wrong.append(FieldViolation("job.seed", f"job.seed is {request.seed}; it must be 0 to {MAX_SEED}."))
-    if len(request.request_id) > 128:
-        wrong.append(FieldViolation("request_id", "request_id must have at most 128 characters."))
-    return wrong
-
-
-def _metadata_violations(metadata: Mapping[str, str]) -> list[FieldViolation]:
-    if len(metadata) > MAX_METADATA_PAIRS:
-        text = f"job.metadata has {len(metadata)} pairs; at most {MAX_METADATA_PAIRS} are allowed."
-        return [FieldViolation("job.metadata", text)]
-    wrong = []
-    for key, value in metadata.items():
-        if not 1 <= len(key) <= MAX_METADATA_KEY:
-            text = f"job.metadata: a key must have 1 to {MAX_METADATA_KEY} characters, {key[:80]!r} has {len(key)}."
-            wrong.append(FieldViolation("job.metadata", text))
-        elif len(value) > MAX_METADATA_VALUE:
-            text = (
-                f"job.metadata[{key}] has {len(value)} characters; at most {MAX_METADATA_VALUE} are allowed."
-            )
-            wrong.append(FieldViolation(f"job.metadata[{key}]", text))
-    return wrong
-
-
-def _spec_violations(spec: SupervisedSpec) -> list[FieldViolation]:
-    rules: tuple[tuple[str, float | None, float, float, str], ...] = (
-        (f"{_HYPERPARAMETERS}.n_epochs", spec.n_epochs, 1, 50, "1 to 50"),
-        (f"{_HYPERPARAMETERS}.batch_size", spec.batch_size, 1, 256, "1 to 256"),
-        (
-            f"{_HYPERPARAMETERS}.learning_rate_multiplier",
-            spec.learning_rate_multiplier,
-            math.ulp(0.0),
-            1000,
-            "above 0 and at most 1000",
-        ),
-        (f"{_LORA}.r", spec.lora_r, 1, 256, "1 to 256"),
-        (f"{_LORA}.lora_alpha", spec.lora_alpha, math.ulp(0.0), 4096, "above 0 and at most 4096"),
-    )
-    wrong = []
-    for path, value, low, high, words in rules:
-        # Written so that NaN is refused too.
-        if value is not None and not low <= value <= high:
-            wrong.append(FieldViolation(path, f"{path} is {value}; it must be {words}."))
-    return wrong
-
-
-def check_target_modules(spec: SupervisedSpec, base: BaseRef) -> None:
-    """Raise InvalidArgument if LoRA was asked for on modules that the base model does not list."""
-    unknown = [module for module in spec.target_modules if module not in base.target_modules]
-    if unknown:
-        path = f"{_LORA}.target_modules"
-        text = f"{path}: {base.id} has no module {', '.join(unknown)}; choose from {', '.join(base.target_modules)}."
-        raise InvalidArgument(text, violations=[FieldViolation(path, text)])
 
 
 def choose_seed(job_id: str) -> int:

@@ -10,7 +10,7 @@ from lathe.common import names
 from lathe.common.errors import Internal
 from lathe.common.rpc.channel import call
 from lathe.common.rpc.principal import Principal
-from lathe.jobs.model import AdapterObject, BaseRef, SupervisedSpec, TokenObject
+from lathe.jobs.model import AdapterObject, BaseRef, TokenObject
 from lathe.jobs.ports import (
     AdapterRegistration,
     Audit,
@@ -22,6 +22,7 @@ from lathe.jobs.ports import (
     ResolvedModel,
     User,
 )
+from lathe.jobs.training import TrainingSpec
 from lathe.v1 import accounts_pb2, datasets_pb2, models_pb2
 
 if TYPE_CHECKING:
@@ -124,6 +125,7 @@ class RpcModels:
             methods=tuple(base.methods),
             adapter=AdapterObject(adapter.object.prefix, adapter.object.manifest_sha256) if adapter else None,
             lora=_lora(adapter.lineage.hyperparameters_json) if adapter else None,
+            model_id=adapter.model_id if adapter else "",
         )
 
     async def register_adapter(self, adapter: AdapterRegistration) -> None:
@@ -137,6 +139,9 @@ class RpcModels:
             hyperparameters_json=adapter.hyperparameters_json,
             seed=adapter.seed,
             code_version=adapter.code_version,
+            method=adapter.method,
+            parent_model_id=adapter.parent_model_id,
+            parent_manifest_sha256=adapter.parent_manifest_sha256,
         )
         request = models_pb2.RegisterAdapterRequest(
             parent=names.PROJECT.format(adapter.project),
@@ -178,14 +183,17 @@ def _known(table: Mapping[int, T], number: int, what: str) -> T:
     return table[number]
 
 
-def _lora(hyperparameters_json: str) -> SupervisedSpec | None:
+def _lora(hyperparameters_json: str) -> TrainingSpec | None:
     """The LoRA shape in an adapter's lineage; None if it has none."""
     try:
         values = json.loads(hyperparameters_json or "{}")
-        return SupervisedSpec(
+        return TrainingSpec(
             lora_r=int(values["lora_r"]),
             lora_alpha=float(values["lora_alpha"]),
             target_modules=tuple(values["target_modules"]),
+            lora_dropout=float(values.get("lora_dropout", 0.0)),
+            use_rslora=bool(values.get("use_rslora", False)),
+            use_dora=bool(values.get("use_dora", False)),
         )
     except (ValueError, KeyError, TypeError):
         return None

@@ -23,9 +23,9 @@ from lathe.jobs.model import (
     NewEvent,
     Pool,
     StepMetrics,
-    SupervisedSpec,
     TokenObject,
 )
+from lathe.jobs.training import TrainingSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,14 +106,18 @@ class Datasets(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class ResolvedModel:
-    """A model id that a client wrote. adapter: set for a tuned model, with the `lora` it was made with."""
+    """A model id that a client wrote.
+
+    model_id and adapter: set for a tuned model, with the `lora` it was made with.
+    """
 
     base: BaseRef
     tunable: bool
     not_tunable_reason: str = ""
     methods: tuple[str, ...] = ()
     adapter: AdapterObject | None = None
-    lora: SupervisedSpec | None = None
+    lora: TrainingSpec | None = None
+    model_id: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,6 +137,9 @@ class AdapterRegistration:
     hyperparameters_json: str
     seed: int
     code_version: str
+    method: str
+    parent_model_id: str = ""
+    parent_manifest_sha256: str = ""
 
 
 class Models(Protocol):
@@ -314,6 +321,10 @@ class JobSession(Protocol):
         ...
 
     async def event(self, job_id: str, event_id: str) -> JobEvent | None: ...
+
+    async def has_event(self, job_id: str, event: NewEvent) -> bool:
+        """Whether the job has an event of this step, kind and message."""
+        ...
 
     async def put_engine(self, engine: EngineRecord) -> None:
         """Insert or replace."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict
 from datetime import datetime
 
@@ -9,25 +10,26 @@ from google.protobuf.timestamp_pb2 import Timestamp
 
 from lathe.common import names
 from lathe.common.errors import FieldViolation, InvalidArgument, NotFound
-from lathe.jobs import model, workers
+from lathe.jobs import model, progress, trainingprotos, workers
 from lathe.jobs.model import (
     AdapterObject,
     Checkpoint,
     ComputeSpec,
+    EngineReceipt,
     EngineRecord,
     EventLevel,
     EventType,
     Job,
     JobError,
     JobEvent,
-    JobRequest,
     JobState,
     Outcome,
     SlicePlan,
     StepMetrics,
-    SupervisedSpec,
     TokenObject,
+    WeightComparison,
 )
+from lathe.jobs.requests import JobRequest
 from lathe.v1 import jobs_pb2, models_pb2, worker_pb2
 
 STATES = {state: getattr(jobs_pb2, f"JOB_STATE_{state.name}") for state in JobState}
@@ -79,8 +81,8 @@ def job_request(request: jobs_pb2.CreateJobRequest) -> JobRequest:
         validation=_dataset_id(job.validation_dataset, project, "validation"),
         suffix=job.suffix,
         seed=job.seed if job.HasField("seed") else None,
-        spec=_spec(job.method),
-        compute=ComputeSpec(job.compute.engine_class, job.compute.dedicated),
+        spec=trainingprotos.spec(job),
+        compute=ComputeSpec(job.compute.engine_class, job.compute.dedicated, max(1, job.compute.workers)),
         metadata=dict(job.metadata),
         request_id=request.request_id,
     )
@@ -96,21 +98,6 @@ def _dataset_id(name: str, project: str, kind: str) -> str:
         text = f"The {kind} file {dataset} does not exist."
         raise NotFound(text, violations=[FieldViolation(path, text)])
     return dataset
-
-
-def _spec(method: jobs_pb2.Method) -> SupervisedSpec:
-    given = method.supervised
-    numbers, lora = given.hyperparameters, given.lora
-    return SupervisedSpec(
-        n_epochs=numbers.n_epochs if numbers.HasField("n_epochs") else None,
-        batch_size=numbers.batch_size if numbers.HasField("batch_size") else None,
-        learning_rate_multiplier=(
-            numbers.learning_rate_multiplier if numbers.HasField("learning_rate_multiplier") else None
-        ),
-        lora_r=lora.r if lora.HasField("r") else None,
-        lora_alpha=lora.lora_alpha if lora.HasField("lora_alpha") else None,
-        target_modules=tuple(lora.target_modules),
-    )
 
 
 def states(numbers: list[int]) -> list[JobState]:
@@ -132,7 +119,8 @@ def job_pb(job: Job) -> jobs_pb2.Job:
         validation_dataset=names.DATASET.format(job.project, job.validation.id) if job.validation else "",
         suffix=job.suffix,
         seed=job.seed,
-        method=jobs_pb2.Method(supervised=_method_pb(job)),
+        method=trainingprotos.method_pb(job),
+        training=trainingprotos.options_pb(job),
         metadata=dict(job.metadata),
         state=STATES[job.state],
         state_reason=job.state_reason,
@@ -145,7 +133,10 @@ def job_pb(job: Job) -> jobs_pb2.Job:
         step=job.step,
         total_steps=job.total_steps,
         etag=job.etag,
-        compute=jobs_pb2.ComputeSpec(engine_class=job.compute.engine_class, dedicated=job.compute.dedicated),
+        compute=jobs_pb2.ComputeSpec(**asdict(job.compute)),
+        parent_model=job.parent_model,
+        rerun_of=names.JOB.format(job.project, job.rerun_of) if job.rerun_of else "",
+        comparison=comparison_pb(job.comparison) if job.comparison is not None else None,
     )
     _stamp(message.create_time, job.create_time)
     for field, time in (
@@ -158,19 +149,8 @@ def job_pb(job: Job) -> jobs_pb2.Job:
     return message
 
 
-def _method_pb(job: Job) -> jobs_pb2.SupervisedMethod:
-    """What auto became, once it is known; what was asked for before."""
-    chosen = job.hyperparameters or job.spec
-    return jobs_pb2.SupervisedMethod(
-        hyperparameters=jobs_pb2.SupervisedHyperparameters(
-            n_epochs=chosen.n_epochs,
-            batch_size=chosen.batch_size,
-            learning_rate_multiplier=chosen.learning_rate_multiplier,
-        ),
-        lora=jobs_pb2.LoraConfig(
-            r=chosen.lora_r, lora_alpha=chosen.lora_alpha, target_modules=list(chosen.target_modules)
-        ),
-    )
+def comparison_pb(comparison: WeightComparison) -> jobs_pb2.WeightComparison:
+    return jobs_pb2.WeightComparison(**asdict(comparison))
 
 
 def error_pb(error: JobError) -> jobs_pb2.JobError:
@@ -189,6 +169,8 @@ def event_pb(event: JobEvent) -> jobs_pb2.JobEvent:
         level=_EVENT_LEVELS[event.level],
         message=event.message,
         metrics=metrics_pb(event.metrics) if event.metrics is not None else None,
+        kind=event.kind,
+        data=dict(event.data),
     )
     _stamp(message.create_time, event.create_time)
     return message
@@ -248,13 +230,13 @@ def beat(request: worker_pb2.HeartbeatRequest) -> workers.Beat:
     )
 
 
-def progress(request: worker_pb2.ReportProgressRequest) -> workers.Progress:
-    return workers.Progress(
+def progress_of(request: worker_pb2.ReportProgressRequest) -> progress.Progress:
+    return progress.Progress(
         attempt_id=request.attempt_id,
         lease_token=request.lease_token,
         metrics=[_metrics(row, request.total_steps) for row in request.metrics],
         checkpoints=[
-            workers.ReportedCheckpoint(
+            progress.ReportedCheckpoint(
                 point.step,
                 AdapterObject(point.object.prefix, point.object.manifest_sha256),
                 _metrics(point.metrics, request.total_steps) if point.HasField("metrics") else None,
@@ -263,6 +245,8 @@ def progress(request: worker_pb2.ReportProgressRequest) -> workers.Progress:
         ],
         slice_plan=_plan(request.slice_plan) if request.HasField("slice_plan") else None,
         total_steps=request.total_steps,
+        notes=[progress.Note(note.step, note.kind, note.message, dict(note.data)) for note in request.notes],
+        dropped_checkpoints=list(request.dropped_checkpoints),
     )
 
 
@@ -285,6 +269,7 @@ def _metrics(row: jobs_pb2.StepMetrics, total_steps: int) -> StepMetrics:
         step_seconds=row.step_seconds,
         grad_norm=row.grad_norm,
         epoch=row.epoch,
+        figures=dict(row.figures),
     )
 
 
@@ -309,11 +294,36 @@ def completion(request: worker_pb2.CompleteAttemptRequest) -> workers.Completion
         if request.HasField("error")
         else None,
         step=request.step,
+        receipt=_receipt(request.receipt) if request.HasField("receipt") else None,
+        comparison=_comparison(request.receipt.comparison)
+        if request.receipt.HasField("comparison")
+        else None,
+    )
+
+
+def _receipt(given: worker_pb2.EngineReceipt) -> EngineReceipt:
+    return EngineReceipt(
+        versions=dict(given.versions),
+        flags=dict(given.flags),
+        halvings=tuple(sorted((one.step, one.times) for one in given.halvings)),
+        fused=given.fused,
+        weights_sha256=given.weights_sha256,
+    )
+
+
+def _comparison(given: jobs_pb2.WeightComparison) -> WeightComparison:
+    if not math.isfinite(given.largest_difference):
+        return WeightComparison(not_compared_reason=f"{given.tensor} holds values that are no numbers")
+    return WeightComparison(
+        bit_identical=given.bit_identical,
+        largest_difference=given.largest_difference,
+        tensor=given.tensor,
+        not_compared_reason=given.not_compared_reason,
     )
 
 
 def attempt_pb(lease: workers.Lease) -> worker_pb2.Attempt:
-    job, chosen = lease.job, lease.job.hyperparameters
+    job = lease.job
     message = worker_pb2.Attempt(
         attempt_id=lease.attempt.id,
         lease_token=lease.attempt.lease_token,
@@ -323,25 +333,13 @@ def attempt_pb(lease: workers.Lease) -> worker_pb2.Attempt:
         training=_tokens_pb(job.training_tokens),
         validation=_tokens_pb(job.validation_tokens),
         initial_adapter=_object_pb(job.initial_adapter),
+        halvings=[worker_pb2.Halving(step=step, times=times) for step, times in job.halvings],
+        compare_with=_object_pb(job.compare_with),
     )
     if job.slice_plan is not None:
         message.slice_plan.CopyFrom(worker_pb2.SlicePlan(**asdict(job.slice_plan)))
-    if chosen is not None:
-        message.config.CopyFrom(
-            worker_pb2.TrainingConfig(
-                n_epochs=chosen.n_epochs,
-                batch_size=chosen.batch_size,
-                learning_rate=chosen.learning_rate,
-                warmup_fraction=chosen.warmup_fraction,
-                weight_decay=chosen.weight_decay,
-                max_grad_norm=chosen.max_grad_norm,
-                seed=job.seed,
-                lora_r=chosen.lora_r,
-                lora_alpha=chosen.lora_alpha,
-                target_modules=list(chosen.target_modules),
-                base_model=job.base.name,
-            )
-        )
+    if job.hyperparameters is not None:
+        message.config.CopyFrom(trainingprotos.config_pb(job))
     return message
 
 

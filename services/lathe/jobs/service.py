@@ -18,19 +18,19 @@ from lathe.common.errors import (
     ResourceExhausted,
 )
 from lathe.common.ids import IdFactory
-from lathe.jobs import lifecycle, messages, model, transitions
+from lathe.jobs import lifecycle, messages, model, receipts, requests, training, transitions
 from lathe.jobs.changes import Changes
 from lathe.jobs.model import (
     ONE_CLASS,
     TERMINAL_STATES,
+    Attempt,
     Checkpoint,
     DatasetRef,
     EngineClasses,
     Job,
     JobEvent,
-    JobRequest,
     JobState,
-    SupervisedSpec,
+    NewEvent,
 )
 from lathe.jobs.ports import (
     Accounts,
@@ -43,12 +43,13 @@ from lathe.jobs.ports import (
     ResolvedModel,
     User,
 )
+from lathe.jobs.requests import JobRequest
+from lathe.jobs.training import TrainingSpec
 from lathe.jobs.transitions import Trigger
 
 log = logging.getLogger(__name__)
 
 _WAITING = (JobState.VALIDATING_FILES, JobState.QUEUED)
-_METHOD = "supervised"
 # What another replica wrote is told within a second.
 _WATCH_POLL_S = 0.8
 _EVENTS_PER_MESSAGE = 500
@@ -72,64 +73,73 @@ class JobsService:
 
         Raises InvalidArgument, NotFound (model or dataset), FailedPrecondition, ResourceExhausted (quota).
         """
-        model.check_request(request)
-        earlier = await self._by_request(request)
+        requests.check_request(request)
+        earlier = await self._by_request(request.project, request.request_id)
         if earlier is not None:
             return earlier
         engine_class = self.classes.choose(request.compute.engine_class)
         request = replace(request, compute=replace(request.compute, engine_class=engine_class))
         resolved = await self._resolve(request)
-        training = await self._dataset(request, request.training, "training", user)
+        training = await self._dataset(request.project, request.training, "training", user)
         validation = (
-            await self._dataset(request, request.validation, "validation", user)
+            await self._dataset(request.project, request.validation, "validation", user)
             if request.validation
             else None
         )
-        quota = await self.accounts.get_quota(request.project)
         job = self._new_job(request, resolved, training, validation)
-        events = [messages.created(job.id), messages.validating(request.training, request.validation or None)]
+        return await self._add(job, messages.created(job.id), request.request_id)
+
+    async def _add(self, job: Job, created: NewEvent, request_id: str) -> Job:
+        """Keep a new job, if the quota has room; or what another call with its request_id made meanwhile."""
+        quota = await self.accounts.get_quota(job.project)
+        validation = job.validation.id if job.validation is not None else None
+        events = [created, messages.validating(job.training.id, validation)]
         try:
             async with self.store.write() as session:
                 if quota.max_queued_jobs:
-                    await self._check_room(session, request.project, quota.max_queued_jobs)
-                await session.add_job(job, request.request_id, events)
+                    await self._check_room(session, job.project, quota.max_queued_jobs)
+                await session.add_job(job, request_id, events)
         except AlreadyExists:
-            # Another call with the same request_id was quicker.
-            earlier = await self._by_request(request)
+            earlier = await self._by_request(job.project, request_id)
             if earlier is None:
                 raise
             return earlier
         self.changes.ring()
         return replace(job, event_sequence=len(events))
 
-    async def _by_request(self, request: JobRequest) -> Job | None:
-        if not request.request_id:
+    async def _by_request(self, project: str, request_id: str) -> Job | None:
+        if not request_id:
             return None
         async with self.store.read() as session:
-            return await session.job_by_request(request.project, request.request_id)
+            return await session.job_by_request(project, request_id)
 
-    async def _resolve(self, request: JobRequest) -> ResolvedModel:
+    async def _resolve_model(self, project: str, model_id: str) -> ResolvedModel:
         try:
-            resolved = await self.models.resolve(request.project, request.model)
+            return await self.models.resolve(project, model_id)
         except NotFound as error:
             raise _field_error(
-                NotFound, "job.model", f"The model {request.model!r} does not exist.", "MODEL_NOT_FOUND"
+                NotFound, "job.model", f"The model {model_id!r} does not exist.", "MODEL_NOT_FOUND"
             ) from error
-        if not resolved.tunable or _METHOD not in resolved.methods:
-            why = resolved.not_tunable_reason or f"it does not offer the method {_METHOD}"
+
+    async def _resolve(self, request: JobRequest) -> ResolvedModel:
+        resolved = await self._resolve_model(request.project, request.model)
+        method = request.spec.method
+        if not resolved.tunable or method not in resolved.methods:
+            why = resolved.not_tunable_reason or f"it does not offer the method {method}"
             raise _field_error(
                 InvalidArgument,
                 "job.model",
                 f"The model {request.model!r} cannot be tuned: {why.rstrip('.')}.",
                 "MODEL_NOT_TUNABLE",
             )
-        model.check_target_modules(request.spec, resolved.base)
+        base = resolved.base
+        training.check_target_modules(request.spec, base.id, base.target_modules)
         return resolved
 
-    async def _dataset(self, request: JobRequest, dataset: str, kind: str, user: User) -> DatasetRef:
+    async def _dataset(self, project: str, dataset: str, kind: str, user: User) -> DatasetRef:
         path = f"job.{kind}_dataset"
         try:
-            info = await self.datasets.get(request.project, dataset, user)
+            info = await self.datasets.get(project, dataset, user)
         except NotFound as error:
             raise _field_error(NotFound, path, f"The {kind} file {dataset} does not exist.") from error
         _check_dataset(info, kind, path)
@@ -166,10 +176,49 @@ class JobsService:
             spec=_inherit(request.spec, resolved),
             compute=request.compute,
             metadata=dict(request.metadata),
+            parent_model=resolved.model_id,
             initial_adapter=resolved.adapter,
             create_time=self.clock.now(),
             state_reason=messages.VALIDATING,
         )
+
+    async def receipt(self, project: str, job_id: str) -> tuple[Job, str]:
+        """The job and its receipt, a JSON document. Raises NotFound; FailedPrecondition until it has succeeded."""
+        job, attempt = await self._finished(project, job_id)
+        return job, receipts.document(job, attempt)
+
+    async def _finished(self, project: str, job_id: str) -> tuple[Job, Attempt]:
+        async with self.store.read() as session:
+            job = await _existing(session, project, job_id)
+            attempt = await session.attempt(job.final_attempt_id) if job.final_attempt_id else None
+        if job.state is not JobState.SUCCEEDED or attempt is None:
+            raise FailedPrecondition(
+                f"{job.name} is {job.state.replace('_', ' ')}; a receipt is written when a job has succeeded.",
+                reason="JOB_STATE",
+            )
+        return job, attempt
+
+    async def rerun(self, project: str, job_id: str, request_id: str, user: User) -> Job:
+        """A new job that repeats one that has succeeded, from its receipt; or what the same request_id made.
+
+        It runs on an engine of its own, where nothing else changes the order of its sums. Raises NotFound (job, model,
+        dataset), FailedPrecondition (no receipt; the model is another by now), ResourceExhausted.
+        """
+        earlier = await self._by_request(project, request_id)
+        if earlier is not None:
+            return earlier
+        first, attempt = await self._finished(project, job_id)
+        resolved = await self._resolve_model(project, first.model)
+        if (resolved.base.digest, resolved.adapter) != (first.base.digest, first.initial_adapter):
+            raise FailedPrecondition(
+                f"The model {first.model!r} is not what {first.name} started from any more.",
+                reason="MODEL_CHANGED",
+            )
+        for kind, dataset in (("training", first.training), ("validation", first.validation)):
+            if dataset is not None:
+                await self._dataset(project, dataset.id, kind, user)
+        job = receipts.rerun(first, attempt, self.ids.new("ftjob"), self.clock.now())
+        return await self._add(job, messages.rerun_created(job.id, first.id), request_id)
 
     async def get(self, project: str, job_id: str) -> Job:
         """Raises NotFound, the same for an unknown and for another project's job."""
@@ -234,7 +283,7 @@ class JobsService:
         return event.sequence
 
     async def checkpoints(
-        self, project: str, job_id: str, *, before_step: int | None, limit: int
+        self, project: str, job_id: str, *, before_step: int | None, limit: int | None
     ) -> tuple[Job, Sequence[Checkpoint]]:
         """The job and its checkpoints, newest first. Raises NotFound."""
         async with self.store.read() as session:
@@ -243,7 +292,7 @@ class JobsService:
 
     async def checkpoint_step(self, project: str, job_id: str, checkpoint_id: str) -> int:
         """The step of a checkpoint. Raises NotFound for the job, InvalidArgument for the checkpoint."""
-        _, found = await self.checkpoints(project, job_id, before_step=None, limit=model.KEPT_CHECKPOINTS)
+        _, found = await self.checkpoints(project, job_id, before_step=None, limit=None)
         for checkpoint in found:
             if checkpoint.id == checkpoint_id:
                 return checkpoint.step
@@ -302,23 +351,8 @@ def _check_dataset(info: DatasetInfo, kind: str, path: str) -> None:
         raise _field_error(InvalidArgument, path, error.message, error.code.upper())
 
 
-def _inherit(spec: SupervisedSpec, resolved: ResolvedModel) -> SupervisedSpec:
-    """A job on a tuned model goes on with that adapter, so its LoRA shape is given.
-
-    Raises InvalidArgument if another shape was asked for.
-    """
-    lora: SupervisedSpec | None = resolved.lora
-    if resolved.adapter is None or lora is None:
+def _inherit(spec: TrainingSpec, resolved: ResolvedModel) -> TrainingSpec:
+    """Raises InvalidArgument if the adapter to start from is of another shape than what was asked for."""
+    if resolved.adapter is None or resolved.lora is None:
         return spec
-    path = "job.method.supervised.lora"
-    if spec.lora_r not in (None, lora.lora_r):
-        raise _field_error(
-            InvalidArgument, f"{path}.r", f"{path}.r must be {lora.lora_r}, as in the adapter to start from."
-        )
-    if spec.target_modules and set(spec.target_modules) != set(lora.target_modules):
-        text = f"{path}.target_modules must be those of the adapter to start from."
-        raise _field_error(InvalidArgument, f"{path}.target_modules", text)
-    if spec.lora_alpha not in (None, lora.lora_alpha):
-        text = f"{path}.lora_alpha must be {lora.lora_alpha}, as in the adapter to start from."
-        raise _field_error(InvalidArgument, f"{path}.lora_alpha", text)
-    return replace(spec, lora_r=lora.lora_r, lora_alpha=lora.lora_alpha, target_modules=lora.target_modules)
+    return training.inherit(spec, resolved.lora)

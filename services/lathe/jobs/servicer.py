@@ -74,6 +74,17 @@ class JobsServicer(pb_grpc.JobsServiceServicer):
         require_role(Role.MEMBER)
         return protos.job_pb(await self._service.cancel(*ids))
 
+    async def GetJobReceipt(
+        self, request: pb.GetJobReceiptRequest, context: ServicerContext
+    ) -> pb.JobReceipt:
+        job, document = await self._service.receipt(*_job_ids(request.name, "name"))
+        return pb.JobReceipt(job=job.name, document=document)
+
+    async def RerunJob(self, request: pb.RerunJobRequest, context: ServicerContext) -> pb.Job:
+        ids = _job_ids(request.name, "name")
+        require_role(Role.MEMBER)
+        return protos.job_pb(await self._service.rerun(*ids, request.request_id, _user()))
+
     async def ListJobEvents(
         self, request: pb.ListJobEventsRequest, context: ServicerContext
     ) -> pb.ListJobEventsResponse:
@@ -175,7 +186,7 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
     async def ReportProgress(
         self, request: worker_pb2.ReportProgressRequest, context: ServicerContext
     ) -> worker_pb2.ReportProgressResponse:
-        await self._workers.report(protos.progress(request))
+        await self._workers.report(protos.progress_of(request))
         return worker_pb2.ReportProgressResponse()
 
     async def CompleteAttempt(

@@ -21,7 +21,7 @@ from lathe.common.errors import (
     LatheError,
     NotFound,
 )
-from lathe.jobs import hyperparameters, lifecycle, messages, model, transitions
+from lathe.jobs import hyperparameters, lifecycle, messages, model, receipts, transitions
 from lathe.jobs.changes import Changes
 from lathe.jobs.model import AdapterObject, Attempt, Checkpoint, Job, JobError, JobState, NewEvent
 from lathe.jobs.ports import AdapterRegistration, Audit, AuditState, Datasets, JobStore, Models
@@ -102,7 +102,9 @@ class JobSteps:
         audits: list[Audit] = []
         for param, dataset in files:
             try:
-                audit = await self.datasets.ensure_audit(job.project, dataset.id, job.base.name, "supervised")
+                audit = await self.datasets.ensure_audit(
+                    job.project, dataset.id, job.base.name, job.spec.method
+                )
             except _FINAL as error:
                 await self._invalid(job, JobError(f"invalid_{param}", error.message, param))
                 return
@@ -122,12 +124,15 @@ class JobSteps:
 
     async def _queue(self, job: Job, audits: Sequence[Audit]) -> None:
         training = audits[0]
-        chosen = hyperparameters.resolve(job.spec, job.base, training.rows)
+        # A rerun brings its own, and the digest of the tokens that it should train on.
+        chosen = job.hyperparameters or hyperparameters.resolve(job.spec, job.base, training.rows)
         events = [
             messages.rows_truncated(audit.truncated_rows, noun)
             for audit, noun in zip(audits, ("the training file", "the validation file"), strict=False)
             if audit.truncated_rows
         ]
+        if job.rerun_of and job.training_tokens and training.tokens != job.training_tokens:
+            events.append(messages.other_tokens(job.rerun_of))
         changed = replace(
             job,
             state=transitions.apply(job.state, Trigger.FILES_VALID),
@@ -163,6 +168,10 @@ class JobSteps:
         result = await self.datasets.create_result_file(
             job.project, "results.csv", content, f"{job.id}-results"
         )
+        document = receipts.document(job, attempt)
+        kept = await self.datasets.create_result_file(
+            job.project, "receipt.json", document.encode(), f"{job.id}-receipt"
+        )
         done = replace(
             lifecycle.ended(
                 job,
@@ -171,12 +180,14 @@ class JobSteps:
                 self.clock.now(),
             ),
             fine_tuned_model=model_id,
-            result_files=(result,),
+            result_files=(result, kept),
         )
         events = [
             lifecycle.warning(f"The checkpoint of step {point.step} cannot be read and is left out")
             for point in gone
         ]
+        if job.comparison is not None:
+            events.append(messages.compared(job.rerun_of, job.comparison))
         try:
             async with self.store.write() as session:
                 for point in gone:
@@ -225,6 +236,9 @@ def _registration(
         hyperparameters_json=json.dumps({**chosen, **plan}, sort_keys=True),
         seed=job.seed,
         code_version=attempt.code_version,
+        method=job.spec.method,
+        parent_model_id=job.parent_model,
+        parent_manifest_sha256=job.initial_adapter.manifest_sha256 if job.initial_adapter else "",
     )
 
 

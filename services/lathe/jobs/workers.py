@@ -11,7 +11,7 @@ from lathe.common.clock import Clock
 from lathe.common.errors import Aborted, FailedPrecondition, FieldViolation, InvalidArgument
 from lathe.common.ids import IdFactory
 from lathe.common.metrics import Metrics
-from lathe.jobs import lifecycle, messages, model, policy, transitions
+from lathe.jobs import lifecycle, messages, policy, transitions
 from lathe.jobs.changes import Changes
 from lathe.jobs.contact import Contact
 from lathe.jobs.model import (
@@ -23,18 +23,18 @@ from lathe.jobs.model import (
     BaseRef,
     Checkpoint,
     EngineClasses,
+    EngineReceipt,
     EngineRecord,
     EngineState,
     Job,
     JobError,
     JobState,
-    NewEvent,
     Outcome,
     Place,
-    SlicePlan,
-    StepMetrics,
+    WeightComparison,
 )
 from lathe.jobs.ports import JobSession, JobStore
+from lathe.jobs.progress import Progress, ReportedCheckpoint, estimate, note_events, progressed, superseded
 from lathe.jobs.quotas import Quotas
 from lathe.jobs.transitions import Trigger
 
@@ -95,23 +95,6 @@ class Lease:
 
 
 @dataclass(frozen=True, slots=True)
-class ReportedCheckpoint:
-    step: int
-    object: AdapterObject
-    metrics: StepMetrics | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Progress:
-    attempt_id: str
-    lease_token: str
-    metrics: Sequence[StepMetrics] = ()
-    checkpoints: Sequence[ReportedCheckpoint] = ()
-    slice_plan: SlicePlan | None = None
-    total_steps: int = 0
-
-
-@dataclass(frozen=True, slots=True)
 class Completion:
     attempt_id: str
     lease_token: str
@@ -120,6 +103,8 @@ class Completion:
     trained_tokens: int = 0
     error: JobError | None = None
     step: int = 0
+    receipt: EngineReceipt | None = None
+    comparison: WeightComparison | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -276,7 +261,7 @@ class WorkersService:
             attempt, job = await _current(session, progress.attempt_id, progress.lease_token)
             for checkpoint in progress.checkpoints:
                 _check_place(checkpoint.object, job.output_prefix, "checkpoints.object.prefix")
-            changed, events = _progressed(job, attempt, progress)
+            changed, events = progressed(job, attempt, progress)
             measured = [*progress.metrics, *(c.metrics for c in progress.checkpoints if c.metrics)]
             fresh = await session.put_metrics(job.id, measured)
             by_step = {row.step: row for row in measured}
@@ -284,27 +269,36 @@ class WorkersService:
             for checkpoint in sorted(progress.checkpoints, key=lambda one: one.step):
                 if await self._keep(session, job, checkpoint):
                     events.append(messages.checkpoint_created(checkpoint.step))
+            for step in progress.dropped_checkpoints:
+                await session.delete_checkpoint(job.id, step)
+            for told in note_events(progress.notes):
+                if not await session.has_event(job.id, told):
+                    events.append(told)
             events.sort(key=lambda event: event.step)
             trained = sum(by_step[step].trained_tokens for step in fresh)
             changed = replace(
                 changed,
                 trained_tokens=changed.trained_tokens + trained,
-                estimated_finish_time=_estimate(changed, progress.metrics, now),
+                estimated_finish_time=estimate(changed, progress.metrics, now),
             )
             await session.save(job, changed, events)
         self.changes.ring()
 
     async def _keep(self, session: JobSession, job: Job, reported: ReportedCheckpoint) -> bool:
-        """Keep the newest checkpoints only, each once."""
-        kept = [checkpoint.step for checkpoint in await session.checkpoints(job.id)]
-        if len(kept) >= model.KEPT_CHECKPOINTS and reported.step < min(kept):
-            return False
+        """Keep the newest checkpoints and the best one, each once."""
+        kept = await session.checkpoints(job.id)
         checkpoint = Checkpoint(
-            self.ids.new("ftckpt"), job.id, reported.step, self.clock.now(), reported.object
+            self.ids.new("ftckpt"),
+            job.id,
+            reported.step,
+            self.clock.now(),
+            reported.object,
+            reported.metrics,
         )
-        if not await session.put_checkpoint(checkpoint):
+        gone = superseded([*kept, checkpoint], job)
+        if reported.step in gone or not await session.put_checkpoint(checkpoint):
             return False
-        for step in sorted([*kept, reported.step])[: -model.KEPT_CHECKPOINTS]:
+        for step in gone:
             await session.delete_checkpoint(job.id, step)
         return True
 
@@ -337,10 +331,13 @@ class WorkersService:
                 trained_tokens=completion.trained_tokens,
                 error=completion.error,
                 step=completion.step,
+                receipt=completion.receipt,
             )
             if not await session.end_attempt(done):
                 raise _stale(completion.attempt_id)
             changed, events = lifecycle.after_attempt(job, done, "", now)
+            if completion.comparison is not None:
+                changed = replace(changed, comparison=completion.comparison)
             await session.save(job, changed, events)
         log.info("Attempt %s of %s ended: %s.", attempt.number, job.name, completion.outcome)
         self.changes.ring()
@@ -478,39 +475,3 @@ async def _renew(
         return Action.LEASE_LOST
     job = await session.job(attempt.job_id)
     return _DIRECTIVES.get(job.state) if job is not None else Action.LEASE_LOST
-
-
-def _progressed(job: Job, attempt: Attempt, progress: Progress) -> tuple[Job, list[NewEvent]]:
-    """State, plan and counters after a report."""
-    events: list[NewEvent] = []
-    state = job.state
-    if state is JobState.STARTING:
-        state = transitions.apply(state, Trigger.REPORTED)
-    start_time = job.start_time
-    if start_time is None:
-        start_time = attempt.create_time
-        events.append(messages.started())
-    step = max([job.step, *(row.step for row in progress.metrics)])
-    total = progress.total_steps or job.total_steps
-    reason = f"Training: step {step} of {total}." if state is JobState.RUNNING else job.state_reason
-    return (
-        replace(
-            job,
-            state=state,
-            state_reason=reason,
-            start_time=start_time,
-            step=step,
-            total_steps=total,
-            slice_plan=job.slice_plan or progress.slice_plan,
-        ),
-        events,
-    )
-
-
-def _estimate(job: Job, metrics: Sequence[StepMetrics], now: datetime) -> datetime | None:
-    """When the job will be done if its steps go on as the last ones did."""
-    seconds = [row.step_seconds for row in metrics if row.step_seconds > 0]
-    if not seconds:
-        return job.estimated_finish_time
-    left = max(0, job.total_steps - job.step)
-    return now + timedelta(seconds=left * sum(seconds) / len(seconds))

@@ -26,7 +26,6 @@ from lathe.jobs.model import (
     EngineRecord,
     EngineState,
     EventType,
-    Hyperparameters,
     Job,
     JobError,
     JobState,
@@ -34,12 +33,13 @@ from lathe.jobs.model import (
     Outcome,
     Pool,
     SlicePlan,
-    SupervisedSpec,
     TokenObject,
+    WeightComparison,
 )
 from lathe.jobs.ports import Quota
 from lathe.jobs.store import SqlJobStore
 from lathe.jobs.store.tables import metadata
+from lathe.jobs.training import Hyperparameters, Method, TrainingSpec
 from tests.fakes.clock import FakeClock
 from tests.fakes.ids import FakeIds
 from tests.fakes.jobs import BASE, World, measured
@@ -82,11 +82,16 @@ def full_job(now: FakeClock) -> Job:
         validation=DatasetRef("file-2"),
         seed=2**31 - 1,
         create_time=at,
-        spec=SupervisedSpec(1, 2, 0.5, 4, 8.0, ("q_proj",)),
-        compute=ComputeSpec("gpu", True),
+        spec=TrainingSpec(1, 2, 0.5, 4, 8.0, ("q_proj",), Method.DPO, beta=0.2, schedule="linear"),
+        compute=ComputeSpec("gpu", True, 2),
         suffix="s",
         metadata={'a"b.c': "x\u00e9"},
+        parent_model="ft:x",
         initial_adapter=AdapterObject("p", "0" * 64),
+        rerun_of="ftjob-first",
+        halvings=((3, 1), (7, 2)),
+        compare_with=AdapterObject("q", "9" * 64),
+        comparison=WeightComparison(False, 1e-7, "lora_A"),
         state=JobState.RUNNING,
         state_reason="r",
         queue_time=at,
@@ -94,7 +99,9 @@ def full_job(now: FakeClock) -> Job:
         finish_time=at,
         estimated_finish_time=at,
         hold_until=at,
-        hyperparameters=Hyperparameters(1, 2, 0.5, 1e-3, 4, 8.0, ("q_proj",)),
+        hyperparameters=Hyperparameters(
+            1, 2, 0.5, 1e-3, 4, 8.0, ("q_proj",), method=Method.DPO, beta=0.2, use_dora=True, eval_every=3
+        ),
         training_tokens=TokenObject("k", "1" * 64),
         validation_tokens=TokenObject("k2", "2" * 64),
         audit_key="ak",

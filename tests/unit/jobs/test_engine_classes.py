@@ -176,7 +176,7 @@ def test_compute_comes_and_goes_over_the_wire(world: World) -> None:
     )
     assert protos.job_request(sent).compute == ComputeSpec("gpu", True)
     job = Job("j", "acme", "tiny", BASE, DatasetRef("f"), 1, world.clock.now(), compute=GPU)
-    assert protos.job_pb(job).compute == jobs_pb2.ComputeSpec(engine_class="gpu")
+    assert protos.job_pb(job).compute == jobs_pb2.ComputeSpec(engine_class="gpu", workers=1)
 
 
 async def test_an_engine_that_jobs_does_not_know_says_what_it_is_for(world: World) -> None:

@@ -13,15 +13,14 @@ from lathe.jobs.model import (
     TERMINAL_STATES,
     DatasetRef,
     Job,
-    JobRequest,
     JobState,
-    SupervisedSpec,
-    check_request,
     checkpoint_model_id,
     choose_seed,
     tuned_model_id,
 )
 from lathe.jobs.ports import FileFinding
+from lathe.jobs.requests import JobRequest, check_request
+from lathe.jobs.training import TrainingSpec
 from lathe.jobs.transitions import Trigger
 from tests.fakes.jobs import BASE, measured
 
@@ -30,7 +29,7 @@ NUMBERS = "job.method.supervised.hyperparameters"
 
 
 def test_a_good_request_passes() -> None:
-    spec = SupervisedSpec(50, 256, 0.1, 256, 32.0, ("q_proj",))
+    spec = TrainingSpec(50, 256, 0.1, 256, 32.0, ("q_proj",))
     check_request(
         replace(GOOD, suffix="My_model-1", seed=2**31 - 1, spec=spec, metadata={"k" * 64: "v" * 512})
     )
@@ -48,18 +47,18 @@ def test_a_good_request_passes() -> None:
         (replace(GOOD, metadata={str(n): "" for n in range(17)}), "job.metadata"),
         (replace(GOOD, metadata={"k" * 65: ""}), "job.metadata"),
         (replace(GOOD, metadata={"k": "v" * 513}), "job.metadata[k]"),
-        (replace(GOOD, spec=SupervisedSpec(n_epochs=0)), f"{NUMBERS}.n_epochs"),
-        (replace(GOOD, spec=SupervisedSpec(n_epochs=51)), f"{NUMBERS}.n_epochs"),
-        (replace(GOOD, spec=SupervisedSpec(batch_size=257)), f"{NUMBERS}.batch_size"),
+        (replace(GOOD, spec=TrainingSpec(n_epochs=0)), f"{NUMBERS}.n_epochs"),
+        (replace(GOOD, spec=TrainingSpec(n_epochs=51)), f"{NUMBERS}.n_epochs"),
+        (replace(GOOD, spec=TrainingSpec(batch_size=257)), f"{NUMBERS}.batch_size"),
         (
-            replace(GOOD, spec=SupervisedSpec(learning_rate_multiplier=0.0)),
+            replace(GOOD, spec=TrainingSpec(learning_rate_multiplier=0.0)),
             f"{NUMBERS}.learning_rate_multiplier",
         ),
         (
-            replace(GOOD, spec=SupervisedSpec(learning_rate_multiplier=float("nan"))),
+            replace(GOOD, spec=TrainingSpec(learning_rate_multiplier=float("nan"))),
             f"{NUMBERS}.learning_rate_multiplier",
         ),
-        (replace(GOOD, spec=SupervisedSpec(lora_r=257)), "job.method.supervised.lora.r"),
+        (replace(GOOD, spec=TrainingSpec(lora_r=257)), "job.method.supervised.lora.r"),
     ],
 )
 def test_a_wrong_field_is_named(request_: JobRequest, path: str) -> None:
@@ -77,14 +76,14 @@ def test_auto_epochs_follow_the_published_rule(n: int, epochs: int) -> None:
 
 @given(st.integers(1, 10**7))
 def test_auto_is_always_within_the_ranges_of_a_request(examples: int) -> None:
-    chosen = hyperparameters.resolve(SupervisedSpec(), BASE, examples)
-    check_request(replace(GOOD, spec=SupervisedSpec(chosen.n_epochs, chosen.batch_size)))
+    chosen = hyperparameters.resolve(TrainingSpec(), BASE, examples)
+    check_request(replace(GOOD, spec=TrainingSpec(chosen.n_epochs, chosen.batch_size)))
     assert chosen.batch_size <= max(1, examples)
     assert hyperparameters.total_steps(chosen, examples) >= chosen.n_epochs
 
 
 def test_given_hyperparameters_stand() -> None:
-    chosen = hyperparameters.resolve(SupervisedSpec(1, 4, 2.0, 8), BASE, 300)
+    chosen = hyperparameters.resolve(TrainingSpec(1, 4, 2.0, 8), BASE, 300)
     assert (chosen.n_epochs, chosen.batch_size, chosen.lora_r, chosen.lora_alpha) == (1, 4, 8, 16.0)
     assert chosen.learning_rate == 2 * hyperparameters.base_learning_rate(BASE.parameter_count)
     assert chosen.target_modules == BASE.target_modules

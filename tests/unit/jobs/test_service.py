@@ -13,8 +13,9 @@ from lathe.common.errors import (
     ResourceExhausted,
     Unavailable,
 )
-from lathe.jobs.model import AdapterObject, Job, JobState, Outcome, SupervisedSpec
+from lathe.jobs.model import AdapterObject, Job, JobState, Outcome
 from lathe.jobs.ports import Audit, AuditState, DatasetState, FileFinding, Quota, ResolvedModel
+from lathe.jobs.training import TrainingSpec
 from tests.fakes.jobs import BASE, World
 
 
@@ -43,7 +44,7 @@ async def test_a_new_job_is_validated_and_queued(world: World) -> None:
         ({"training": "file-gone"}, NotFound, "job.training_dataset"),
         ({"training": "file-evals"}, InvalidArgument, "job.training_dataset"),
         (
-            {"spec": SupervisedSpec(target_modules=("x",))},
+            {"spec": TrainingSpec(target_modules=("x",))},
             InvalidArgument,
             "job.method.supervised.lora.target_modules",
         ),
@@ -89,7 +90,7 @@ async def test_a_job_of_another_project_is_not_there(world: World) -> None:
 
 
 async def test_tuning_a_tuned_model_keeps_its_lora(world: World) -> None:
-    lora = SupervisedSpec(lora_r=8, lora_alpha=16.0, target_modules=("q_proj",))
+    lora = TrainingSpec(lora_r=8, lora_alpha=16.0, target_modules=("q_proj",))
     world.models.models["ft:tiny"] = ResolvedModel(
         BASE, True, "", ("supervised",), AdapterObject("jobs/a/b/final", "0" * 64), lora
     )
@@ -97,7 +98,7 @@ async def test_tuning_a_tuned_model_keeps_its_lora(world: World) -> None:
     assert job.hyperparameters is not None
     assert (job.hyperparameters.lora_r, job.hyperparameters.target_modules) == (8, ("q_proj",))
     with pytest.raises(InvalidArgument):
-        await world.create(model="ft:tiny", spec=SupervisedSpec(lora_r=16))
+        await world.create(model="ft:tiny", spec=TrainingSpec(lora_r=16))
 
 
 async def test_bad_files_fail_the_job_with_lines(world: World) -> None:

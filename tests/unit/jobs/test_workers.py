@@ -40,7 +40,7 @@ async def test_a_job_runs_to_its_end(world: World) -> None:
     assert set(world.models.adapters) == {job.fine_tuned_model, f"{job.fine_tuned_model}:ckpt-step-2"}
     assert world.models.adapters[job.fine_tuned_model].attempt == lease.attempt.id
     assert world.datasets.results[f"{job.id}-results"].count(b"\n") == 3
-    assert job.result_files == (f"file-{job.id}-results",)
+    assert job.result_files == (f"file-{job.id}-results", f"file-{job.id}-receipt")
     assert (await world.messages(job.id))[3:] == [
         "Fine-tuning job started",
         "Step 1/10: training loss=1.50",

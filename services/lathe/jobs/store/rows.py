@@ -16,11 +16,11 @@ from lathe.jobs.model import (
     Checkpoint,
     ComputeSpec,
     DatasetRef,
+    EngineReceipt,
     EngineRecord,
     EngineState,
     EventLevel,
     EventType,
-    Hyperparameters,
     Job,
     JobError,
     JobEvent,
@@ -29,15 +29,39 @@ from lathe.jobs.model import (
     Pool,
     SlicePlan,
     StepMetrics,
-    SupervisedSpec,
     TokenObject,
+    WeightComparison,
 )
+from lathe.jobs.training import Hyperparameters, Method, TrainingSpec
 
 Row = Mapping[str, Any]
 
 _JOB_COLUMNS = frozenset(
     {"id", "project", "state", "lease_token", "version", "event_sequence", "create_time"}
 )
+# What version 0.1 knows of a job is in `body`, all else in `extra`: it reads a member of a member that it does not know
+# as an error, and drops a member that it does not know when it writes the body.
+_EXTRA = frozenset({"parent_model", "rerun_of", "halvings", "compare_with", "comparison"})
+_BODY_OF = {
+    "spec": frozenset(
+        {"n_epochs", "batch_size", "learning_rate_multiplier", "lora_r", "lora_alpha", "target_modules"}
+    ),
+    "hyperparameters": frozenset(
+        {
+            "n_epochs",
+            "batch_size",
+            "learning_rate_multiplier",
+            "learning_rate",
+            "lora_r",
+            "lora_alpha",
+            "target_modules",
+            "warmup_fraction",
+            "weight_decay",
+            "max_grad_norm",
+        }
+    ),
+    "compute": frozenset({"engine_class", "dedicated"}),
+}
 
 
 def _time(value: str | None) -> datetime | None:
@@ -48,14 +72,25 @@ def _lists_to_tuples(value: Mapping[str, Any]) -> dict[str, Any]:
     return {key: tuple(item) if isinstance(item, list) else item for key, item in value.items()}
 
 
+def _of_method(value: Mapping[str, Any]) -> dict[str, Any]:
+    return _lists_to_tuples(value) | {"method": Method(value.get("method", Method.SUPERVISED))}
+
+
+def _halvings(value: list[list[int]]) -> tuple[tuple[int, int], ...]:
+    return tuple((step, times) for step, times in value)
+
+
 # How a member of the body is read again; what is not named here is a plain value.
 _READERS: dict[str, Callable[[Any], Any]] = {
     "base": lambda v: BaseRef(**_lists_to_tuples(v)),
     "training": lambda v: DatasetRef(**v),
     "validation": lambda v: DatasetRef(**v),
     "compute": lambda v: ComputeSpec(**v),
-    "spec": lambda v: SupervisedSpec(**_lists_to_tuples(v)),
-    "hyperparameters": lambda v: Hyperparameters(**_lists_to_tuples(v)),
+    "spec": lambda v: TrainingSpec(**_of_method(v)),
+    "hyperparameters": lambda v: Hyperparameters(**_of_method(v)),
+    "halvings": _halvings,
+    "compare_with": lambda v: AdapterObject(**v),
+    "comparison": lambda v: WeightComparison(**v),
     "initial_adapter": lambda v: AdapterObject(**v),
     "training_tokens": lambda v: TokenObject(**v),
     "validation_tokens": lambda v: TokenObject(**v),
@@ -77,6 +112,11 @@ def job_values(job: Job) -> dict[str, Any]:
     for key, value in body.items():
         if isinstance(value, datetime):
             body[key] = value.isoformat()
+    extra = {key: body.pop(key) for key in _EXTRA}
+    for key, known in _BODY_OF.items():
+        if body[key] is not None:
+            extra[key] = {name: value for name, value in body[key].items() if name not in known}
+            body[key] = {name: value for name, value in body[key].items() if name in known}
     return {
         "id": job.id,
         "project": job.project,
@@ -85,6 +125,7 @@ def job_values(job: Job) -> dict[str, Any]:
         "version": job.version,
         "create_time": job.create_time,
         "body": body,
+        "extra": extra,
     }
 
 
@@ -92,6 +133,11 @@ def job(row: Row) -> Job:
     known = {item.name for item in fields(Job)}
     # A body that a newer version wrote may have members that this one does not know: leave them out.
     body = {key: value for key, value in row["body"].items() if key in known}
+    for key, value in (row["extra"] or {}).items():
+        if key in _EXTRA:
+            body[key] = value
+        elif body.get(key) is not None:
+            body[key] |= value
     for key, read in _READERS.items():
         if body.get(key) is not None:
             body[key] = read(body[key])
@@ -128,6 +174,7 @@ def attempt_values(attempt: Attempt) -> dict[str, Any]:
         "error_param": error.param,
         "step": attempt.step,
         "code_version": attempt.code_version,
+        "receipt": asdict(attempt.receipt) if attempt.receipt is not None else None,
     }
 
 
@@ -150,7 +197,12 @@ def attempt(row: Row) -> Attempt:
         else None,
         step=row["step"],
         code_version=row["code_version"],
+        receipt=_receipt(row["receipt"]),
     )
+
+
+def _receipt(value: Mapping[str, Any] | None) -> EngineReceipt | None:
+    return EngineReceipt(**{**value, "halvings": _halvings(value["halvings"])}) if value else None
 
 
 _OPTIONAL_METRICS = (
@@ -166,11 +218,14 @@ def metrics(row: Row) -> StepMetrics:
     for name, value in values.items():
         if value is None and name not in _OPTIONAL_METRICS:
             values[name] = math.nan
+    values["figures"] = {name: float(value) for name, value in (row["figures"] or {}).items()}
     return StepMetrics(**values)
 
 
 def metrics_values(job_id: str, item: StepMetrics) -> dict[str, Any]:
-    return {"job_id": job_id, **asdict(item)}
+    # JSON has no NaN and no infinity: such a figure is left out.
+    figures = {name: value for name, value in item.figures.items() if math.isfinite(value)}
+    return {"job_id": job_id, **asdict(item), "figures": figures or None}
 
 
 def event(row: Row, of_step: StepMetrics | None) -> JobEvent:
@@ -184,6 +239,8 @@ def event(row: Row, of_step: StepMetrics | None) -> JobEvent:
         level=EventLevel(row["level"]),
         step=row["step"],
         metrics=of_step,
+        kind=row["kind"],
+        data=row["data"] or {},
     )
 
 
@@ -263,4 +320,6 @@ def new_event_values(job_id: str, event_id: str, sequence: int, now: datetime, n
         "level": str(new.level),
         "message": new.message,
         "step": new.step,
+        "kind": new.kind,
+        "data": dict(new.data) or None,
     }

@@ -303,6 +303,15 @@ class _Progress(_Base):
         found = await self._events(job_id, query)
         return found[0] if found else None
 
+    async def has_event(self, job_id: str, event: NewEvent) -> bool:
+        query = select(t.events.c.id).where(
+            t.events.c.job_id == job_id,
+            t.events.c.step == event.step,
+            t.events.c.kind == event.kind,
+            t.events.c.message == event.message,
+        )
+        return await self._first(query.limit(1)) is not None
+
     async def _events(self, job_id: str, query: Select[Any]) -> list[JobEvent]:
         found = await self._all(query)
         measured = {row["step"] for row in found if row["type"] == "metrics"}

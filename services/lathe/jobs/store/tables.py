@@ -36,6 +36,8 @@ jobs = Table(
     Column("create_time", UtcDateTime, nullable=False),
     # Everything else: read and written whole, never searched.
     Column("body", JSON, nullable=False),
+    # What the version before this one does not know of a job; it leaves the column as it is.
+    Column("extra", JSON(none_as_null=True)),
     UniqueConstraint("project", "request_id", name="jobs_request_id"),
 )
 Index("jobs_by_project", jobs.c.project, jobs.c.create_time, jobs.c.id)
@@ -77,6 +79,7 @@ attempts = Table(
     Column("error_param", Text, nullable=False),
     Column("step", Integer, nullable=False),
     Column("code_version", Text, nullable=False),
+    Column("receipt", JSON(none_as_null=True)),
     UniqueConstraint("job_id", "number", name="attempts_number"),
 )
 Index("attempts_by_engine", attempts.c.engine_id)
@@ -92,6 +95,8 @@ events = Table(
     Column("level", String(16), nullable=False),
     Column("message", Text, nullable=False),
     Column("step", Integer, nullable=False),
+    Column("kind", String(32), nullable=False, server_default=""),
+    Column("data", JSON(none_as_null=True)),
     UniqueConstraint("job_id", "sequence", name="events_sequence"),
 )
 
@@ -114,6 +119,7 @@ metrics = Table(
     Column("step_seconds", Float(53)),
     Column("grad_norm", Float(53)),
     Column("epoch", Integer, nullable=False),
+    Column("figures", JSON(none_as_null=True)),
 )
 
 checkpoints = Table(

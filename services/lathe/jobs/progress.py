@@ -1,0 +1,124 @@
+"""What an engine reports of an attempt, and what a report makes of its job. Pure."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import datetime, timedelta
+
+from lathe.jobs import messages, transitions
+from lathe.jobs.model import (
+    AdapterObject,
+    Attempt,
+    Checkpoint,
+    EventLevel,
+    Job,
+    JobState,
+    NewEvent,
+    SlicePlan,
+    StepMetrics,
+)
+from lathe.jobs.training import KEPT_CHECKPOINTS
+from lathe.jobs.transitions import Trigger
+
+# A longer sentence is cut: an event is for reading.
+MAX_NOTE = 4000
+_WARNINGS = frozenset({"out_of_memory"})
+
+
+@dataclass(frozen=True, slots=True)
+class ReportedCheckpoint:
+    step: int
+    object: AdapterObject
+    metrics: StepMetrics | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Note:
+    """A sentence of the engine that users are told; kind: such as out_of_memory, early_stopping, generation."""
+
+    step: int
+    kind: str
+    message: str
+    data: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """One report of an attempt."""
+
+    attempt_id: str
+    lease_token: str
+    metrics: Sequence[StepMetrics] = ()
+    checkpoints: Sequence[ReportedCheckpoint] = ()
+    slice_plan: SlicePlan | None = None
+    total_steps: int = 0
+    notes: Sequence[Note] = ()
+    # Steps of checkpoints whose files the engine is about to delete.
+    dropped_checkpoints: Sequence[int] = ()
+
+
+def progressed(job: Job, attempt: Attempt, progress: Progress) -> tuple[Job, list[NewEvent]]:
+    """State, plan and counters after a report."""
+    events: list[NewEvent] = []
+    state = job.state
+    if state is JobState.STARTING:
+        state = transitions.apply(state, Trigger.REPORTED)
+    start_time = job.start_time
+    if start_time is None:
+        start_time = attempt.create_time
+        events.append(messages.started())
+    step = max([job.step, *(row.step for row in progress.metrics)])
+    total = progress.total_steps or job.total_steps
+    reason = f"Training: step {step} of {total}." if state is JobState.RUNNING else job.state_reason
+    return (
+        replace(
+            job,
+            state=state,
+            state_reason=reason,
+            start_time=start_time,
+            step=step,
+            total_steps=total,
+            slice_plan=job.slice_plan or progress.slice_plan,
+        ),
+        events,
+    )
+
+
+def estimate(job: Job, metrics: Sequence[StepMetrics], now: datetime) -> datetime | None:
+    """When the job will be done if its steps go on as the last ones did."""
+    seconds = [row.step_seconds for row in metrics if row.step_seconds > 0]
+    if not seconds:
+        return job.estimated_finish_time
+    left = max(0, job.total_steps - job.step)
+    return now + timedelta(seconds=left * sum(seconds) / len(seconds))
+
+
+def note_events(notes: Sequence[Note]) -> list[NewEvent]:
+    """The events of sentences, each sentence of a step once."""
+    events = [_note_event(note) for note in notes]
+    return list({(event.step, event.kind, event.message): event for event in events}.values())
+
+
+def _note_event(note: Note) -> NewEvent:
+    level = EventLevel.WARN if note.kind in _WARNINGS else EventLevel.INFO
+    data = {key: _cut(value) for key, value in note.data.items()}
+    return NewEvent(_cut(note.message), level=level, step=note.step, kind=note.kind[:32], data=data)
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= MAX_NOTE else f"{text[: MAX_NOTE - 1]}…"
+
+
+def superseded(kept: Sequence[Checkpoint], job: Job) -> list[int]:
+    """The steps of the checkpoints that are not kept any more: all but the last so many and the best one.
+
+    The best has the lowest loss on the whole validation file; without one there is no best.
+    """
+    last = job.hyperparameters.keep_checkpoints if job.hyperparameters is not None else KEPT_CHECKPOINTS
+    newest = sorted(kept, key=lambda point: point.step)
+    losses = {point.step: point.metrics.full_valid_loss for point in kept if point.metrics is not None}
+    known = {step: loss for step, loss in losses.items() if loss is not None and math.isfinite(loss)}
+    best = min(known, key=lambda step: (known[step], step)) if known else None
+    return [point.step for point in newest[:-last] if point.step != best]
