@@ -31,7 +31,7 @@ PLAN = SlicePlan(320, 2, "bfloat16", "cpu")
 RECEIPT = EngineReceipt({"torch": "2.13.0"}, {"cpu_capability": "AVX512"}, ((3, 1),), False, "e" * 64)
 
 
-async def succeeded(world: World, **fields: object) -> Job:
+async def succeeded(world: World, **fields: Any) -> Job:
     lease = await world.leased(**fields)
     await world.report(lease, 1, 2, slice_plan=PLAN)
     await world.complete(lease, Outcome.SUCCEEDED, receipt=RECEIPT)

@@ -7,7 +7,8 @@ import pytest
 from lathe.common.errors import Aborted, DataLoss, FailedPrecondition, InvalidArgument, Unavailable
 from lathe.jobs.model import Action, AdapterObject, JobError, JobState, Outcome, SlicePlan
 from lathe.jobs.ports import Quota
-from lathe.jobs.workers import Beat, Lease, ReportedCheckpoint
+from lathe.jobs.progress import ReportedCheckpoint
+from lathe.jobs.workers import Beat, Lease
 from tests.fakes.jobs import OTHER, World, measured
 
 PLAN = SlicePlan(320, 2, "bfloat16", "cpu")
