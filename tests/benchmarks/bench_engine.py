@@ -18,9 +18,9 @@ from typing import Any
 
 import torch
 
-from lathe.engine.adapters import LoraSpec
 from lathe.engine.base import Decoder
 from lathe.engine.engine import Engine, TrainRow, TrainSlice, trained_tokens
+from lathe.engine.lora_config import LoraSpec
 from lathe.engine.sampling import SamplingParams
 from lathe.engine.spec import DecoderSpec
 from lathe.engine.weights import choose_dtype, random_weights

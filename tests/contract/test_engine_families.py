@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 import torch
 
-from lathe.engine.adapters import LoraSpec
 from lathe.engine.engine import Engine, SequenceState, TrainRow, TrainSlice, trained_tokens
+from lathe.engine.lora_config import LoraSpec
 from lathe.engine.sampling import SamplingParams
 from lathe.text.families import describe
 from tests.fixtures.tiny_families import TINY, build_tiny

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from lathe.engine.adapters import LoraSpec
 from lathe.engine.engine import Engine, SequenceState, TrainRow, TrainSlice, trained_tokens
+from lathe.engine.lora_config import LoraSpec
 from lathe.engine.sampling import SamplingParams
 from tests.fixtures.tiny_llama import build_tiny_llama
 
@@ -88,8 +88,8 @@ def peft_model(folder: Path, spec: LoraSpec, seed: int) -> Any:
         return get_peft_model(
             model,
             LoraConfig(
-                r=spec.r, lora_alpha=spec.lora_alpha, target_modules=list(spec.target_modules), task_type="CAUSAL_LM",
-                use_rslora=spec.use_rslora,
+                r=spec.r, lora_alpha=spec.lora_alpha, target_modules=spec.to_config()["target_modules"],
+                task_type="CAUSAL_LM", use_rslora=spec.use_rslora,
             ),
         )  # fmt: skip
 

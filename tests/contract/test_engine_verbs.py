@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from lathe.common.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound
-from lathe.engine.adapters import LoraSpec
 from lathe.engine.engine import Engine, TrainRow, TrainSlice
+from lathe.engine.lora_config import LoraSpec
 from lathe.engine.sampling import SamplingParams
 from tests.fakes.engine import FakeEngine
 from tests.fixtures.tiny_llama import build_tiny_llama
@@ -95,6 +95,13 @@ def test_keys(engine: FakeEngine | Engine, tmp_path: Path) -> None:
     engine.drop_adapter("a")
     with pytest.raises(NotFound):
         engine.drop_adapter("a")
+
+
+def test_a_module_that_the_base_has_not(engine: FakeEngine | Engine) -> None:
+    with pytest.raises(InvalidArgument, match="target_modules"):
+        engine.create_adapter("a", LoraSpec(target_modules=("q_proj", "nonsense")), seed=1)
+    assert engine.adapter_keys() == ()
+    engine.create_adapter("a", LoraSpec(target_modules=("q_proj", "embed_tokens", "lm_head")), seed=1)
 
 
 def test_a_sequence(engine: FakeEngine | Engine) -> None:

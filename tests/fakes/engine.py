@@ -12,9 +12,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from lathe.common.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound
-from lathe.engine.adapters import LoraSpec
 from lathe.engine.engine import EngineMemory, SliceResult, StepOutput, TrainSlice, trained_tokens
+from lathe.engine.lora_config import ALL_LINEAR, LoraSpec
 from lathe.engine.sampling import Sampled, SamplingParams
+from lathe.text.architectures import LINEAR_MODULES
 
 CONTEXT = 64
 VOCABULARY = 512
@@ -62,6 +63,8 @@ class FakeEngine:
 
     def create_adapter(self, key: str, config: LoraSpec, seed: int) -> None:
         self._new(key)
+        if unknown := set(config.target_modules) - {ALL_LINEAR, *LINEAR_MODULES, "embed_tokens", "lm_head"}:
+            raise InvalidArgument(f"target_modules: {sorted(unknown)} are not in this model.")
         self._adapters[key] = _Adapter(config.to_config(), _hash("new", seed, config.r), trainable=True)
 
     def load_adapter(self, key: str, folder: Path) -> None:

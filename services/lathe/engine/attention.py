@@ -18,10 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lathe.engine.kernels import applied
 from lathe.engine.kv import KVCache
 from lathe.engine.rope import Rope
 from lathe.engine.spec import DecoderSpec
+from lathe.engine.untyped import applied
 
 # Queries are taken in blocks of this many, each against the keys up to its end: bounds memory, skips most of
 # the upper triangle. Rows within one block keep their probabilities for the backward pass.

@@ -9,15 +9,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from lathe.engine.activations import activate
-from lathe.engine.adapters import AdapterBank, LoraPass
 from lathe.engine.attention import Attention, CachedAttention, CachedSpan, RowAttention
+from lathe.engine.bank import AdapterBank, LoraPass
 from lathe.engine.frozen import FrozenLinear
-from lathe.engine.kernels import linear
 from lathe.engine.kv import KVCache
+from lathe.engine.lora import Head, embed, linear
+from lathe.engine.lora_layout import HEAD, GroupKey
 from lathe.engine.norms import Norm
 from lathe.engine.rope import Rope, RopeTables
 from lathe.engine.spec import DecoderSpec
@@ -68,6 +68,14 @@ class Weights:
         norms = self.final_norm.nbytes + sum(w.norms.nbytes for w in self.layers)
         return self.embeddings.nbytes + norms + sum(part.nbytes for part in (*linears, self.head))
 
+    def linear(self, key: GroupKey) -> FrozenLinear:
+        """A fused linear by (layer, name), or the head."""
+        if key == HEAD:
+            return self.head
+        found = getattr(self.layers[key[0]], key[1])
+        assert isinstance(found, FrozenLinear)
+        return found
+
 
 class Decoder:
     """A frozen base model. device and dtype are those of its weights."""
@@ -94,6 +102,7 @@ class Decoder:
         past: Sequence[int] | None = None,
         reach: Sequence[int] | None = None,
         training: bool = False,
+        rows: Sequence[int] | None = None,
     ) -> Tensor:
         """Hidden states [T, hidden] after the last norm, of flat tokens.
 
@@ -101,15 +110,16 @@ class Decoder:
         `bank`, -1 for the base. Without a cache each sequence is a whole row. With one, `kv_slots` and `past` say
         where each sequence lies and how many tokens it has there already; their keys and values are written.
         reach: tokens of each whole sequence as far as known, when this pass does not end it (see RopeTables.at).
-        training: record a graph through which LoRA's gradients are added to the adapters' buffers.
+        training: record a graph through which LoRA's gradients are added to the adapters' buffers; `rows` are then
+        the sequences' identities, for dropout (see bank.row_identity).
         """
         if training != torch.is_grad_enabled():
             raise ValueError("a training pass needs gradients enabled, any other needs them disabled")
-        lora = bank.plan(slots, lengths, training=training)
+        lora = bank.plan(slots, lengths, training=training, rows=rows)
         attention = self._attention(
             positions, lengths, cache=cache, kv_slots=kv_slots, past=past, reach=reach
         )
-        h = self._embed(tokens)
+        h = self._embed(tokens, lora)
         for i, w in enumerate(self.weights.layers):
             x = w.norms.input(h)
             qkv = self._normalise_heads(linear(x, w.qkv, lora, (i, "qkv")), w.norms)
@@ -121,12 +131,16 @@ class Decoder:
             h = _add(h, inner, w.down, lora, (i, "down"), norm=w.norms.mlp_out)
         return self.weights.final_norm(h)
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """The head on chosen rows: [n, hidden] -> [n, vocab] in fp32 (no gradient; see losses for training)."""
-        return self.weights.head.forward(hidden).float()
+    def head(self, lora: LoraPass | None = None) -> Head:
+        """The output head; lora: that of the rows which will go through it (AdapterBank.plan_head)."""
+        return Head(self.weights.head, lora)
 
-    def _embed(self, tokens: Tensor) -> Tensor:
-        h = F.embedding(tokens, self.weights.embeddings)
+    def logits(self, hidden: Tensor, lora: LoraPass | None = None) -> Tensor:
+        """The head on chosen rows: [n, hidden] -> [n, vocab] in fp32 (no gradient; see losses for training)."""
+        return self.head(lora).forward(hidden).float()
+
+    def _embed(self, tokens: Tensor, lora: LoraPass) -> Tensor:
+        h = embed(tokens, self.weights.embeddings, lora)
         return h if self._embedding_scale == 1 else h * self._embedding_scale
 
     def _normalise_heads(self, qkv: Tensor, norms: LayerNorms) -> Tensor:
@@ -164,9 +178,9 @@ class Decoder:
 
 
 def _add(
-    h: Tensor, x: Tensor, base: FrozenLinear, lora: LoraPass, group: tuple[int, str], *, norm: Norm | None
+    h: Tensor, x: Tensor, base: FrozenLinear, lora: LoraPass, key: GroupKey, *, norm: Norm | None
 ) -> Tensor:
     """The residual h plus the linear of x, normalised first where the family does."""
     if norm is None:
-        return linear(x, base, lora, group, residual=h)
-    return h + norm(linear(x, base, lora, group))
+        return linear(x, base, lora, key, residual=h)
+    return h + norm(linear(x, base, lora, key))

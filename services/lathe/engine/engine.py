@@ -19,15 +19,18 @@ from lathe.common.errors import (
     NotFound,
     ResourceExhausted,
 )
-from lathe.engine.adapters import Adapter, AdapterBank, LoraSpec
+from lathe.engine.adapters import Adapter
+from lathe.engine.bank import AdapterBank, row_identity
 from lathe.engine.base import Decoder
 from lathe.engine.kv import KVCache, common_prefix
+from lathe.engine.lora_config import LoraSpec
 from lathe.engine.losses import cross_entropy, token_logprobs, trained_positions
 from lathe.engine.optim import AdamW
 from lathe.engine.sampling import Sampled, Sampler, SamplingParams, sample_batch
 from lathe.engine.weights import choose_dtype, load_weights, read_spec
 
 OPTIMIZER_FILE = "optimizer.safetensors"
+SEED = "dropout_seed"
 # A prompt waits for another one that is being computed when they share at least this many further tokens.
 _WORTH_WAITING = 8
 # Ends the cache key of sequences beyond longrope's original context.
@@ -133,7 +136,7 @@ class Engine:
         self.decoder, self.spec = decoder, spec
         self.device, self.dtype = decoder.device, decoder.dtype
         self.context_length = min(context_length or spec.context_length, spec.context_length)
-        self._bank = AdapterBank(spec.module_shapes(), spec.layers, self.dtype, self.device)
+        self._bank = AdapterBank(spec.sites(), decoder.weights)
         self._held: dict[str, _Held] = {}
         self._kv_budget = kv_budget_bytes
         self._cache = KVCache(
@@ -209,7 +212,9 @@ class Engine:
         optimizer = self._optimizer(key)
         stale = self._cache_key(key)
         norm = optimizer.step(lr, clip=clip, weight_decay=weight_decay)
-        self._adapter(key).adapter.publish()
+        adapter = self._adapter(key).adapter
+        adapter.steps = optimizer.steps
+        adapter.publish()
         self._forget(stale)
         return norm
 
@@ -226,7 +231,8 @@ class Engine:
         with torch.no_grad():
             hidden = self._rows_pass(key, [tokens], training=False)
             targets = torch.tensor(list(tokens[1:]), device=self.device)
-            return token_logprobs(hidden[:-1], targets, self.decoder.weights.head)
+            lora = self._bank.plan_head([self._slot(key)], [len(targets)])
+            return token_logprobs(hidden[:-1], targets, self.decoder.head(lora))
 
     def save(self, key: str, folder: Path, *, with_optimizer: bool, base_model: str = "") -> tuple[str, ...]:
         """Writes PEFT's two files, and the optimiser's; equal numbers give equal bytes. Answers their names."""
@@ -235,7 +241,8 @@ class Engine:
         names = held.adapter.save(folder, base_model)
         if not with_optimizer:
             return names
-        (folder / OPTIMIZER_FILE).write_bytes(to_safetensors(self._optimizer(key).state()))
+        seed = {SEED: torch.tensor([held.adapter.seed], dtype=torch.int64)}
+        (folder / OPTIMIZER_FILE).write_bytes(to_safetensors({**self._optimizer(key).state(), **seed}))
         return (*names, OPTIMIZER_FILE)
 
     def restore(self, key: str, folder: Path) -> int:
@@ -255,6 +262,9 @@ class Engine:
         except InvalidArgument:
             self.drop_adapter(key)
             raise
+        adapter.steps = optimizer.steps
+        if SEED in state:
+            adapter.seed = int(state[SEED][0])
         return optimizer.steps
 
     # Sampling
@@ -307,7 +317,8 @@ class Engine:
             if not ends:
                 return []
             rows = hidden[torch.tensor([row for _, row in ends], device=self.device)]
-            sampled = sample_batch(self.decoder.logits(rows), [state.sampler for state, _ in ends])
+            lora = self._bank.plan_head([self._slot(state.key) for state, _ in ends], [1] * len(ends))
+            sampled = sample_batch(self.decoder.logits(rows, lora), [state.sampler for state, _ in ends])
         outputs = [_emit(state, one) for (state, _), one in zip(ends, sampled, strict=True)]
         for out in outputs:
             if out.state.finished is not None:
@@ -383,7 +394,10 @@ class Engine:
         tokens = torch.cat([torch.as_tensor(row, dtype=torch.int64) for row in rows]).to(self.device)
         positions = torch.cat([torch.arange(n) for n in lengths]).to(self.device)
         slots = [self._slot(key)] * len(rows)
-        return self.decoder.forward(tokens, positions, lengths, slots, self._bank, training=training)
+        names = [row_identity(row) for row in rows] if training else None
+        return self.decoder.forward(
+            tokens, positions, lengths, slots, self._bank, training=training, rows=names
+        )
 
     def _run_slice(self, key: str, piece: TrainSlice, *, training: bool) -> SliceResult:
         rows = [row.tokens for row in piece.rows]
@@ -404,9 +418,10 @@ class Engine:
         with torch.set_grad_enabled(training):
             hidden = self._rows_pass(key, rows, training=training)
             picked = hidden.index_select(0, index.to(self.device))
-            loss, figures = cross_entropy(
-                picked, targets, self.decoder.weights.head, 1.0 / max(1, piece.batch_tokens)
-            )
+            slots, counts = [self._slot(key)] * len(rows), [trained_tokens(row) for row in piece.rows]
+            names = [row_identity(row) for row in rows] if training else None
+            head = self.decoder.head(self._bank.plan_head(slots, counts, names))
+            loss, figures = cross_entropy(picked, targets, head, 1.0 / max(1, piece.batch_tokens))
             if training:
                 loss.backward()  # type: ignore[no-untyped-call]
         return SliceResult(figures.loss_sum, figures.tokens, figures.correct, size)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from lathe.engine.untyped import as_tensor
 
 
 class FrozenLinear:
@@ -23,6 +23,10 @@ class FrozenLinear:
         self._weight = _pack(weight) if self._packed else weight.contiguous()
         self._bias = bias
         self._backward: Tensor | None = None
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self._bias
 
     @property
     def nbytes(self) -> int:
@@ -46,19 +50,23 @@ class FrozenLinear:
         y = F.linear(x, self._weight, self._bias)
         return y if residual is None else y.add_(residual)
 
+    def product(self, x: Tensor) -> Tensor:
+        """x W^T, without the bias."""
+        if self._packed:
+            return as_tensor(torch.ops.mkldnn._linear_pointwise(x, self._weight, None, "none", [], ""))
+        return F.linear(x, self._weight)
+
+    def dense(self) -> Tensor:
+        """W [out, in] in its plain layout; a copy where it is kept otherwise."""
+        return self._weight.to_dense() if self._packed else self._weight
+
     def backward(self, dy: Tensor) -> Tensor:
         """dy [T, out] -> dx [T, in]."""
         if not self._packed:
             return dy @ self._weight
         if self._backward is None:
-            self._backward = _pack(self._weight.to_dense().t().contiguous())
+            self._backward = _pack(self.dense().t().contiguous())
         return as_tensor(torch.ops.mkldnn._linear_pointwise(dy, self._backward, None, "none", [], ""))
-
-
-def as_tensor(value: Any) -> Tensor:
-    """torch.ops is untyped."""
-    assert isinstance(value, Tensor)
-    return value
 
 
 def _can_pack() -> bool:

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lathe.engine.frozen import FrozenLinear
-from lathe.engine.kernels import applied
+from lathe.engine.lora import Head
+from lathe.engine.untyped import applied
 
 # Rows of logits at once: 64 x 49,152 in fp32 are 12 MB, which stays in the cache of one core complex.
 BLOCK_ROWS = 64
@@ -41,14 +41,12 @@ def trained_positions(masks: Sequence[Sequence[bool]]) -> list[int]:
     return positions
 
 
-def cross_entropy(
-    hidden: Tensor, targets: Tensor, head: FrozenLinear, scale: float
-) -> tuple[Tensor, TokenLoss]:
+def cross_entropy(hidden: Tensor, targets: Tensor, head: Head, scale: float) -> tuple[Tensor, TokenLoss]:
     """Loss of hidden rows [n, hidden] against targets [n].
 
     Answers a scalar to call backward() on, worth scale * loss_sum (scale = 1 / trained tokens of the whole batch
     makes the gradients those of the batch's mean), and the figures. With gradients enabled the gradient of the
-    rows is made in the same sweep, while the logits are at hand.
+    rows is made in the same sweep, while the logits are at hand, and so are those of the head's LoRA.
     """
     if torch.is_grad_enabled() and hidden.requires_grad:
         box: list[TokenLoss] = []
@@ -58,18 +56,18 @@ def cross_entropy(
     return hidden.new_tensor(figures.loss_sum * scale, dtype=torch.float32), figures
 
 
-def token_logprobs(hidden: Tensor, targets: Tensor, head: FrozenLinear) -> list[float]:
+def token_logprobs(hidden: Tensor, targets: Tensor, head: Head) -> list[float]:
     """log p of each target given its hidden row, natural logarithm, fp32."""
     values: list[float] = []
     for start in range(0, hidden.shape[0], BLOCK_ROWS):
-        logits = head.forward(hidden[start : start + BLOCK_ROWS]).float()
+        logits = head.forward(hidden[start : start + BLOCK_ROWS], start).float()
         chosen = logits.gather(1, targets[start : start + BLOCK_ROWS, None]).squeeze(1)
         values.extend((chosen - torch.logsumexp(logits, -1)).tolist())
     return values
 
 
 def _sweep(
-    hidden: Tensor, targets: Tensor, head: FrozenLinear, scale: float | None
+    hidden: Tensor, targets: Tensor, head: Head, scale: float | None
 ) -> tuple[TokenLoss, Tensor | None]:
     n = hidden.shape[0]
     gradient = None if scale is None else torch.empty_like(hidden)
@@ -77,7 +75,8 @@ def _sweep(
     correct = torch.zeros((), dtype=torch.int64, device=hidden.device)
     for start in range(0, n, BLOCK_ROWS):
         rows = slice(start, min(start + BLOCK_ROWS, n))
-        logits = head.forward(hidden[rows]).float()
+        raw, kept = head.forward_kept(hidden[rows], start)
+        logits = raw.float()
         wanted = targets[rows, None]
         top = logits.amax(-1, keepdim=True)
         chosen = logits.gather(1, wanted)
@@ -88,14 +87,14 @@ def _sweep(
         if gradient is not None and scale is not None:
             logits.mul_(scale / total)
             logits.scatter_add_(1, wanted, torch.full_like(chosen, -scale))
-            gradient[rows] = head.backward(logits.to(hidden.dtype))
+            gradient[rows] = head.backward(hidden[rows], start, kept, logits.to(hidden.dtype))
     return TokenLoss(float(losses.sum(dtype=torch.float64)), n, int(correct)), gradient
 
 
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(  # noqa: PLR0917 - autograd passes arguments by position
-        ctx: Any, hidden: Tensor, targets: Tensor, head: FrozenLinear, scale: float, box: list[TokenLoss]
+        ctx: Any, hidden: Tensor, targets: Tensor, head: Head, scale: float, box: list[TokenLoss]
     ) -> Tensor:
         figures, gradient = _sweep(hidden, targets, head, scale)
         assert gradient is not None

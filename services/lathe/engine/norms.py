@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lathe.engine.kernels import applied
+from lathe.engine.untyped import applied
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
-from lathe.engine.adapters import LoraSpec
 from lathe.engine.engine import EngineMemory, SequenceState, SliceResult, StepOutput, TrainSlice
+from lathe.engine.lora_config import LoraSpec
 from lathe.engine.model import (
     AdapterRef,
     Attempt,

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lathe.common.errors import InvalidArgument
-from lathe.engine.adapters import ModuleShape
+from lathe.engine.lora_layout import ModuleShape, Site, sites
 from lathe.engine.rope import RopeSpec, longrope_scale, yarn_scale
 from lathe.text.architectures import ARCHITECTURES, biases, completed, ropes, windows
 from lathe.text.families import describe
@@ -108,6 +108,10 @@ class DecoderSpec:
             ends[linear.group] = stop = start + linear.out_features
             shapes.append(ModuleShape(linear.path, linear.group, linear.in_features, start, stop))
         return tuple(shapes)
+
+    def sites(self) -> tuple[Site, ...]:
+        """Every module that may carry LoRA."""
+        return sites(self.module_shapes(), self.layers, self.vocab_size, self.hidden_size)
 
 
 def _rope(settings: Mapping[str, Any], head_dim: int, context: int) -> RopeSpec:

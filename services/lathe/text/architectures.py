@@ -116,10 +116,6 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
 )  # fmt: skip
 
 LINEAR_MODULES = ARCHITECTURES["LlamaForCausalLM"].target_modules
-# Every linear that an adapter of some family may name.
-ALL_LINEAR_MODULES = tuple(
-    dict.fromkeys(name for family in ARCHITECTURES.values() for name in family.target_modules)
-)
 
 
 def architecture_of(config: Config) -> str:

@@ -21,10 +21,10 @@ from lathe.common.errors import (
 )
 from lathe.common.objectstore.base import local_disk
 from lathe.engine.adaptercache import AdapterCache
-from lathe.engine.adapters import LoraSpec
 from lathe.engine.basecache import ensure_base, parse_base_manifest, work_folder
 from lathe.engine.checkpoints import describe, upload
 from lathe.engine.loop import LoopLimits, ModelLoop
+from lathe.engine.lora_config import LoraSpec
 from lathe.engine.model import AdapterRef, SlicePlan, Snapshot, SnapshotKind
 from tests.fakes.clock import FakeClock
 from tests.fakes.engine import FakeEngine

@@ -13,8 +13,8 @@ from lathe.common.errors import (
     NotFound,
     ResourceExhausted,
 )
-from lathe.engine.adapters import LoraSpec
 from lathe.engine.engine import Engine, SequenceState, TrainRow, TrainSlice, trained_tokens
+from lathe.engine.lora_config import LoraSpec
 from lathe.engine.sampling import SamplingParams
 
 MakeEngine = Callable[..., Engine]

@@ -15,8 +15,8 @@ from lathe.common.errors import (
     NotFound,
     ResourceExhausted,
 )
-from lathe.engine.adapters import LoraSpec
 from lathe.engine.loop import LoopLimits, ModelLoop
+from lathe.engine.lora_config import LoraSpec
 from lathe.engine.model import AttemptEvent, Ended, Outcome, Share, Snapshot, choose
 from lathe.engine.recipes.sft import Blocked, RecipeEvent, SliceDone
 from lathe.engine.sampling import Sampled, SamplingParams

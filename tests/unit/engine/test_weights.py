@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import save_file
 
 from lathe.common.errors import InvalidArgument
-from lathe.engine.adapters import LoraSpec, read_spec
 from lathe.engine.engine import Engine
+from lathe.engine.lora_config import LoraSpec, read_spec
 from lathe.text.families import describe
 
 CONFIG: dict[str, Any] = {
@@ -100,9 +100,15 @@ def test_describe() -> None:
 @pytest.mark.parametrize(
     ("change", "word"),
     [
-        ({"use_dora": True}, "use_dora"), ({"lora_dropout": 0.1}, "lora_dropout"), ({"bias": "all"}, "bias"),
-        ({"target_modules": ["lm_head"]}, "target_modules"), ({"r": 0}, "r"), ({"peft_type": "IA3"}, "peft_type"),
-        ({"rank_pattern": {"q_proj": 3}}, "rank_pattern"),
+        ({"bias": "all"}, "bias"), ({"r": 0}, "r"), ({"r": 2.5}, "r"), ({"lora_alpha": -1}, "lora_alpha"),
+        ({"peft_type": "IA3"}, "peft_type"), ({"lora_dropout": 1.0}, "lora_dropout"),
+        ({"target_modules": []}, "target_modules"), ({"target_modules": ".*_proj"}, "regular expression"),
+        ({"rank_pattern": {"(a+)+b": 3}}, "regular expression"), ({"rank_pattern": {"q_proj": 0}}, "rank_pattern"),
+        ({"alpha_pattern": {"q_proj": "1"}}, "alpha_pattern"), ({"rank_pattern": [3]}, "rank_pattern"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save.*whole trained modules"),
+        ({"ensure_weight_tying": True}, "ensure_weight_tying"), ({"init_lora_weights": "pissa"}, "init_lora_weights"),
+        ({"layers_to_transform": [0]}, "layers_to_transform"), ({"fan_in_fan_out": True}, "fan_in_fan_out"),
+        ({"some_day": {"kind": 1}}, "some_day"),
     ],
 )  # fmt: skip
 def test_an_adapter_config_that_changes_the_arithmetic_is_refused(
@@ -115,6 +121,13 @@ def test_an_adapter_config_that_changes_the_arithmetic_is_refused(
 
 
 def test_an_adapter_config_survives_the_file() -> None:
-    spec = LoraSpec(r=8, lora_alpha=12, target_modules=("q_proj", "up_proj"), use_rslora=True)
+    spec = LoraSpec(
+        r=8, lora_alpha=12, target_modules=("q_proj", "up_proj"), use_rslora=True, use_dora=True, lora_dropout=0.1,
+        rank_pattern={"layers.0.mlp.up_proj": 4}, alpha_pattern={"up_proj": 6.5},
+    )  # fmt: skip
     assert LoraSpec.from_config(spec.to_config("m")) == spec
-    assert spec.scale == pytest.approx(12 / 8**0.5)
+    assert spec.rank_of("model.layers.0.mlp.up_proj") == 4
+    assert spec.rank_of("model.layers.10.mlp.up_proj") == 8
+    assert spec.scale_of("model.layers.0.mlp.up_proj") == pytest.approx(6.5 / 4**0.5)
+    assert spec.scale_of("model.layers.0.self_attn.q_proj") == pytest.approx(12 / 8**0.5)
+    assert LoraSpec.from_config(LoraSpec().to_config()) == LoraSpec()

@@ -9,6 +9,9 @@ from typing import Any
 
 import pytest
 
+from lathe.text.formats import RowFormat
+from lathe.text.rows import parse_line
+
 TICKETS = Path(__file__).parents[3] / "docs" / "examples" / "tickets"
 FIELDS = ["customer", "order", "product", "issue", "wants", "needed_by"]
 
@@ -62,3 +65,26 @@ def test_the_instruction_names_every_field_and_value() -> None:
     assert [text.index(f'"{field}"') for field in FIELDS] == sorted(
         text.index(f'"{field}"') for field in FIELDS
     )
+
+
+def test_a_preference_is_the_right_ticket_over_one_with_a_single_mistake(tmp_path: Path) -> None:
+    subprocess.run([sys.executable, TICKETS / "preferences.py", "--out", tmp_path], check=True)
+    for source, target in (
+        ("train.jsonl", "preferences.jsonl"),
+        ("heldout.jsonl", "preferences_heldout.jsonl"),
+    ):
+        lines = (tmp_path / target).read_text(encoding="utf-8").splitlines()
+        examples = rows(source)
+        assert len(lines) == len(examples)
+        spoilt = set()
+        for line, (message, ticket) in zip(lines, examples, strict=True):
+            pair = parse_line(line.encode())
+            assert pair.format is RowFormat.PREFERENCE
+            row = json.loads(line)
+            assert row["input"]["messages"][-1]["content"] == message
+            assert json.loads(row["preferred_output"][0]["content"]) == ticket
+            wrong = json.loads(row["non_preferred_output"][0]["content"])
+            (field,) = [field for field in FIELDS if wrong[field] != ticket[field]]
+            assert list(wrong) == FIELDS
+            spoilt.add(field)
+        assert spoilt == set(FIELDS)

@@ -16,8 +16,8 @@ import torch
 
 from lathe.common.clock import Clock
 from lathe.common.errors import DataLoss, FailedPrecondition, InvalidArgument
-from lathe.engine.adapters import LoraSpec, read_spec
 from lathe.engine.engine import SliceResult, TrainRow, TrainSlice, trained_tokens
+from lathe.engine.lora_config import LoraSpec, read_spec
 from lathe.engine.model import SlicePlan, Snapshot, SnapshotKind, StepMetrics, TrainingConfig, is_disk_full
 from lathe.engine.optim import Schedule
 from lathe.engine.packing import Slice, Step, cut, halve, slice_plan
