@@ -16,7 +16,7 @@ LOCK := $(BIN)/uv pip compile -q pyproject.toml --universal --python-version 3.1
 LOCK_GROUP := $(subst pyproject.toml,,$(LOCK))
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-unit acceptance-kill lint format proto proto-check breaking lock docs docs-check clean
+.PHONY: help quickstart test test-unit test-gpu acceptance-kill lint format proto proto-check breaking lock docs docs-check clean
 
 help: ## list the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sort | awk -F':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
@@ -32,6 +32,13 @@ test: $(VENV)/.dev ## install what the tests need and run all of them (not the c
 
 test-unit: $(VENV)/.dev ## the unit tests alone (seconds)
 	$(BIN)/pytest tests/unit -n 2
+
+# DEVICE      cuda, or cpu: the same tests without a GPU, slowly (they then show that the tests are right, no more)
+DEVICE ?= cuda
+test-gpu: $(VENV)/.dev ## every model family in bf16 and on a 4-bit base, on a GPU, beside transformers + PEFT + bitsandbytes
+	@if [ "$(DEVICE)" = cuda ] && ! $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \
+		echo "test-gpu: SKIPPED. NOTHING WAS TESTED: torch sees no CUDA GPU on this machine."; \
+	else LATHE_TEST_DEVICE=$(DEVICE) $(BIN)/pytest tests/gpu; fi
 
 acceptance-kill: $(VENV)/.dev ## kill each process ten times during a job; the adapter must be the same, bit for bit
 	PYTHONPATH=services:. $(BIN)/python -m tests.acceptance.kill_each_process

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+from lathe.engine.base import Decoder
 from lathe.engine.engine import Engine, SequenceState, TrainRow, TrainSlice, trained_tokens
 from lathe.engine.lora_config import LoraSpec
 from lathe.engine.sampling import SamplingParams
@@ -105,11 +106,13 @@ def trained_parameters(model: Any) -> dict[str, torch.Tensor]:
 
 
 def their_loss(model: Any, piece: TrainSlice) -> torch.Tensor:
-    total = torch.zeros(())
+    device = next(model.parameters()).device
+    total = torch.zeros((), device=device)
     for row in piece.rows:
-        logits = model(torch.tensor([row.tokens])).logits[0, :-1]
-        labels = torch.tensor([t if m else -100 for t, m in zip(row.tokens, row.mask, strict=True)][1:])
-        total = total + torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
+        logits = model(torch.tensor([row.tokens], device=device)).logits[0, :-1].float()
+        labels = [t if m else -100 for t, m in zip(row.tokens, row.mask, strict=True)][1:]
+        targets = torch.tensor(labels, device=device)
+        total = total + torch.nn.functional.cross_entropy(logits, targets, reduction="sum")
     return total / piece.batch_tokens
 
 
@@ -192,6 +195,19 @@ def test_packed_rows_do_not_see_each_other(pair: Pair) -> None:
     torch.testing.assert_close(gradients[0], gradients[1], atol=1e-7, rtol=1e-6)
     assert gradients[0].abs().max() > 1e-3
     engine.drop_adapter("packed")
+
+
+def test_torchs_attention_is_ours(pair: Pair) -> None:
+    """What a GPU uses."""
+    decoder = pair.engine.decoder
+    other = Engine(Decoder(decoder.spec, decoder.weights, fused_attention=False))
+    gradients = []
+    for engine in (pair.engine, other):
+        engine.create_adapter("attention", pair.lora, seed=3)
+        engine.forward_backward("attention", train_slice(ROWS))
+        gradients.append(engine._held["attention"].adapter.gradients)
+        engine.drop_adapter("attention")
+    torch.testing.assert_close(gradients[0], gradients[1], atol=2e-5, rtol=1e-3)
 
 
 def test_pefts_files_both_ways(pair: Pair, tmp_path: Path) -> None:

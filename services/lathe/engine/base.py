@@ -14,7 +14,7 @@ from torch import Tensor
 from lathe.engine.activations import activate
 from lathe.engine.attention import Attention, CachedAttention, CachedSpan, RowAttention
 from lathe.engine.bank import AdapterBank, LoraPass
-from lathe.engine.frozen import FrozenLinear
+from lathe.engine.frozen import Frozen, FrozenLinear
 from lathe.engine.kv import KVCache
 from lathe.engine.lora import Head, embed, linear
 from lathe.engine.lora_layout import HEAD, GroupKey
@@ -49,10 +49,10 @@ class LayerWeights:
     """One layer; q, k, v and gate, up are fused along their outputs (without a gate, gate_up is the MLP's first)."""
 
     norms: LayerNorms
-    qkv: FrozenLinear
-    o: FrozenLinear
-    gate_up: FrozenLinear
-    down: FrozenLinear
+    qkv: Frozen
+    o: Frozen
+    gate_up: Frozen
+    down: Frozen
 
 
 @dataclass(slots=True)
@@ -177,9 +177,7 @@ class Decoder:
         return CachedAttention(self.spec, ropes, spans, cache)
 
 
-def _add(
-    h: Tensor, x: Tensor, base: FrozenLinear, lora: LoraPass, key: GroupKey, *, norm: Norm | None
-) -> Tensor:
+def _add(h: Tensor, x: Tensor, base: Frozen, lora: LoraPass, key: GroupKey, *, norm: Norm | None) -> Tensor:
     """The residual h plus the linear of x, normalised first where the family does."""
     if norm is None:
         return linear(x, base, lora, key, residual=h)

@@ -155,6 +155,7 @@ class Engine:
         *,
         device: str = "cpu",
         dtype: str = "auto",
+        base_quantization: str = "none",
         threads: int | None = None,
         kv_budget_bytes: int = 1 << 30,
         context_length: int | None = None,
@@ -164,7 +165,9 @@ class Engine:
             torch.set_num_threads(threads)
         place = torch.device(device)
         spec = read_spec(folder)
-        weights = load_weights(folder, spec, device=place, dtype=choose_dtype(dtype, place))
+        weights = load_weights(
+            folder, spec, device=place, dtype=choose_dtype(dtype, place), quantization=base_quantization
+        )
         return cls(Decoder(spec, weights), kv_budget_bytes=kv_budget_bytes, context_length=context_length)
 
     # Adapters

@@ -1,12 +1,39 @@
-"""A linear whose weight never changes."""
+"""A linear whose weight never changes: what it can do, and the dense one (quantized.py has one in 4 bits)."""
 
 from __future__ import annotations
+
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from lathe.engine.untyped import as_tensor
+
+
+class Frozen(Protocol):
+    """y = x W^T (+ bias) for a frozen W [out, in]. nbytes: what stays in memory."""
+
+    out_features: int
+    in_features: int
+
+    @property
+    def bias(self) -> Tensor | None: ...
+
+    @property
+    def nbytes(self) -> int: ...
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """x [T, in] -> [T, out]; `residual` [T, out] is added."""
+
+    def product(self, x: Tensor) -> Tensor:
+        """x W^T, without the bias."""
+
+    def dense(self) -> Tensor:
+        """W [out, in] in its plain layout and the compute dtype; a copy where it is kept otherwise."""
+
+    def backward(self, dy: Tensor) -> Tensor:
+        """dy [T, out] -> dx [T, in]."""
 
 
 class FrozenLinear:

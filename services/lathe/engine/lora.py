@@ -16,7 +16,7 @@ from torch import Tensor
 from lathe.engine.adapters import LoraGroup
 from lathe.engine.bank import LoraPass, MixedLora, Segment
 from lathe.engine.dropout import keep_mask
-from lathe.engine.frozen import FrozenLinear
+from lathe.engine.frozen import Frozen
 from lathe.engine.lora_layout import EMBEDDING, HEAD, GroupKey
 from lathe.engine.untyped import applied
 
@@ -24,9 +24,7 @@ from lathe.engine.untyped import applied
 _Kept = tuple[Tensor, Tensor | None, Tensor | None]
 
 
-def linear(
-    x: Tensor, base: FrozenLinear, lora: LoraPass, key: GroupKey, residual: Tensor | None = None
-) -> Tensor:
+def linear(x: Tensor, base: Frozen, lora: LoraPass, key: GroupKey, residual: Tensor | None = None) -> Tensor:
     """The base linear plus each segment's LoRA: [T, in] -> [T, out].
 
     key: (layer, name of the fused linear). `lora.anchor` carries requires_grad into the first layer, whose x
@@ -53,7 +51,7 @@ def embed(tokens: Tensor, table: Tensor, lora: LoraPass) -> Tensor:
 class Head:
     """The output head with the LoRA of the rows that go through it, any block of them at a time."""
 
-    def __init__(self, base: FrozenLinear, lora: LoraPass | None = None) -> None:
+    def __init__(self, base: Frozen, lora: LoraPass | None = None) -> None:
         """lora: of all the rows, as AdapterBank.plan_head makes it; None for the base alone."""
         self._base = base
         parts = [] if lora is None else list(_parts(lora, HEAD))
@@ -102,7 +100,7 @@ def _parts(lora: LoraPass, key: GroupKey) -> Iterator[tuple[Segment, LoraGroup]]
 
 
 def _forward(
-    x: Tensor, residual: Tensor | None, base: FrozenLinear, lora: LoraPass, key: GroupKey, *, keep: bool
+    x: Tensor, residual: Tensor | None, base: Frozen, lora: LoraPass, key: GroupKey, *, keep: bool
 ) -> tuple[Tensor, list[_Kept]]:
     work = [
         (slice(segment.start, segment.stop), part, _masks(segment, part, base))
@@ -114,7 +112,7 @@ def _forward(
 def _run(
     x: Tensor,
     residual: Tensor | None,
-    base: FrozenLinear,
+    base: Frozen,
     work: Sequence[tuple[slice, LoraGroup, Tensor | None]],
     *,
     keep: bool,
@@ -131,7 +129,7 @@ def _run(
 
 
 def _segment_forward(
-    x: Tensor, y: Tensor, part: LoraGroup, masks: Tensor | None, base: FrozenLinear, *, keep: bool
+    x: Tensor, y: Tensor, part: LoraGroup, masks: Tensor | None, base: Frozen, *, keep: bool
 ) -> _Kept:
     """Adds the segment's LoRA to y (and applies DoRA's m / n)."""
     u = F.linear(x, part.a) if masks is None else _dropped_u(x, part, masks)
@@ -169,7 +167,7 @@ def _dropped_u(x: Tensor, part: LoraGroup, masks: Tensor) -> Tensor:
     return u.mul_(part.dropout_scale)
 
 
-def _masks(segment: Segment, part: LoraGroup, base: FrozenLinear) -> Tensor | None:
+def _masks(segment: Segment, part: LoraGroup, base: Frozen) -> Tensor | None:
     """Dropout's masks of the segment, one a module: bool [modules, tokens, in]; None without dropout."""
     if not segment.rows:
         return None
@@ -189,7 +187,7 @@ def _masks(segment: Segment, part: LoraGroup, base: FrozenLinear) -> Tensor | No
 
 
 def _mixed_forward(
-    x: Tensor, residual: Tensor | None, base: FrozenLinear, mixed: MixedLora, key: GroupKey
+    x: Tensor, residual: Tensor | None, base: Frozen, mixed: MixedLora, key: GroupKey
 ) -> Tensor:
     both = mixed.groups.get(key)
     if both is None:
@@ -216,7 +214,7 @@ class _Linear(torch.autograd.Function):
         x: Tensor,
         residual: Tensor | None,
         anchor: Tensor,
-        base: FrozenLinear,
+        base: Frozen,
         lora: LoraPass,
         key: GroupKey,
     ) -> Tensor:
@@ -239,7 +237,7 @@ class _Linear(torch.autograd.Function):
 
 
 def _backward(
-    base: FrozenLinear,
+    base: Frozen,
     work: Sequence[tuple[slice, LoraGroup, _Kept]],
     x: Tensor,
     dy: Tensor,
@@ -318,9 +316,7 @@ def _dropped_backward(  # noqa: PLR0917 - as _lora_backward
             dx.addcmul_(du[:, columns] @ part.a[columns], mask.to(dx.dtype))
 
 
-def _dropped_base_backward(
-    base: FrozenLinear, part: LoraGroup, dy: Tensor, dx: Tensor, masks: Tensor
-) -> None:
+def _dropped_base_backward(base: Frozen, part: LoraGroup, dy: Tensor, dx: Tensor, masks: Tensor) -> None:
     for mask, module in zip(masks, part.modules, strict=True):
         own = torch.zeros_like(dy)
         own[:, module.out_start : module.out_stop] = dy[:, module.out_start : module.out_stop]

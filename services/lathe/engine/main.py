@@ -220,6 +220,7 @@ def _load(settings: EngineSettings, folder: Path) -> Engine:
         folder,
         device=settings.device,
         dtype=settings.dtype,
+        base_quantization=settings.base_quantization,
         threads=settings.model_threads(),
         kv_budget_bytes=settings.kv_budget_mb << 20,
     )
@@ -245,6 +246,7 @@ def _worker(
     work: Path,
 ) -> Worker:
     dtype = str(engine.dtype).removeprefix("torch.")
+    quantization = "" if settings.base_quantization == "none" else f"+{settings.base_quantization}"
     threads = settings.model_threads()
     registration = EngineRegistration(
         engine_id=settings.engine_id,
@@ -259,7 +261,7 @@ def _worker(
         engine_class=settings.engine_class,
         job_id=settings.job_id,
     )
-    plan = SlicePlan(settings.slice_tokens(), threads, dtype, settings.device)
+    plan = SlicePlan(settings.slice_tokens(), threads, dtype + quantization, settings.device)
     attempts = AttemptSettings(
         work=work,
         cache=settings.cache_folder,

@@ -18,7 +18,7 @@ ADAPTER_WEIGHTS = "adapter_model.safetensors"
 class SlicePlan:
     """What fixes the order of floating-point operations of a job; chosen at its first step, then kept.
 
-    dtype: `bfloat16` or `float32`. device: `cpu` or `cuda`.
+    dtype: `bfloat16` or `float32`, followed by `+nf4` for a base in 4 bits. device: `cpu` or `cuda`.
     """
 
     train_tokens_per_slice: int

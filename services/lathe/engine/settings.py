@@ -43,6 +43,10 @@ class EngineSettings(ProcessSettings, service="engine"):
 
     device: Literal["cpu", "cuda"] = "cpu"
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    base_quantization: Literal["none", "nf4"] = Field(
+        "none",
+        description="nf4: the base's linears in 4 bits (QLoRA); needs the extra `nf4`, meant for a GPU",
+    )
     threads: int | None = Field(
         None, ge=1, description="of the model; all cores the process may use if unset"
     )

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from lathe.common.errors import InvalidArgument
 from lathe.engine.base import LayerNorms, LayerWeights, Weights
-from lathe.engine.frozen import FrozenLinear
+from lathe.engine.frozen import Frozen, FrozenLinear
 from lathe.engine.norms import Norm
+from lathe.engine.quantized import NF4Linear
 from lathe.engine.spec import DecoderSpec
 from lathe.text.layout import Linear
 
@@ -30,13 +31,16 @@ def read_spec(folder: Path) -> DecoderSpec:
     return DecoderSpec.from_config(config)
 
 
-def load_weights(folder: Path, spec: DecoderSpec, *, device: torch.device, dtype: torch.dtype) -> Weights:
+def load_weights(
+    folder: Path, spec: DecoderSpec, *, device: torch.device, dtype: torch.dtype, quantization: str = "none"
+) -> Weights:
     """Reads the weights a layer at a time (memory-mapped), in the compute dtype.
 
-    Raises InvalidArgument for pickle weights, a missing file or tensor, or a shape config.json does not give.
+    quantization: "nf4" keeps the layers' linears in 4 bits. Raises FailedPrecondition without what that needs,
+    InvalidArgument for pickle weights, a missing file or tensor, or a shape config.json does not give.
     """
     with ExitStack() as stack:
-        return _Reader(folder, stack, device, dtype).weights(spec)
+        return _Reader(folder, stack, device, dtype, quantization).weights(spec)
 
 
 def random_weights(
@@ -56,7 +60,7 @@ def random_weights(
         return Norm(torch.ones(width, device=device, dtype=dtype), bias, spec.norm_eps)
 
     def layer() -> LayerWeights:
-        fused = {
+        fused: dict[str, Frozen] = {
             group: frozen(sum(part.out_features for part in parts), parts[0].in_features)
             for group, parts in _groups(spec).items()
         }
@@ -92,8 +96,11 @@ def _gemm_seconds(dtype: torch.dtype) -> float:
 
 
 class _Reader:
-    def __init__(self, folder: Path, stack: ExitStack, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self, folder: Path, stack: ExitStack, device: torch.device, dtype: torch.dtype, quantization: str
+    ) -> None:
         self._device, self._dtype = device, dtype
+        self._quantize = quantization == "nf4"
         self._files: dict[str, Any] = {}
         for path in weight_files(folder):
             try:
@@ -118,10 +125,11 @@ class _Reader:
         }
         return LayerWeights(norms=LayerNorms(**norms), **fused)
 
-    def _fused(self, prefix: str, parts: Sequence[Linear]) -> FrozenLinear:
+    def _fused(self, prefix: str, parts: Sequence[Linear]) -> Frozen:
         weights = [self._read(f"{prefix}{p.path}.weight", p.out_features, p.in_features) for p in parts]
         biases = [self._read(f"{prefix}{p.path}.bias", p.out_features) for p in parts if p.bias]
-        return FrozenLinear(_join(weights), _join(biases) if biases else None)
+        bias = _join(biases) if biases else None
+        return NF4Linear(weights, bias) if self._quantize else FrozenLinear(_join(weights), bias)
 
     def _norm(self, spec: DecoderSpec, path: str, width: int) -> Norm:
         bias = self._read(f"{path}.bias", width) if spec.norm == "layer" else None
