@@ -19,7 +19,8 @@ from typing import Any
 import torch
 
 from lathe.engine.base import Decoder
-from lathe.engine.engine import Engine, TrainRow, TrainSlice, trained_tokens
+from lathe.engine.batch import CrossEntropy, TrainRow, TrainSlice, trained_tokens
+from lathe.engine.engine import Engine
 from lathe.engine.lora_config import LoraSpec
 from lathe.engine.sampling import SamplingParams
 from lathe.engine.spec import DecoderSpec
@@ -57,10 +58,10 @@ def alternately(runs: dict[str, Callable[[], object]], repeats: int) -> dict[str
 
 def our_training(engine: Engine) -> Callable[[], object]:
     batch = rows()
-    piece = TrainSlice(batch, sum(trained_tokens(row) for row in batch))
+    piece = TrainSlice("train", batch, CrossEntropy(sum(trained_tokens(row) for row in batch)))
 
     def step() -> None:
-        engine.forward_backward("train", piece)
+        engine.forward_backward([piece])
         engine.optim_step("train", 1e-4)
 
     return step

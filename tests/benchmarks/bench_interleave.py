@@ -21,10 +21,13 @@ import torch
 
 from lathe.common.clock import SystemClock
 from lathe.engine.base import Decoder
-from lathe.engine.engine import Engine, TrainRow
+from lathe.engine.batch import TrainRow
+from lathe.engine.engine import Engine
 from lathe.engine.loop import LoopLimits, ModelLoop
 from lathe.engine.model import AttemptEvent, SlicePlan, StepMetrics, TrainingConfig
-from lathe.engine.recipes.sft import SftData, SftRun
+from lathe.engine.recipes.recipe import TrainData
+from lathe.engine.recipes.run import Run
+from lathe.engine.recipes.sft import SupervisedRecipe
 from lathe.engine.sampling import Sampled, SamplingParams
 from lathe.engine.spec import DecoderSpec
 from lathe.engine.weights import choose_dtype, random_weights
@@ -41,7 +44,7 @@ def build(dtype: str) -> Engine:
     return Engine(Decoder(spec, weights))
 
 
-def job(engine: Engine, folder: Path, slice_tokens: int, threads: int) -> SftRun:
+def job(engine: Engine, folder: Path, slice_tokens: int, threads: int) -> Run:
     generator = torch.Generator().manual_seed(0)
     rows = []
     for number in range(400):
@@ -49,10 +52,11 @@ def job(engine: Engine, folder: Path, slice_tokens: int, threads: int) -> SftRun
         tokens = torch.randint(0, 49152, (length,), generator=generator).tolist()
         rows.append(TrainRow(tokens, [place >= length - 47 for place in range(length)]))
     config = TrainingConfig(n_epochs=50, batch_size=8, learning_rate=1e-4, seed=0, target_modules=MODULES)
-    return SftRun(
+    return Run(
+        SupervisedRecipe,
         engine=engine,
         key="train/bench",
-        data=SftData(rows),
+        data=TrainData(rows),
         config=config,
         plan=SlicePlan(slice_tokens, threads, str(engine.dtype), "cpu"),
         folder=lambda kind, step: folder / f"{kind}-{step}",

@@ -15,7 +15,8 @@ import pytest
 import torch
 
 from lathe.engine.base import Decoder
-from lathe.engine.engine import Engine, SequenceState, TrainRow, TrainSlice, trained_tokens
+from lathe.engine.batch import CrossEntropy, TrainRow, TrainSlice, trained_tokens
+from lathe.engine.engine import Engine, SequenceState
 from lathe.engine.lora_config import LoraSpec
 from lathe.engine.sampling import SamplingParams
 from lathe.text.families import describe
@@ -70,9 +71,9 @@ def their_logits(model: Any, row: list[int]) -> torch.Tensor:
         return model(torch.tensor([row])).logits[0]
 
 
-def train_slice(rows: list[list[int]]) -> TrainSlice:
+def train_slice(rows: list[list[int]], key: str = "a") -> TrainSlice:
     made = tuple(TrainRow(row, [i % 3 != 1 for i in range(len(row))]) for row in rows)
-    return TrainSlice(made, sum(trained_tokens(row) for row in made))
+    return TrainSlice(key, made, CrossEntropy(sum(trained_tokens(row) for row in made)))
 
 
 def test_logits(pair: Pair) -> None:
@@ -113,7 +114,7 @@ def their_loss(model: Any, piece: TrainSlice) -> torch.Tensor:
         labels = [t if m else -100 for t, m in zip(row.tokens, row.mask, strict=True)][1:]
         targets = torch.tensor(labels, device=device)
         total = total + torch.nn.functional.cross_entropy(logits, targets, reduction="sum")
-    return total / piece.batch_tokens
+    return total / piece.objective.batch_tokens
 
 
 def test_three_training_steps_are_those_of_peft(pair: Pair) -> None:
@@ -124,11 +125,11 @@ def test_three_training_steps_are_those_of_peft(pair: Pair) -> None:
     for name, tensor in adapter.named_tensors():
         assert torch.equal(tensor, theirs[name]), name
     for rows in (ROWS, [LONG], ROWS[2:]):
-        piece = train_slice(rows)
-        result = engine.forward_backward("steps", piece)
+        piece = train_slice(rows, "steps")
+        (result,) = engine.forward_backward([piece])
         loss = their_loss(model, piece)
         loss.backward()
-        assert result.loss_sum / piece.batch_tokens == pytest.approx(loss.item(), rel=1e-5)
+        assert result.loss == pytest.approx(loss.item(), rel=1e-5)
         wanted = torch.cat([theirs[name].grad.flatten() for name, _ in adapter.named_tensors()])
         torch.testing.assert_close(adapter.gradients, wanted, atol=2e-5, rtol=1e-3)
         norm = engine.optim_step("steps", 0.01, clip=1.0)
@@ -188,8 +189,8 @@ def test_packed_rows_do_not_see_each_other(pair: Pair) -> None:
     gradients = []
     for neighbours in (ROWS[:2], [[t + 1 for t in row] for row in ROWS[:2]]):
         unmasked = tuple(TrainRow(row, [False] * len(row)) for row in neighbours)
-        kept = train_slice([ROWS[2]])
-        engine.forward_backward("packed", TrainSlice((*unmasked, *kept.rows), kept.batch_tokens))
+        kept = train_slice([ROWS[2]], "packed")
+        engine.forward_backward([TrainSlice("packed", (*unmasked, *kept.rows), kept.objective)])
         gradients.append(engine._held["packed"].adapter.gradients.clone())
         engine.zero_grad("packed")
     torch.testing.assert_close(gradients[0], gradients[1], atol=1e-7, rtol=1e-6)
@@ -204,7 +205,7 @@ def test_torchs_attention_is_ours(pair: Pair) -> None:
     gradients = []
     for engine in (pair.engine, other):
         engine.create_adapter("attention", pair.lora, seed=3)
-        engine.forward_backward("attention", train_slice(ROWS))
+        engine.forward_backward([train_slice(ROWS, "attention")])
         gradients.append(engine._held["attention"].adapter.gradients)
         engine.drop_adapter("attention")
     torch.testing.assert_close(gradients[0], gradients[1], atol=2e-5, rtol=1e-3)
@@ -216,7 +217,7 @@ def test_pefts_files_both_ways(pair: Pair, tmp_path: Path) -> None:
     engine = pair.engine
     engine.create_adapter("ours", pair.lora, seed=1)
     for _ in range(2):
-        engine.forward_backward("ours", train_slice(ROWS))
+        engine.forward_backward([train_slice(ROWS, "ours")])
         engine.optim_step("ours", 0.02)
     engine.save("ours", tmp_path / "ours", with_optimizer=False, base_model="tiny")
     model = PeftModel.from_pretrained(pair.reference(), tmp_path / "ours")

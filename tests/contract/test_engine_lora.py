@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from lathe.engine.bank import row_identity
+from lathe.engine.batch import CrossEntropy, TrainRow, TrainSlice, trained_tokens
 from lathe.engine.dropout import keep_mask
-from lathe.engine.engine import Engine, TrainRow, TrainSlice, trained_tokens
+from lathe.engine.engine import Engine
 from lathe.engine.lora_config import LoraSpec
 from lathe.engine.sampling import SamplingParams
 from lathe.text.architectures import LINEAR_MODULES
@@ -76,9 +77,9 @@ def their_parameters(model: Any) -> dict[str, torch.nn.Parameter]:
     }
 
 
-def slice_of(rows: list[list[int]]) -> TrainSlice:
+def slice_of(rows: list[list[int]], key: str = "a") -> TrainSlice:
     made = tuple(TrainRow(row, [i % 3 != 1 for i in range(len(row))]) for row in rows)
-    return TrainSlice(made, sum(trained_tokens(row) for row in made))
+    return TrainSlice(key, made, CrossEntropy(sum(trained_tokens(row) for row in made)))
 
 
 def their_loss(model: Any, piece: TrainSlice) -> torch.Tensor:
@@ -132,10 +133,10 @@ def test_training_is_that_of_transformers_and_peft(
     optimizer = torch.optim.AdamW(theirs.values(), lr=LR, weight_decay=0.1)
     for step in range(3):
         piece = slice_of([[(token + step) % 600 for token in row] for row in ROWS])
-        result = engine.forward_backward("a", piece)
+        (result,) = engine.forward_backward([piece])
         optimizer.zero_grad()
         loss = their_loss(model, piece)
-        (loss / piece.batch_tokens).backward()
+        (loss / result.tokens).backward()
         assert result.loss_sum == pytest.approx(loss.item(), rel=1e-4)
         gradients = {name: value.grad for name, value in theirs.items() if value.grad is not None}
         assert_same(dict(adapter.named_gradients()), gradients, atol=2e-5 * (step + 1))
@@ -192,15 +193,15 @@ def test_with_dropout_it_is_peft_with_our_masks(folders: Mapping[str, Path], *, 
     optimizer = torch.optim.AdamW(theirs.values(), lr=LR, weight_decay=0)
     for step in range(3):
         piece = slice_of(ROWS)
-        result = engine.forward_backward("a", piece)
+        (result,) = engine.forward_backward([piece])
         optimizer.zero_grad()
         loss = torch.zeros(())
         for row in piece.rows:
             for mask in masks:
                 mask.step, mask.row = step, row_identity(row.tokens)
                 mask.chosen = torch.tensor([i - 1 for i in range(1, len(row.mask)) if row.mask[i]])
-            loss = loss + their_loss(model, TrainSlice((row,), 1))
-        (loss / piece.batch_tokens).backward()
+            loss = loss + their_loss(model, TrainSlice("a", (row,), CrossEntropy(1)))
+        (loss / result.tokens).backward()
         assert result.loss_sum == pytest.approx(loss.item(), rel=1e-4)
         gradients = {name: value.grad for name, value in theirs.items() if value.grad is not None}
         assert_same(dict(adapter.named_gradients()), gradients, atol=2e-5 * (step + 1))
@@ -222,13 +223,13 @@ def test_dropout_is_the_same_after_a_resume_and_however_the_batch_is_cut(
             engine.save("whole", tmp_path / "half", with_optimizer=True)
             engine.restore("resumed", tmp_path / "half")
             engine.restore("cut", tmp_path / "half")
-        engine.forward_backward("whole", piece)
+        engine.forward_backward([slice_of(ROWS, "whole")])
         engine.optim_step("whole", LR)
         if step >= 2:
-            engine.forward_backward("resumed", piece)
+            engine.forward_backward([slice_of(ROWS, "resumed")])
             engine.optim_step("resumed", LR)
             for row in reversed(piece.rows):
-                engine.forward_backward("cut", TrainSlice((row,), piece.batch_tokens))
+                engine.forward_backward([TrainSlice("cut", (row,), piece.objective)])
             engine.optim_step("cut", LR)
     masters = {key: engine._held[key].adapter.master for key in ("whole", "resumed", "cut")}
     assert torch.equal(masters["whole"], masters["resumed"])
@@ -240,7 +241,7 @@ def test_every_kind_in_one_batch_is_each_alone(folders: Mapping[str, Path]) -> N
     for i, (kind, spec) in enumerate(SPECS.items()):
         engine.create_adapter(kind, spec, seed=i)
         for _ in range(3):
-            engine.forward_backward(kind, slice_of(ROWS))
+            engine.forward_backward([slice_of(ROWS, kind)])
             engine.optim_step(kind, 0.02)
     params = SamplingParams(max_tokens=8, temperature=0, top_logprobs=0)
     keys = [*SPECS, "", "dora", "plain", ""]
@@ -268,7 +269,7 @@ def test_bfloat16_is_close_to_float32(folders: Mapping[str, Path], kind: str) ->
         engine.create_adapter("a", SPECS[kind], seed=1)
         losses[dtype] = []
         for _ in range(4):
-            losses[dtype].append(engine.forward_backward("a", slice_of(ROWS)).loss_sum)
+            losses[dtype].append(engine.forward_backward([slice_of(ROWS)])[0].loss_sum)
             engine.optim_step("a", LR)
         logprobs[dtype] = engine.logprobs("a", ROWS[0])
     assert losses["float32"][-1] < losses["float32"][0]

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from lathe.engine.engine import Engine, SequenceState, TrainRow, TrainSlice, trained_tokens
+from lathe.engine.batch import CrossEntropy, TrainRow, TrainSlice, trained_tokens
+from lathe.engine.engine import Engine, SequenceState
 from lathe.engine.lora_config import LoraSpec
 from lathe.engine.sampling import SamplingParams
 from tests.fixtures.tiny_llama import build_tiny_llama
@@ -51,9 +52,9 @@ def their_logits(model: Any, row: list[int]) -> torch.Tensor:
         return model(torch.tensor([row])).logits[0]
 
 
-def train_slice(rows: list[list[int]]) -> TrainSlice:
+def train_slice(rows: list[list[int]], key: str = "a") -> TrainSlice:
     made = tuple(TrainRow(row, [i % 3 != 1 for i in range(len(row))]) for row in rows)
-    return TrainSlice(made, sum(trained_tokens(row) for row in made))
+    return TrainSlice(key, made, CrossEntropy(sum(trained_tokens(row) for row in made)))
 
 
 def decode(engine: Engine, states: list[SequenceState], **options: int) -> None:
@@ -122,15 +123,15 @@ def test_initial_weights_and_gradients_are_those_of_peft(folder: Path, spec: Lor
     long = torch.randint(0, 600, (300,), generator=generator).tolist()
     for rows in ([row for row in ROWS if len(row) > 1], [long]):
         piece = train_slice(rows)
-        result = engine.forward_backward("a", piece)
+        (result,) = engine.forward_backward([piece])
         model.zero_grad()
         total = torch.zeros(())
         for row in piece.rows:
             logits = model(torch.tensor([row.tokens])).logits[0, :-1]
             labels = torch.tensor([t if m else -100 for t, m in zip(row.tokens, row.mask, strict=True)][1:])
             total = total + torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
-        (total / piece.batch_tokens).backward()
-        assert result.tokens == piece.batch_tokens
+        (total / result.tokens).backward()
+        assert result.loss == pytest.approx(result.loss_sum / result.tokens)
         assert result.loss_sum == pytest.approx(total.item(), rel=1e-5)
         masters = adapter.master
         adapter.master = adapter.gradients
@@ -148,7 +149,7 @@ def test_peft_loads_what_we_save_and_we_load_what_peft_saves(folder: Path, tmp_p
     engine, spec = engine_of(folder), LoraSpec(r=4, lora_alpha=8)
     engine.create_adapter("a", spec, seed=1)
     for _ in range(3):
-        engine.forward_backward("a", train_slice([row for row in ROWS if len(row) > 1]))
+        engine.forward_backward([train_slice([row for row in ROWS if len(row) > 1])])
         engine.optim_step("a", 0.02)
     engine.save("a", tmp_path / "ours", with_optimizer=False, base_model="tiny")
     model = PeftModel.from_pretrained(reference(folder), tmp_path / "ours")
@@ -185,7 +186,7 @@ def test_a_batch_of_several_adapters_is_each_alone(folder: Path) -> None:
     for i, (key, spec) in enumerate(specs.items()):
         engine.create_adapter(key, spec, seed=i)
         for _ in range(2):
-            engine.forward_backward(key, train_slice([row for row in ROWS if len(row) > 1]))
+            engine.forward_backward([train_slice([row for row in ROWS if len(row) > 1], key)])
             engine.optim_step(key, 0.05)
     params = SamplingParams(max_tokens=12, temperature=0, top_logprobs=0)
     keys = ["a", "", "b", "c", "a", "b"]

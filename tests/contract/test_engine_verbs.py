@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from lathe.common.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound
-from lathe.engine.engine import Engine, TrainRow, TrainSlice
+from lathe.engine.batch import CrossEntropy, TrainRow, TrainSlice
+from lathe.engine.engine import Engine
 from lathe.engine.lora_config import LoraSpec
 from lathe.engine.sampling import SamplingParams
 from tests.fakes.engine import FakeEngine
@@ -30,15 +31,15 @@ def engine(request: pytest.FixtureRequest, tiny_folder: Path) -> FakeEngine | En
     return Engine.load(tiny_folder, dtype="float32", threads=1, kv_budget_bytes=1 << 24)
 
 
-def _slice(seed: int, batch_tokens: int = 20) -> TrainSlice:
+def _slice(key: str, seed: int) -> TrainSlice:
     tokens = [(seed * 31 + 7 * place) % 500 for place in range(12)]
-    return TrainSlice((TrainRow(tokens, [place >= 2 for place in range(12)]),), batch_tokens)
+    return TrainSlice(key, (TrainRow(tokens, [place >= 2 for place in range(12)]),), CrossEntropy(20))
 
 
 def _train(engine: FakeEngine | Engine, key: str, steps: range) -> None:
     for step in steps:
         for part in range(2):
-            engine.forward_backward(key, _slice(2 * step + part))
+            engine.forward_backward([_slice(key, 2 * step + part)])
         engine.optim_step(key, 1e-2)
 
 
@@ -49,7 +50,7 @@ def test_save_and_restore_go_on_as_if_nothing_had_happened(
         engine.create_adapter(key, LoraSpec(r=4), seed=1)
     _train(engine, "whole", range(4))
     _train(engine, "parts", range(2))
-    engine.forward_backward("parts", _slice(99))  # half a step is not saved
+    engine.forward_backward([_slice("parts", 99)])  # half a step is not saved
     engine.save("parts", tmp_path / "half", with_optimizer=True, base_model="baseModels/tiny")
     engine.drop_adapter("parts")
     assert engine.restore("again", tmp_path / "half") == 2
@@ -64,7 +65,7 @@ def test_save_and_restore_go_on_as_if_nothing_had_happened(
 def test_a_forgotten_gradient_leaves_no_trace(engine: FakeEngine | Engine, tmp_path: Path) -> None:
     for key in ("a", "b"):
         engine.create_adapter(key, LoraSpec(r=4), seed=1)
-    engine.forward_backward("b", _slice(5))
+    engine.forward_backward([_slice("b", 5)])
     engine.zero_grad("b")
     for key in ("a", "b"):
         _train(engine, key, range(1))
@@ -75,7 +76,7 @@ def test_a_forgotten_gradient_leaves_no_trace(engine: FakeEngine | Engine, tmp_p
 
 def test_a_slice_is_counted(engine: FakeEngine | Engine) -> None:
     engine.create_adapter("a", LoraSpec(r=4), seed=1)
-    for result in (engine.forward_backward("a", _slice(1)), engine.evaluate("a", _slice(1))):
+    for (result,) in (engine.forward_backward([_slice("a", 1)]), engine.evaluate([_slice("a", 1)])):
         assert (result.tokens, result.input_tokens) == (10, 12)
         assert result.loss_sum > 0
         assert 0 <= result.correct <= 10
@@ -88,7 +89,7 @@ def test_keys(engine: FakeEngine | Engine, tmp_path: Path) -> None:
     engine.save("a", tmp_path, with_optimizer=False)
     engine.load_adapter("served", tmp_path)
     with pytest.raises(FailedPrecondition):
-        engine.forward_backward("served", _slice(1))
+        engine.forward_backward([_slice("served", 1)])
     with pytest.raises(InvalidArgument):
         engine.restore("b", tmp_path)  # there is no optimizer
     assert set(engine.adapter_keys()) == {"a", "served"}

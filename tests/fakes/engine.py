@@ -11,8 +11,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
+
 from lathe.common.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound
-from lathe.engine.engine import EngineMemory, SliceResult, StepOutput, TrainSlice, trained_tokens
+from lathe.engine.batch import CrossEntropy, RowScore, SliceResult, TrainRow, TrainSlice, trained_tokens
+from lathe.engine.engine import EngineMemory, StepOutput
 from lathe.engine.lora_config import ALL_LINEAR, LoraSpec
 from lathe.engine.sampling import Sampled, SamplingParams
 from lathe.text.architectures import LINEAR_MODULES
@@ -49,14 +52,15 @@ class _Adapter:
 
 
 class FakeEngine:
-    """calls: what was done, in order: `train <key>`, `optim <key>`, `eval <key>`, `sample <n>`.
+    """calls: what was done, in order: `train <keys>`, `optim <key>`, `eval <keys>`,
+    `score <key>`, `sample <n>`.
 
-    before_slice: called with each training slice; may raise, as torch does out of memory.
+    before_pass: called with each training pass's slices; may raise, as torch does out of memory.
     """
 
-    def __init__(self, before_slice: Callable[[TrainSlice], None] | None = None) -> None:
+    def __init__(self, before_pass: Callable[[Sequence[TrainSlice]], None] | None = None) -> None:
         self.calls: list[str] = []
-        self._before = before_slice
+        self._before = before_pass
         self._adapters: dict[str, _Adapter] = {}
         self.open: list[FakeSequence] = []
         self.context_length = CONTEXT
@@ -79,17 +83,27 @@ class FakeEngine:
     def adapter_keys(self) -> tuple[str, ...]:
         return tuple(self._adapters)
 
-    def forward_backward(self, key: str, piece: TrainSlice) -> SliceResult:
-        adapter = self._trainable(key)
+    def forward_backward(self, pieces: Sequence[TrainSlice]) -> list[SliceResult]:
+        adapters = [self._trainable(piece.key) for piece in pieces]
         if self._before is not None:
-            self._before(piece)
-        self.calls.append(f"train {key}")
-        adapter.gradient.append(_hash(piece.batch_tokens, [list(map(int, row.tokens)) for row in piece.rows]))
-        return self._result(adapter, piece)
+            self._before(pieces)
+        self.calls.append("train " + " ".join(piece.key for piece in pieces))
+        for adapter, piece in zip(adapters, pieces, strict=True):
+            objective = piece.objective
+            scale = (
+                objective.batch_tokens if isinstance(objective, CrossEntropy) else type(objective).__name__
+            )
+            adapter.gradient.append(_hash(scale, [list(map(int, row.tokens)) for row in piece.rows]))
+        return [self._result(adapter, piece) for adapter, piece in zip(adapters, pieces, strict=True)]
 
-    def evaluate(self, key: str, piece: TrainSlice) -> SliceResult:
-        self.calls.append(f"eval {key}")
-        return self._result(self._adapters.get(key), piece)
+    def evaluate(self, pieces: Sequence[TrainSlice]) -> list[SliceResult]:
+        self.calls.append("eval " + " ".join(piece.key for piece in pieces))
+        return [self._result(self._adapters.get(piece.key), piece) for piece in pieces]
+
+    def score(self, key: str, rows: Sequence[TrainRow]) -> list[RowScore]:
+        self.calls.append(f"score {key}")
+        adapter = self._adapter(key) if key else None
+        return [RowScore(-self._loss(adapter) * trained_tokens(row), trained_tokens(row)) for row in rows]
 
     def optim_step(self, key: str, lr: float, *, clip: float = 1.0, weight_decay: float = 0.0) -> float:
         adapter = self._trainable(key)
@@ -167,10 +181,21 @@ class FakeEngine:
     def memory(self) -> EngineMemory:
         return EngineMemory(1000, 10 * len(self._adapters), 0, len(self.open), 1 << 20)
 
+    def _loss(self, adapter: _Adapter | None) -> float:
+        """Of a token: less with each step."""
+        return 2.0 / (1 + (adapter.steps if adapter is not None else 0))
+
     def _result(self, adapter: _Adapter | None, piece: TrainSlice) -> SliceResult:
-        tokens = sum(trained_tokens(row) for row in piece.rows)
-        loss = 2.0 / (1 + (adapter.steps if adapter is not None else 0))
-        return SliceResult(loss * tokens, tokens, tokens // 2, sum(len(row.tokens) for row in piece.rows))
+        counts = [trained_tokens(row) for row in piece.rows]
+        losses = [self._loss(adapter) * count for count in counts]
+        if isinstance(piece.objective, CrossEntropy):
+            loss, figures = sum(losses) / max(1, piece.objective.batch_tokens), {}
+        else:
+            sums = torch.tensor([-loss for loss in losses], dtype=torch.float64)
+            answer = piece.objective(sums, torch.tensor(counts, dtype=torch.float64))
+            loss, figures = float(answer.loss), dict(answer.figures)
+        tokens = sum(counts)
+        return SliceResult(sum(losses), tokens, tokens // 2, piece.input_tokens, loss, figures, tuple(losses))
 
     def _read(self, folder: Path, *, trainable: bool) -> _Adapter:
         path = folder / "adapter_model.safetensors"

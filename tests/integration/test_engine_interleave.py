@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
-from lathe.engine.engine import Engine, SliceResult, TrainRow, TrainSlice
+from lathe.engine.batch import SliceResult, TrainRow, TrainSlice
+from lathe.engine.engine import Engine
 from lathe.engine.loop import LoopLimits, ModelLoop
 from lathe.engine.model import AttemptEvent, Ended, Outcome, SlicePlan, Snapshot, SnapshotKind, TrainingConfig
-from lathe.engine.recipes.sft import SftData, SftRun
+from lathe.engine.recipes.recipe import TrainData
+from lathe.engine.recipes.run import Run
+from lathe.engine.recipes.sft import SupervisedRecipe
 from lathe.engine.sampling import Sampled, SamplingParams
 from tests.fakes.clock import FakeClock
 from tests.fixtures.tiny_llama import build_tiny_llama
@@ -20,9 +24,9 @@ class CountingEngine(Engine):
 
     slices = 0
 
-    def forward_backward(self, key: str, piece: TrainSlice) -> SliceResult:
+    def forward_backward(self, pieces: Sequence[TrainSlice]) -> list[SliceResult]:
         self.slices += 1
-        return super().forward_backward(key, piece)
+        return super().forward_backward(pieces)
 
 
 @pytest.fixture(scope="module")
@@ -44,10 +48,11 @@ def train(
     config = TrainingConfig(
         n_epochs=2, batch_size=4, learning_rate=1e-2, seed=1, lora_r=4, target_modules=("q_proj", "down_proj")
     )
-    run = SftRun(
+    run = Run(
+        SupervisedRecipe,
         engine=engine,
         key="train/a",
-        data=SftData(rows),
+        data=TrainData(rows),
         config=config,
         plan=SlicePlan(40, 1, "float32", "cpu"),
         folder=lambda kind, step: folder / f"{kind}-{step}",

@@ -27,6 +27,7 @@ from lathe.common.errors import (
 )
 from lathe.common.objectstore.base import ObjectStore
 from lathe.engine.basecache import ensure_adapter
+from lathe.engine.batch import TrainRow
 from lathe.engine.checkpoints import (
     Found,
     Manifest,
@@ -38,7 +39,6 @@ from lathe.engine.checkpoints import (
     resumes_to_drop,
     upload,
 )
-from lathe.engine.engine import TrainRow
 from lathe.engine.loop import ModelLoop
 from lathe.engine.model import (
     ADAPTER_WEIGHTS,
@@ -51,6 +51,7 @@ from lathe.engine.model import (
     EngineReceipt,
     Environment,
     HeldLease,
+    Note,
     Outcome,
     Progress,
     SlicePlan,
@@ -64,7 +65,10 @@ from lathe.engine.model import (
 )
 from lathe.engine.ports import Jobs, TrainVerbs
 from lathe.engine.receipt import compare
-from lathe.engine.recipes.sft import SftData, SftRun, Start
+from lathe.engine.recipes.methods import recipe_of
+from lathe.engine.recipes.recipe import TrainData
+from lathe.engine.recipes.run import Run
+from lathe.engine.recipes.saving import Start
 
 logger = logging.getLogger(__name__)
 
@@ -115,6 +119,7 @@ class AttemptRunner:
         self._plan = attempt.slice_plan or settings.plan
         self._first: Progress | None = None
         self._metrics: deque[StepMetrics] = deque()
+        self._notes: deque[Note] = deque()
         self._checkpoints: deque[CheckpointReport] = deque()
         self._snapshots: deque[Snapshot] = deque()
         self._resumes: list[str] = []
@@ -124,7 +129,7 @@ class AttemptRunner:
         self._uploaded = False
         self._refusals = 0
         self._gave_up = False
-        self._preparing: asyncio.Task[SftRun] | None = None
+        self._preparing: asyncio.Task[Run] | None = None
         self._wanted: Outcome | None = None
         self._abandoned = False
         self._may_report = asyncio.Event()
@@ -195,13 +200,15 @@ class AttemptRunner:
             return
         if isinstance(event, StepMetrics):
             self._metrics.append(event)
+        elif isinstance(event, Note):
+            self._notes.append(event)
         elif isinstance(event, Snapshot):
             self._snapshots.append(event)
         else:
             self._ended = event
         self._changed.set()
 
-    async def _prepared(self) -> SftRun | None:
+    async def _prepared(self) -> Run | None:
         """None when it ended before it began; `_ended` says how."""
         self._preparing = asyncio.create_task(self._prepare())
         if self._wanted is not None:
@@ -222,7 +229,7 @@ class AttemptRunner:
         self._uploaded = True
         return None
 
-    async def _prepare(self) -> SftRun:
+    async def _prepare(self) -> Run:
         attempt = self._attempt
         await self._patiently(lambda: asyncio.to_thread(self._folder.mkdir, parents=True, exist_ok=True))
         training = await self._patiently(lambda: self._rows(attempt.training))
@@ -234,13 +241,14 @@ class AttemptRunner:
         found = await self._patiently(lambda: newest_complete(self._store, prefixes, self._folder))
         self._choose_plan(found)
         initial = None
-        if found is None and attempt.initial_adapter is not None:
+        if attempt.initial_adapter is not None:
             ref = attempt.initial_adapter
             initial = await self._patiently(lambda: ensure_adapter(self._store, ref, self._settings.cache))
-        recipe = SftRun(
+        recipe = Run(
+            recipe_of(attempt.config.method),
             engine=self._engine,
             key=f"train/{attempt.attempt_id}",
-            data=SftData(training, validation),
+            data=TrainData(training, validation),
             config=attempt.config,
             plan=self._plan,
             folder=self._snapshot_folder,
@@ -402,13 +410,14 @@ class AttemptRunner:
         self._loop.drop_attempt(self._attempt.attempt_id)
         self._gave_up, self._refusals, self._first = True, 0, None
         self._metrics.clear()
+        self._notes.clear()
         self._checkpoints.clear()
         self._snapshots.clear()
         self._ended = Ended(Outcome.RETRYABLE, step, 0, AttemptError("server_error", said))
         self._changed.set()
 
     def _pending(self) -> bool:
-        return bool(self._metrics or self._checkpoints or self._first is not None)
+        return bool(self._metrics or self._notes or self._checkpoints or self._first is not None)
 
     async def _report(self) -> None:
         while self._pending():
@@ -416,11 +425,13 @@ class AttemptRunner:
             if len(rows) < len(self._metrics):
                 # A checkpoint brings its step's metrics: it must not come before the steps that lead to it.
                 checkpoints = tuple(item for item in checkpoints if item.step <= rows[-1].step)
-            first = self._first or Progress()
+            first, notes = self._first or Progress(), tuple(self._notes)
             await self._jobs.report(
-                self._lease, Progress(rows, checkpoints, first.slice_plan, first.total_steps)
+                self._lease, Progress(rows, checkpoints, first.slice_plan, first.total_steps, notes)
             )
             self._first = None
+            for _ in notes:
+                self._notes.popleft()
             for _ in rows:
                 self._metrics.popleft()
             for _ in checkpoints:
@@ -444,9 +455,8 @@ def _start(found: Found | None) -> Start | None:
     if found is None:
         return None
     manifest = found.manifest
-    return Start(
-        found.folder, manifest.step, manifest.trained_tokens, tuple(sorted((manifest.halvings or {}).items()))
-    )
+    halvings = tuple(sorted((manifest.halvings or {}).items()))
+    return Start(found.folder, manifest.step, manifest.trained_tokens, halvings, manifest.state)
 
 
 def _call_in(

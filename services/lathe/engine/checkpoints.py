@@ -12,13 +12,23 @@ import json
 import logging
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from shutil import rmtree
+from typing import Any
 
 from lathe.common.errors import DataLoss, NotFound
 from lathe.common.objectstore.base import ObjectStore
-from lathe.engine.model import AdapterRef, CheckpointReport, SlicePlan, Snapshot, SnapshotKind, StepMetrics
+from lathe.engine.model import (
+    AdapterRef,
+    CheckpointReport,
+    RunState,
+    SlicePlan,
+    Snapshot,
+    SnapshotKind,
+    StepMetrics,
+)
+from lathe.engine.watch import Evaluations, LossHistory
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +66,7 @@ class Manifest:
     halvings: Mapping[int, int] | None = None
     # Steps measured but not yet heard by jobs when this was written: the next attempt reports them.
     unreported: tuple[StepMetrics, ...] = ()
+    state: RunState = field(default_factory=RunState)
 
     def to_bytes(self) -> bytes:
         """Canonical JSON: the same manifest is the same bytes."""
@@ -76,6 +87,7 @@ class Manifest:
             metrics = content["metrics"]
             content["metrics"] = StepMetrics(**metrics) if metrics is not None else None
             content["unreported"] = tuple(StepMetrics(**row) for row in content["unreported"])
+            content["state"] = _run_state(content.get("state"))
             content["halvings"] = {int(step): int(n) for step, n in content["halvings"].items()}
             for entry in content["files"]:
                 if not _FILE_NAME.fullmatch(entry.path):
@@ -134,6 +146,19 @@ def describe(snapshot: Snapshot, plan: SlicePlan, unreported: Sequence[StepMetri
         metrics=snapshot.metrics,
         halvings=snapshot.halvings,
         unreported=tuple(row for row in unreported if row.step <= snapshot.step),
+        state=snapshot.state,
+    )
+
+
+def _run_state(content: Any) -> RunState:
+    """Of a manifest's JSON; one of an earlier version has none."""
+    if content is None:
+        return RunState()
+    losses, unfinished = content["losses"], content["unfinished"]
+    return RunState(
+        LossHistory(tuple(losses["recent"]), losses["lowest"]),
+        Evaluations(**content["evaluations"]),
+        StepMetrics(**unfinished) if unfinished is not None else None,
     )
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,12 +21,14 @@ from lathe.common.errors import (
     ResourceExhausted,
 )
 from lathe.engine.adapters import Adapter
-from lathe.engine.bank import AdapterBank, row_identity
+from lathe.engine.bank import AdapterBank
 from lathe.engine.base import Decoder
+from lathe.engine.batch import CrossEntropy, RowScore, SliceResult, TrainRow, TrainSlice, trained_tokens
 from lathe.engine.kv import KVCache, common_prefix
 from lathe.engine.lora_config import LoraSpec
-from lathe.engine.losses import cross_entropy, token_logprobs, trained_positions
+from lathe.engine.losses import token_logprobs
 from lathe.engine.optim import AdamW
+from lathe.engine.passes import check_rows, pack, rows_pass, run_slices
 from lathe.engine.sampling import Sampled, Sampler, SamplingParams, sample_batch
 from lathe.engine.weights import choose_dtype, load_weights, read_spec
 
@@ -35,32 +38,6 @@ SEED = "dropout_seed"
 _WORTH_WAITING = 8
 # Ends the cache key of sequences beyond longrope's original context.
 _FAR = "+far"
-
-
-@dataclass(frozen=True, slots=True)
-class TrainRow:
-    """A rendered example: mask[i] says that token i is a target; mask[0] is ignored (nothing predicts it)."""
-
-    tokens: Sequence[int]
-    mask: Sequence[bool]
-
-
-@dataclass(frozen=True, slots=True)
-class TrainSlice:
-    """Rows of one pass. `batch_tokens`: trained tokens of the whole batch, by which the loss is divided."""
-
-    rows: tuple[TrainRow, ...]
-    batch_tokens: int
-
-
-@dataclass(frozen=True, slots=True)
-class SliceResult:
-    """Sum of -log p over the slice's trained tokens, their number, how many were right, and all its tokens."""
-
-    loss_sum: float
-    tokens: int
-    correct: int
-    input_tokens: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,11 +96,7 @@ class _Held:
     adapter: Adapter
     optimizer: AdamW | None
     users: int = 0
-
-
-def trained_tokens(row: TrainRow) -> int:
-    """How many targets a row has; the first token cannot be one."""
-    return sum(bool(m) for m in row.mask[1:])
+    begun: bool = False  # the gradients hold some slices of a step
 
 
 class Engine:
@@ -198,14 +171,33 @@ class Engine:
 
     # Training
 
-    def forward_backward(self, key: str, piece: TrainSlice) -> SliceResult:
-        """Adds the slice's share of the batch's mean loss to the adapter's gradients. Raises NotFound."""
-        self._optimizer(key)
-        return self._run_slice(key, piece, training=True)
+    def forward_backward(self, pieces: Sequence[TrainSlice]) -> list[SliceResult]:
+        """One pass over the slices of one or several adapters; each adds its share of its batch's loss to its
+        adapter's gradients. Answers their results in order.
 
-    def evaluate(self, key: str, piece: TrainSlice) -> SliceResult:
-        """The slice's loss, without gradients."""
-        return self._run_slice(key, piece, training=False)
+        Raises NotFound, FailedPrecondition (adapter), InvalidArgument (rows). When a pass over several adapters fails
+        in any way, their gradients are as they were before it; after a failed pass over one adapter call zero_grad.
+        """
+        for piece in pieces:
+            self._optimizer(piece.key)
+        held = {piece.key: self._adapter(piece.key) for piece in pieces}
+        with _kept(list(held.values())) if len(held) > 1 else nullcontext():
+            results = self._run(pieces, training=True)
+        for one in held.values():
+            one.begun = True
+        return results
+
+    def evaluate(self, pieces: Sequence[TrainSlice]) -> list[SliceResult]:
+        """The slices' losses, without gradients; the key "" is the base. Raises as forward_backward."""
+        return self._run(pieces, training=False)
+
+    def score(self, key: str, rows: Sequence[TrainRow]) -> list[RowScore]:
+        """Each row's log-probability under an adapter ("" is the base), without gradients. Raises NotFound,
+        InvalidArgument."""
+        (result,) = self._run([TrainSlice(key, tuple(rows), CrossEntropy(1))], training=False)
+        return [
+            RowScore(-loss, trained_tokens(row)) for loss, row in zip(result.row_losses, rows, strict=True)
+        ]
 
     def optim_step(self, key: str, lr: float, *, clip: float = 1.0, weight_decay: float = 0.0) -> float:
         """One AdamW step; answers the gradients' norm before clipping and zeroes them. Sampling sees it at once.
@@ -215,17 +207,19 @@ class Engine:
         optimizer = self._optimizer(key)
         stale = self._cache_key(key)
         norm = optimizer.step(lr, clip=clip, weight_decay=weight_decay)
-        adapter = self._adapter(key).adapter
-        adapter.steps = optimizer.steps
-        adapter.publish()
+        held = self._adapter(key)
+        held.begun = False
+        held.adapter.steps = optimizer.steps
+        held.adapter.publish()
         self._forget(stale)
         return norm
 
     def zero_grad(self, key: str) -> None:
         """Forgets the gradients of a step that will not be finished."""
-        gradients = self._adapter(key).adapter.gradients
-        if gradients is not None:
-            gradients.zero_()
+        held = self._adapter(key)
+        held.begun = False
+        if held.adapter.gradients is not None:
+            held.adapter.gradients.zero_()
 
     def logprobs(self, key: str, tokens: Sequence[int]) -> list[float]:
         """log p(tokens[i] | tokens[:i]) for i = 1 …, by the pass that training uses."""
@@ -393,41 +387,15 @@ class Engine:
         return limit is not None and tokens > limit
 
     def _rows_pass(self, key: str, rows: Sequence[Sequence[int]], *, training: bool) -> Tensor:
-        lengths = [len(row) for row in rows]
-        tokens = torch.cat([torch.as_tensor(row, dtype=torch.int64) for row in rows]).to(self.device)
-        positions = torch.cat([torch.arange(n) for n in lengths]).to(self.device)
+        packed = pack([TrainRow(row, [False] * len(row)) for row in rows])
         slots = [self._slot(key)] * len(rows)
-        names = [row_identity(row) for row in rows] if training else None
-        return self.decoder.forward(
-            tokens, positions, lengths, slots, self._bank, training=training, rows=names
-        )
+        return rows_pass(self.decoder, self._bank, packed, slots, training=training)
 
-    def _run_slice(self, key: str, piece: TrainSlice, *, training: bool) -> SliceResult:
-        rows = [row.tokens for row in piece.rows]
-        for i, row in enumerate(piece.rows):
-            if len(row.tokens) != len(row.mask) or not len(row.tokens):
-                raise InvalidArgument(f"row {i} of the slice is empty or its mask has another length.")
-            if len(row.tokens) > self.context_length:
-                raise InvalidArgument(
-                    f"row {i} of the slice is longer than the context of {self.context_length}."
-                )
-        size = sum(len(row) for row in rows)
-        chosen = trained_positions([row.mask for row in piece.rows])
-        if not chosen:
-            return SliceResult(0.0, 0, 0, size)
-        flat = torch.cat([torch.as_tensor(row, dtype=torch.int64) for row in rows])
-        index = torch.tensor(chosen)
-        targets = flat[index + 1].to(self.device)
-        with torch.set_grad_enabled(training):
-            hidden = self._rows_pass(key, rows, training=training)
-            picked = hidden.index_select(0, index.to(self.device))
-            slots, counts = [self._slot(key)] * len(rows), [trained_tokens(row) for row in piece.rows]
-            names = [row_identity(row) for row in rows] if training else None
-            head = self.decoder.head(self._bank.plan_head(slots, counts, names))
-            loss, figures = cross_entropy(picked, targets, head, 1.0 / max(1, piece.batch_tokens))
-            if training:
-                loss.backward()  # type: ignore[no-untyped-call]
-        return SliceResult(figures.loss_sum, figures.tokens, figures.correct, size)
+    def _run(self, pieces: Sequence[TrainSlice], *, training: bool) -> list[SliceResult]:
+        for piece in pieces:
+            check_rows(piece.rows, self.context_length, self.spec.vocab_size)
+        slots = [self._slot(piece.key) for piece in pieces]
+        return run_slices(self.decoder, self._bank, pieces, slots, training=training)
 
     def _claim(
         self, work: Sequence[SequenceState], prefill_tokens: int
@@ -518,6 +486,19 @@ class Engine:
             past=[state.done for state, _ in chunks],
             reach=[state.total for state, _ in chunks],
         )
+
+
+@contextmanager
+def _kept(adapters: Sequence[_Held]) -> Iterator[None]:
+    """Gives the adapters their gradients back when the block fails. A step not begun has none to keep."""
+    gradients = [held.adapter.gradients for held in adapters if held.adapter.gradients is not None]
+    before = [grads.clone() if held.begun else None for held, grads in zip(adapters, gradients, strict=True)]
+    try:
+        yield
+    except BaseException:
+        for grads, kept in zip(gradients, before, strict=True):
+            grads.zero_() if kept is None else grads.copy_(kept)
+        raise
 
 
 def _slot_of(state: SequenceState) -> int:

@@ -9,22 +9,21 @@ from __future__ import annotations
 import logging
 import queue
 from collections import deque
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
-from typing import Protocol
 
 from lathe.common.clock import Clock
 from lathe.common.errors import Aborted, Internal, LatheError, ResourceExhausted
 from lathe.common.metrics import Metrics
-from lathe.engine.engine import SequenceState
-from lathe.engine.model import AttemptEvent, Ended, Outcome, Share, Snapshot, StepMetrics, choose, outcome_of
-from lathe.engine.ports import SampleVerbs
-from lathe.engine.recipes.sft import Blocked, RecipeEvent, SliceDone
+from lathe.engine.engine import SequenceState, StepOutput
+from lathe.engine.model import AttemptEvent, Outcome
+from lathe.engine.ports import ModelVerbs
 from lathe.engine.sampling import SamplingParams
 from lathe.engine.streams import StreamFinished, StreamStarted, TokenStream
+from lathe.engine.training import Runnable, Trainer
 
 logger = logging.getLogger(__name__)
 
@@ -34,25 +33,20 @@ SUSPENDED_LIMIT_S = 30.0
 TICK_S = 1.0
 
 
-class Recipe(Protocol):
-    """A training method as the loop runs it; see recipes/sft.py."""
-
-    step: int
-    trained_tokens: int
-
-    def turns(self) -> Generator[RecipeEvent, None, None]: ...
-    def snapshot(self) -> Snapshot | None: ...
-    def close(self) -> None: ...
-
-
 @dataclass(frozen=True, slots=True)
 class LoopLimits:
-    """max_sequences: sampled at once; max_waiting: accepted beyond them; stream_tokens: a reader's queue."""
+    """max_sequences: sampled at once; max_waiting: accepted beyond them; stream_tokens: a reader's queue.
+
+    fused_tokens: how long the joined slices of a training pass may be. decode_steps: sampling's share, how many of
+    its steps go between two training passes while there is both to do.
+    """
 
     max_sequences: int = 32
     max_waiting: int = 64
     stream_tokens: int = 256
     prefill_tokens: int = 256
+    fused_tokens: int = 320
+    decode_steps: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,31 +70,19 @@ class _Open:
     suspended_at: float | None = None
 
 
-@dataclass(slots=True)
-class _Training:
-    attempt_id: str
-    recipe: Recipe
-    turns: Generator[RecipeEvent, None, None]
-    emit: Callable[[AttemptEvent], None]
-    order: int
-    consumed: int
-    suspended: bool = False
-    blocked_until: float = float("-inf")
-
-
 class ModelLoop:
     """Commands may come from any thread; `run` (or `run_once`, in tests) belongs to one."""
 
     def __init__(
-        self, engine: SampleVerbs, clock: Clock, limits: LoopLimits, metrics: Metrics | None = None
+        self, engine: ModelVerbs, clock: Clock, limits: LoopLimits, metrics: Metrics | None = None
     ) -> None:
         self._engine, self._clock, self._limits = engine, clock, limits
         self._metrics = metrics if metrics is not None else Metrics()
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._waiting: deque[_Open] = deque()
         self._active: list[_Open] = []
-        self._attempts: list[_Training] = []
-        self._arrivals = 0
+        self._trainer = Trainer(engine, clock, self._metrics, limits.fused_tokens)
+        self._decoded = 0
         self._stopping = False
         self._lock = Lock()
         self._accepted = 0
@@ -150,26 +132,26 @@ class ModelLoop:
         """Take an adapter out of memory. Raises FailedPrecondition while a sequence uses it."""
         return self._call(lambda: self._engine.drop_adapter(key))
 
-    def start(self, attempt_id: str, recipe: Recipe, emit: Callable[[AttemptEvent], None]) -> None:
+    def start(self, attempt_id: str, run: Runnable, emit: Callable[[AttemptEvent], None]) -> None:
         """Train. `emit` is called in the model thread; an Ended is the last event, and the only one after
         which the attempt's adapter is gone."""
-        self._inbox.put(lambda: self._start(attempt_id, recipe, emit))
+        self._inbox.put(lambda: self._trainer.start(attempt_id, run, emit))
 
     def cancel_attempt(self, attempt_id: str) -> None:
         """End it as CANCELLED at the next slice."""
-        self._inbox.put(lambda: self._end(attempt_id, Outcome.CANCELLED))
+        self._inbox.put(lambda: self._trainer.end(attempt_id, Outcome.CANCELLED))
 
     def release_attempt(self, attempt_id: str) -> None:
         """Snapshot the last whole step and end it as RELEASED."""
-        self._inbox.put(lambda: self._end(attempt_id, Outcome.RELEASED))
+        self._inbox.put(lambda: self._trainer.end(attempt_id, Outcome.RELEASED))
 
     def drop_attempt(self, attempt_id: str) -> None:
         """Forget it without a word: its lease is another engine's."""
-        self._inbox.put(lambda: self._end(attempt_id, None))
+        self._inbox.put(lambda: self._trainer.end(attempt_id, None))
 
     def suspend_attempt(self, attempt_id: str, suspended: bool) -> None:
         """Stop at the next slice and keep the state, or go on: its lease has run out, or was renewed."""
-        self._inbox.put(lambda: self._suspend(attempt_id, suspended))
+        self._inbox.put(lambda: self._trainer.suspend(attempt_id, suspended))
 
     def stop(self) -> None:
         """Return from `run` after the current turn; open sequences end as Aborted."""
@@ -184,20 +166,22 @@ class ModelLoop:
                 self._wait()
 
     def run_once(self) -> bool:
-        """Take the commands, sample one step, train one turn. False when there was nothing to compute."""
+        """Take the commands, sample a step, train a turn. False when there was nothing to compute."""
         while not self._inbox.empty():
             self._inbox.get()()
         self._expire()
         self._admit()
         sampled = self._sample()
-        trained = self._train()
+        self._decoded += sampled
+        trained = False
+        if not sampled or self._decoded >= self._limits.decode_steps:
+            self._decoded = 0
+            trained = self._trainer.turn()
         self._refresh(force=not (sampled or trained))
         return sampled or trained
 
     def _wait(self) -> None:
-        waiting = any(entry.suspended_at is not None for entry in self._active) or any(
-            training.blocked_until > self._clock.monotonic() for training in self._attempts
-        )
+        waiting = self._trainer.blocked or any(entry.suspended_at is not None for entry in self._active)
         try:
             self._inbox.get(timeout=TICK_S if waiting else None)()
         except queue.Empty:
@@ -226,9 +210,7 @@ class ModelLoop:
     def _stop(self) -> None:
         self._stopping = True
         self._refuse_all(Aborted("The engine stopped; ask again.", reason="ENGINE_STOPPED"))
-        for training in self._attempts:
-            training.turns.close()
-        self._attempts.clear()
+        self._trainer.stop()
 
     def _refuse_all(self, error: LatheError) -> None:
         for entry in [*self._active, *self._waiting]:
@@ -262,38 +244,48 @@ class ModelLoop:
 
     def _sample(self) -> bool:
         ready = [entry for entry in self._active if entry.suspended_at is None]
-        if not ready:
+        own = self._trainer.sequences
+        if not ready and not own:
             return False
         entries = {id(entry.state): entry for entry in ready}
         states = [entry.state for entry in ready if entry.state is not None]
         try:
-            outputs = self._engine.step(states, prefill_tokens=self._limits.prefill_tokens)
-        except ResourceExhausted as error:
-            # Not even one fits: the one that got nothing yet is the one to go.
-            victim = next((entry for entry in ready if not entry.started), ready[-1])
-            self._active.remove(victim)
-            self._fail(victim, error)
-            return True
+            outputs = self._engine.step([*states, *own], prefill_tokens=self._limits.prefill_tokens)
         except Exception as error:
-            logger.exception("a sampling step failed")
-            for entry in ready:
-                self._active.remove(entry)
-                self._fail(entry, error)
+            self._sampling_failed(ready, error)
             return True
         for output in outputs:
-            entry = entries[id(output.state)]
-            if not entry.started:
-                entry.started = True
-                cached = output.state.cached_tokens
-                entry.stream.put(StreamStarted(cached))
-                self._metrics.engine_tokens.labels("prompt").inc(output.state.prompt_tokens - cached)
-            entry.stream.put(output.sampled)
-            if output.state.finished is not None:
-                entry.stream.put(StreamFinished(output.state.finished))
-                self._active.remove(entry)
-                self._release(entry)
+            entry = entries.get(id(output.state))
+            if entry is not None:
+                self._deliver(entry, output)
         self._metrics.engine_tokens.labels("sampled").inc(len(outputs))
         return True
+
+    def _deliver(self, entry: _Open, output: StepOutput) -> None:
+        if not entry.started:
+            entry.started = True
+            cached = output.state.cached_tokens
+            entry.stream.put(StreamStarted(cached))
+            self._metrics.engine_tokens.labels("prompt").inc(output.state.prompt_tokens - cached)
+        entry.stream.put(output.sampled)
+        if output.state.finished is not None:
+            entry.stream.put(StreamFinished(output.state.finished))
+            self._active.remove(entry)
+            self._release(entry)
+
+    def _sampling_failed(self, ready: list[_Open], error: Exception) -> None:
+        if isinstance(error, ResourceExhausted) and ready and not self._trainer.sequences:
+            # Not even one fits: the one that got nothing yet is the one to go.
+            victims = [next((entry for entry in ready if not entry.started), ready[-1])]
+        elif isinstance(error, ResourceExhausted):
+            victims = []
+        else:
+            logger.error("a sampling step failed", exc_info=error)
+            victims = ready
+        for entry in victims:
+            self._active.remove(entry)
+            self._fail(entry, error)
+        self._trainer.sampling_failed(error)
 
     def _cancel(self, stream: TokenStream) -> None:
         for entries in (self._active, self._waiting):
@@ -312,69 +304,6 @@ class ModelLoop:
             self._engine.close_sequence(entry.state)
         with self._lock:
             self._accepted -= 1
-
-    # Training.
-
-    def _start(self, attempt_id: str, recipe: Recipe, emit: Callable[[AttemptEvent], None]) -> None:
-        self._arrivals += 1
-        # A newcomer begins level with the others, or it would hold the model until it had caught up.
-        consumed = min((training.consumed for training in self._attempts), default=0)
-        self._attempts.append(_Training(attempt_id, recipe, recipe.turns(), emit, self._arrivals, consumed))
-
-    def _train(self) -> bool:
-        now = self._clock.monotonic()
-        runnable = [item for item in self._attempts if not item.suspended and item.blocked_until <= now]
-        if not runnable:
-            return False
-        training = runnable[choose([Share(item.order, item.consumed) for item in runnable])]
-        try:
-            event = next(training.turns, None)
-        except Exception as error:
-            logger.exception("attempt %s failed", training.attempt_id)
-            outcome, reason = outcome_of(error)
-            recipe = training.recipe
-            self._remove(training)
-            training.emit(Ended(outcome, recipe.step, recipe.trained_tokens, reason))
-            return True
-        if event is None:
-            self._remove(training)
-            training.emit(Ended(Outcome.SUCCEEDED, training.recipe.step, training.recipe.trained_tokens))
-        elif isinstance(event, SliceDone):
-            training.consumed += event.tokens
-            self._metrics.engine_tokens.labels("train").inc(event.tokens)
-        elif isinstance(event, Blocked):
-            logger.warning("attempt %s waits: %s", training.attempt_id, event.reason)
-            training.blocked_until = now + event.seconds
-        else:
-            if isinstance(event, StepMetrics):
-                self._metrics.engine_step_seconds.observe(event.step_seconds)
-            training.emit(event)
-        return True
-
-    def _end(self, attempt_id: str, outcome: Outcome | None) -> None:
-        """outcome None: without a word."""
-        for training in [item for item in self._attempts if item.attempt_id == attempt_id]:
-            try:
-                snapshot = training.recipe.snapshot() if outcome is Outcome.RELEASED else None
-            except Exception as error:
-                # Given back all the same: the next attempt goes on from the checkpoint before.
-                logger.warning("no checkpoint of attempt %s at its release: %s", attempt_id, error)
-                snapshot = None
-            step, tokens = training.recipe.step, training.recipe.trained_tokens
-            self._remove(training)
-            if snapshot is not None:
-                training.emit(snapshot)
-            if outcome is not None:
-                training.emit(Ended(outcome, step, tokens))
-
-    def _suspend(self, attempt_id: str, suspended: bool) -> None:
-        for training in self._attempts:
-            if training.attempt_id == attempt_id:
-                training.suspended = suspended
-
-    def _remove(self, training: _Training) -> None:
-        self._attempts.remove(training)
-        training.recipe.close()
 
     def _refresh(self, *, force: bool) -> None:
         now = self._clock.monotonic()

@@ -7,8 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
+from typing import Literal
 
 from lathe.common.errors import FailedPrecondition, InvalidArgument, LatheError
+from lathe.engine.watch import Evaluations, LossHistory
 
 # PEFT's name of the file with an adapter's weights.
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -81,7 +83,14 @@ Method = Supervised | Dpo | Orpo | Kto
 
 @dataclass(frozen=True, slots=True)
 class TrainingConfig:
-    """Resolved hyperparameters. learning_rate is the peak; base_model is written into adapter_config.json."""
+    """Resolved hyperparameters. learning_rate is the peak; base_model is written into adapter_config.json.
+
+    eval_every: steps between validations of one batch; 0: about 20 times a job. The whole validation file is gone
+    through at each epoch's end. early_stopping_patience: 0 is off; else the job ends after so many evaluations in a
+    row without a lower validation loss, each of them of the whole file, and its result is the best one.
+    keep_checkpoints: 0 keeps every epoch's, k the last k and the best. sample_prompts: how many held-out prompts are
+    answered at each checkpoint.
+    """
 
     n_epochs: int
     batch_size: int
@@ -95,6 +104,15 @@ class TrainingConfig:
     target_modules: tuple[str, ...] = ()
     base_model: str = ""
     method: Method = Supervised()
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    eval_every: int = 0
+    early_stopping_patience: int = 0
+    keep_checkpoints: int = 0
+    sample_prompts: int = 0
+    use_rslora: bool = False
+    use_dora: bool = False
+    lora_dropout: float = 0.0
+    full_parameter: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +138,11 @@ class Attempt:
 
 @dataclass(frozen=True, slots=True)
 class StepMetrics:
-    """What one optimizer step measured. step and epoch are 1-based; losses are means over trained tokens."""
+    """What one optimizer step measured. step and epoch are 1-based.
+
+    Losses are those of the method (supervised: the mean over trained tokens). figures: what else the method measures,
+    under TRL's names; those of validation begin with `eval_`, of the whole validation file with `full_eval_`.
+    """
 
     step: int
     total_steps: int
@@ -136,14 +158,41 @@ class StepMetrics:
     valid_mean_token_accuracy: float | None = None
     full_valid_loss: float | None = None
     full_valid_mean_token_accuracy: float | None = None
+    figures: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Note:
+    """A sentence for the job's user. kind: `out_of_memory`, `early_stopping`, `generation`; data: its parts."""
+
+    step: int
+    kind: str
+    message: str
+    data: Mapping[str, str] = field(default_factory=dict)
 
 
 class SnapshotKind(StrEnum):
-    """epoch: shown to the user; resume: only for going on after a loss; final: the job's result."""
+    """epoch: shown to the user; resume: only for going on after a loss; final: the job's result.
+
+    best: stays with the attempt; the other kinds bring its files along.
+    """
 
     EPOCH = "epoch"
     RESUME = "resume"
     FINAL = "final"
+    BEST = "best"
+
+
+@dataclass(frozen=True, slots=True)
+class RunState:
+    """What going on from a snapshot needs beside the adapter, its optimizer and the step.
+
+    unfinished: the last step's metrics when it was not validated, or its epoch's checkpoint not written, yet.
+    """
+
+    losses: LossHistory = field(default_factory=LossHistory)
+    evaluations: Evaluations = field(default_factory=Evaluations)
+    unfinished: StepMetrics | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,7 +200,7 @@ class Snapshot:
     """The state after `step` optimizer steps, written to a local folder by the model thread.
 
     halvings: step index -> how often its slices were halved after running out of memory.
-    trained_tokens: of all steps so far, those of earlier attempts included.
+    trained_tokens: of all steps so far, those of earlier attempts included. state: what else going on needs.
     """
 
     kind: SnapshotKind
@@ -163,6 +212,7 @@ class Snapshot:
     files: tuple[str, ...]
     metrics: StepMetrics | None
     halvings: Mapping[int, int] = field(default_factory=dict)
+    state: RunState = field(default_factory=RunState)
 
 
 class Outcome(StrEnum):
@@ -229,7 +279,7 @@ class Ended:
     error: AttemptError | None = None
 
 
-AttemptEvent = StepMetrics | Snapshot | Ended
+AttemptEvent = StepMetrics | Snapshot | Note | Ended
 
 
 @dataclass(frozen=True, slots=True)
@@ -294,28 +344,54 @@ class Terms:
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """One report. slice_plan and total_steps go with the first one."""
+    """One report. slice_plan and total_steps go with the first one.
+
+    dropped_checkpoints: steps whose checkpoints are given up.
+    """
 
     metrics: tuple[StepMetrics, ...] = ()
     checkpoints: tuple[CheckpointReport, ...] = ()
     slice_plan: SlicePlan | None = None
     total_steps: int = 0
+    notes: tuple[Note, ...] = ()
+    dropped_checkpoints: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Share:
-    """One attempt in the choice of the next slice: order of arrival and tokens trained here so far."""
+    """One attempt that waits for a pass: its order of arrival, tokens it had here so far, and those it waits for.
+
+    joins: whether its slice may share a pass (training slices may).
+    """
 
     order: int
     consumed: int
+    tokens: int
+    joins: bool = True
 
 
-def choose(shares: Sequence[Share]) -> int:
-    """The index of the attempt whose slice is next: the one with the fewest tokens so far, then the oldest.
+def join(waiting: Sequence[Share], room: int) -> list[int]:
+    """Which of the waiting slices (at least one) are the next pass: the oldest attempt's, then others' by share.
 
-    With equal slices this is: the oldest job's next slice, then the others', each in turn.
+    Others are taken from the fewest tokens so far on, while the joined tokens stay within `room`; no slice is cut.
+    Where they do not fit beside it, the oldest attempt steps back once it is more than `room` tokens ahead of another
+    one: with equal slices that are too long to join, each attempt has its turn.
     """
-    return min(range(len(shares)), key=lambda index: (shares[index].consumed, shares[index].order))
+
+    def served(index: int) -> tuple[int, int]:
+        return waiting[index].consumed, waiting[index].order
+
+    least = min(range(len(waiting)), key=served)
+    oldest = min(range(len(waiting)), key=lambda index: waiting[index].order)
+    ahead = waiting[oldest].consumed - waiting[least].consumed
+    chosen = [least if ahead > room else oldest]
+    joined = waiting[chosen[0]].tokens
+    for index in sorted(range(len(waiting)), key=served):
+        fits = joined + waiting[index].tokens <= room
+        if index != chosen[0] and fits and waiting[index].joins and waiting[chosen[0]].joins:
+            chosen.append(index)
+            joined += waiting[index].tokens
+    return chosen
 
 
 def is_disk_full(error: BaseException) -> bool:

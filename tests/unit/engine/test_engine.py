@@ -13,7 +13,8 @@ from lathe.common.errors import (
     NotFound,
     ResourceExhausted,
 )
-from lathe.engine.engine import Engine, SequenceState, TrainRow, TrainSlice, trained_tokens
+from lathe.engine.batch import CrossEntropy, TrainRow, TrainSlice, trained_tokens
+from lathe.engine.engine import Engine, SequenceState
 from lathe.engine.lora_config import LoraSpec
 from lathe.engine.sampling import SamplingParams
 
@@ -25,15 +26,15 @@ ROWS = tuple(
 GREEDY = SamplingParams(max_tokens=10, temperature=0)
 
 
-def whole(rows: tuple[TrainRow, ...]) -> TrainSlice:
-    return TrainSlice(rows, sum(trained_tokens(row) for row in rows))
+def whole(key: str = "a", rows: tuple[TrainRow, ...] = ROWS) -> TrainSlice:
+    return TrainSlice(key, rows, CrossEntropy(sum(trained_tokens(row) for row in rows)))
 
 
 def train(engine: Engine, steps: int, lr: float = 0.02) -> None:
-    batch = sum(trained_tokens(row) for row in ROWS)
+    batch = CrossEntropy(sum(trained_tokens(row) for row in ROWS))
     for _ in range(steps):
-        engine.forward_backward("a", TrainSlice(ROWS[:2], batch))
-        engine.forward_backward("a", TrainSlice(ROWS[2:], batch))
+        engine.forward_backward([TrainSlice("a", ROWS[:2], batch)])
+        engine.forward_backward([TrainSlice("a", ROWS[2:], batch)])
         engine.optim_step("a", lr)
 
 
@@ -73,10 +74,10 @@ def test_training_lowers_the_loss_and_is_sampled_from_at_once(
 ) -> None:
     engine = make_engine(dtype=dtype)
     engine.create_adapter("a", LoraSpec(r=8), seed=0)
-    before = engine.evaluate("a", whole(ROWS))
-    assert before.loss_sum == pytest.approx(engine.evaluate("", whole(ROWS)).loss_sum)
+    before = engine.evaluate([whole()])[0]
+    assert before.loss_sum == pytest.approx(engine.evaluate([whole("")])[0].loss_sum)
     train(engine, 40)
-    after = engine.evaluate("a", whole(ROWS))
+    after = engine.evaluate([whole()])[0]
     assert after.loss_sum < before.loss_sum / 10
     assert after.correct > 0.9 * after.tokens
     row = ROWS[3]
@@ -89,10 +90,10 @@ def test_slices_of_a_batch_add_up_to_the_batch(make_engine: MakeEngine) -> None:
     engine = make_engine()
     for key in ("one", "two"):
         engine.create_adapter(key, LoraSpec(r=2), seed=0)
-    batch = sum(trained_tokens(row) for row in ROWS)
-    engine.forward_backward("one", TrainSlice(ROWS, batch))
+    batch = CrossEntropy(sum(trained_tokens(row) for row in ROWS))
+    engine.forward_backward([TrainSlice("one", ROWS, batch)])
     for row in ROWS:
-        engine.forward_backward("two", TrainSlice((row,), batch))
+        engine.forward_backward([TrainSlice("two", (row,), batch)])
     assert engine.optim_step("one", 0.1) == pytest.approx(engine.optim_step("two", 0.1), rel=1e-4)
 
 
@@ -101,7 +102,7 @@ def test_torchs_attention_gives_the_same_step(make_engine: MakeEngine) -> None:
     for fused in (True, False):
         engine = make_engine(fused=fused)
         engine.create_adapter("a", LoraSpec(r=2), seed=0)
-        result = engine.forward_backward("a", whole(ROWS))
+        result = engine.forward_backward([whole()])[0]
         norms.append((result.loss_sum, engine.optim_step("a", 0.1)))
     assert norms[0] == pytest.approx(norms[1], rel=1e-4)
 
@@ -109,7 +110,9 @@ def test_torchs_attention_gives_the_same_step(make_engine: MakeEngine) -> None:
 def test_a_slice_without_targets_changes_nothing(make_engine: MakeEngine) -> None:
     engine = make_engine()
     engine.create_adapter("a", LoraSpec(r=2), seed=0)
-    result = engine.forward_backward("a", TrainSlice((TrainRow([1, 2], [True, False]),), 5))
+    (result,) = engine.forward_backward(
+        [TrainSlice("a", (TrainRow([1, 2], [True, False]),), CrossEntropy(5))]
+    )
     assert (result.tokens, result.input_tokens, engine.optim_step("a", 0.1)) == (0, 2, 0.0)
 
 
@@ -182,9 +185,9 @@ def test_wrong_calls(make_engine: MakeEngine, tmp_path: Path) -> None:
     with pytest.raises(AlreadyExists):
         engine.create_adapter("a", LoraSpec(), seed=0)
     with pytest.raises(NotFound):
-        engine.forward_backward("b", whole(ROWS))
+        engine.forward_backward([whole("b")])
     with pytest.raises(FailedPrecondition, match="sampling only"):
-        engine.forward_backward("frozen", whole(ROWS))
+        engine.forward_backward([whole("frozen")])
     with pytest.raises(InvalidArgument, match="vocabulary"):
         engine.open_sequence("", [96], GREEDY)
     state = engine.open_sequence("a", [1], GREEDY)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
 from pathlib import Path
 
 import pytest
@@ -15,10 +14,11 @@ from lathe.common.errors import (
     NotFound,
     ResourceExhausted,
 )
+from lathe.engine.batch import CrossEntropy, TrainRow, TrainSlice
 from lathe.engine.loop import LoopLimits, ModelLoop
 from lathe.engine.lora_config import LoraSpec
-from lathe.engine.model import AttemptEvent, Ended, Outcome, Share, Snapshot, choose
-from lathe.engine.recipes.sft import Blocked, RecipeEvent, SliceDone
+from lathe.engine.model import AttemptEvent, Ended, Outcome, Snapshot
+from lathe.engine.recipes.turns import Blocked, Turns, forward
 from lathe.engine.sampling import Sampled, SamplingParams
 from lathe.engine.streams import StreamFinished, StreamStarted, TokenStream
 from tests.fakes.clock import FakeClock
@@ -26,18 +26,22 @@ from tests.fakes.engine import FakeEngine
 
 
 class Slices:
-    """A recipe of n equal slices."""
+    """A run of n equal slices of its own adapter."""
 
-    def __init__(self, calls: list[str], name: str, n: int, error: Exception | None = None) -> None:
-        self._calls, self._name, self._n, self._error = calls, name, n, error
+    def __init__(
+        self, engine: FakeEngine, name: str, n: int, error: Exception | None = None, tokens: int = 10
+    ) -> None:
+        self.engine, self.name, self._n, self._error, self._tokens = engine, name, n, error, tokens
         self.step = self.trained_tokens = 0
         self.closed = False
 
-    def turns(self) -> Generator[RecipeEvent, None, None]:
+    def turns(self) -> Turns[None]:
+        if self.name not in self.engine.adapter_keys():
+            self.engine.create_adapter(self.name, LoraSpec(r=2), 1)
+        row = TrainRow([1] * self._tokens, [True] * self._tokens)
         for _ in range(self._n):
-            self._calls.append(self._name)
+            yield from forward([TrainSlice(self.name, (row,), CrossEntropy(9))])
             self.step += 1
-            yield SliceDone(10)
         if self._error is not None:
             raise self._error
 
@@ -85,11 +89,11 @@ def test_a_sequence_comes_out_token_by_token_and_frees_itself(loop: ModelLoop, e
 
 
 def test_training_and_sampling_take_turns(loop: ModelLoop, engine: FakeEngine) -> None:
-    loop.start("att-1", Slices(engine.calls, "slice", 6), lambda event: None)
+    loop.start("att-1", Slices(engine, "a", 6), lambda event: None)
     opened(loop, 3)
     while loop.run_once():
         pass
-    assert engine.calls == ["sample 1", "slice"] * 3 + ["slice"] * 3
+    assert engine.calls == ["sample 1", "train a"] * 3 + ["train a"] * 3
 
 
 def test_a_full_stream_suspends_its_sequence_alone_and_cancels_it_after_30_seconds(
@@ -160,25 +164,6 @@ def test_a_sequence_that_cannot_be_opened_ends_with_the_reason(
     assert loop.open_sequences == 0
 
 
-def test_several_attempts_share_slices_evenly_the_oldest_first(loop: ModelLoop) -> None:
-    calls: list[str] = []
-    for name in ("a", "b"):
-        loop.start(name, Slices(calls, name, 6), lambda event: None)
-    for _ in range(4):
-        loop.run_once()
-    loop.start("c", Slices(calls, "c", 6), lambda event: None)
-    for _ in range(6):
-        loop.run_once()
-    assert calls[:4] == ["a", "b", "a", "b"]
-    assert sorted(calls[4:7]) == ["a", "b", "c"]
-    assert sorted(calls[7:10]) == ["a", "b", "c"]
-
-
-def test_choose_takes_the_fewest_tokens_then_the_oldest() -> None:
-    assert choose([Share(1, 20), Share(2, 10)]) == 1
-    assert choose([Share(2, 10), Share(1, 10)]) == 1
-
-
 @pytest.mark.parametrize(
     ("error", "outcome"),
     [
@@ -188,8 +173,10 @@ def test_choose_takes_the_fewest_tokens_then_the_oldest() -> None:
         (RuntimeError("the disk is odd"), Outcome.RETRYABLE),
     ],
 )
-def test_how_an_attempt_ends(loop: ModelLoop, error: Exception | None, outcome: Outcome) -> None:
-    recipe, events = Slices([], "a", 2, error), list[AttemptEvent]()
+def test_how_an_attempt_ends(
+    loop: ModelLoop, engine: FakeEngine, error: Exception | None, outcome: Outcome
+) -> None:
+    recipe, events = Slices(engine, "a", 2, error), list[AttemptEvent]()
     loop.start("a", recipe, events.append)
     while loop.run_once():
         pass
@@ -199,28 +186,29 @@ def test_how_an_attempt_ends(loop: ModelLoop, error: Exception | None, outcome: 
     assert (ended.error is None) == (error is None)
 
 
-def test_a_broken_attempt_leaves_streams_alone(loop: ModelLoop) -> None:
-    loop.start("a", Slices([], "a", 0, RuntimeError("boom")), lambda event: None)
+def test_a_broken_attempt_leaves_streams_alone(loop: ModelLoop, engine: FakeEngine) -> None:
+    loop.start("a", Slices(engine, "a", 0, RuntimeError("boom")), lambda event: None)
     stream = opened(loop, 1)
     loop.run_once()
     assert stream.take()[-1] == StreamFinished("length")
 
 
-def test_a_suspended_attempt_stops_at_the_next_slice_and_goes_on_when_told(loop: ModelLoop) -> None:
-    calls: list[str] = []
-    loop.start("a", Slices(calls, "a", 5), lambda event: None)
+def test_a_suspended_attempt_stops_at_the_next_slice_and_goes_on_when_told(
+    loop: ModelLoop, engine: FakeEngine
+) -> None:
+    loop.start("a", Slices(engine, "a", 5), lambda event: None)
     loop.run_once()
     loop.suspend_attempt("a", True)
     assert not loop.run_once()
     loop.suspend_attempt("a", False)
     loop.run_once()
-    assert len(calls) == 2
+    assert len(engine.calls) == 2
 
 
 class Waits(Slices):
     """A recipe that has to wait before its second slice."""
 
-    def turns(self) -> Generator[RecipeEvent, None, None]:
+    def turns(self) -> Turns[None]:
         yield from super().turns()
         yield Blocked(5.0, "The disk is full.")
         yield from super().turns()
@@ -230,30 +218,29 @@ def test_a_blocked_attempt_is_let_alone_and_tried_again(
     loop: ModelLoop, engine: FakeEngine, clock: FakeClock
 ) -> None:
     events: list[AttemptEvent] = []
-    loop.start("att-1", Waits(engine.calls, "waits", 1), events.append)
+    loop.start("att-1", Waits(engine, "waits", 1), events.append)
+    while loop.run_once():
+        pass
+    loop.start("att-2", Slices(engine, "other", 1), events.append)
     assert loop.run_once()
-    assert loop.run_once()
-    assert not loop.run_once()
-    loop.start("att-2", Slices(engine.calls, "other", 1), events.append)
-    assert loop.run_once()
-    assert engine.calls == ["waits", "other"]
+    assert engine.calls == ["train waits", "train other"]
     clock.tick(5)
     while loop.run_once():
         pass
-    assert engine.calls == ["waits", "other", "waits"]
+    assert engine.calls == ["train waits", "train other", "train waits"]
     assert [event.outcome for event in events if isinstance(event, Ended)] == [Outcome.SUCCEEDED] * 2
 
 
-def test_cancel_and_drop(loop: ModelLoop) -> None:
+def test_cancel_and_drop(loop: ModelLoop, engine: FakeEngine) -> None:
     events: list[AttemptEvent] = []
-    recipes = [Slices([], name, 9) for name in ("a", "b")]
+    recipes = [Slices(engine, name, 9) for name in ("a", "b")]
     for name, recipe in zip(("a", "b"), recipes, strict=True):
         loop.start(name, recipe, events.append)
     loop.run_once()
     loop.cancel_attempt("a")
     loop.drop_attempt("b")
     assert not loop.run_once()
-    assert events == [Ended(Outcome.CANCELLED, 1)]
+    assert events == [Ended(Outcome.CANCELLED, 0)]
     assert all(recipe.closed for recipe in recipes)
 
 

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import errno
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from lathe.common.errors import DataLoss, FailedPrecondition, InvalidArgument
-from lathe.engine.engine import TrainRow, TrainSlice
+from lathe.engine.batch import TrainRow, TrainSlice
 from lathe.engine.model import SlicePlan, Snapshot, SnapshotKind, StepMetrics, TrainingConfig
-from lathe.engine.recipes.sft import Blocked, RecipeEvent, SftData, SftRun, SliceDone, Start
+from lathe.engine.recipes.recipe import TrainData
+from lathe.engine.recipes.run import Run
+from lathe.engine.recipes.saving import Start
+from lathe.engine.recipes.sft import SupervisedRecipe
+from lathe.engine.recipes.turns import Blocked, Forward, Turn
 from tests.fakes.clock import FakeClock
 from tests.fakes.engine import FakeEngine
+from tests.fixtures.turns import served
 
 CONFIG = TrainingConfig(
     n_epochs=2,
@@ -38,6 +43,9 @@ class Bench:
     def __init__(self, folder: Path, engine: FakeEngine | None = None) -> None:
         self.engine, self.clock, self.folder = engine or FakeEngine(), FakeClock(), folder
 
+    def turns(self, *arguments: Any, **options: Any) -> Iterator[Turn]:
+        return served(self.run(*arguments, **options).turns(), self.engine)
+
     def run(
         self,
         key: str = "a",
@@ -47,11 +55,12 @@ class Bench:
         config: TrainingConfig = CONFIG,
         start: Start | None = None,
         initial: Path | None = None,
-    ) -> SftRun:
-        return SftRun(
+    ) -> Run:
+        return Run(
+            SupervisedRecipe,
             engine=self.engine,  # type: ignore[arg-type]
             key=key,
-            data=SftData(rows(training), rows(validation)),
+            data=TrainData(rows(training), rows(validation)),
             config=config,
             plan=PLAN,
             folder=lambda kind, step: self.folder / f"{key}-{kind}-{step}",
@@ -66,11 +75,11 @@ def bench(tmp_path: Path) -> Bench:
     return Bench(tmp_path)
 
 
-def metrics_of(events: list[RecipeEvent]) -> list[StepMetrics]:
+def metrics_of(events: list[Turn]) -> list[StepMetrics]:
     return [event for event in events if isinstance(event, StepMetrics)]
 
 
-def snapshots_of(events: list[RecipeEvent]) -> list[Snapshot]:
+def snapshots_of(events: list[Turn]) -> list[Snapshot]:
     return [event for event in events if isinstance(event, Snapshot)]
 
 
@@ -79,7 +88,7 @@ def weights(snapshot: Snapshot) -> bytes:
 
 
 def test_steps_slices_and_metrics(bench: Bench) -> None:
-    events = list(bench.run().turns())
+    events = list(bench.turns())
     steps = metrics_of(events)
     assert [row.step for row in steps] == [1, 2, 3, 4, 5, 6]
     assert [row.epoch for row in steps] == [1, 1, 1, 2, 2, 2]
@@ -89,11 +98,11 @@ def test_steps_slices_and_metrics(bench: Bench) -> None:
     assert [row.train_loss for row in steps] == pytest.approx([2 / (1 + step) for step in range(6)])
     assert steps[0].train_mean_token_accuracy == pytest.approx(0.5)
     assert bench.engine.calls.count("optim a") == 6
-    assert [event.tokens for event in events if isinstance(event, SliceDone)][:3] == [0, 16, 16]
+    assert [event.input_tokens for event in events if isinstance(event, Forward)][:3] == [16, 16, 16]
 
 
 def test_a_checkpoint_an_epoch_and_the_final_adapter(bench: Bench) -> None:
-    snapshots = snapshots_of(list(bench.run().turns()))
+    snapshots = snapshots_of(list(bench.turns()))
     assert [(item.kind, item.step, item.epoch) for item in snapshots] == [
         (SnapshotKind.EPOCH, 3, 1),
         (SnapshotKind.EPOCH, 6, 2),
@@ -110,7 +119,7 @@ def test_a_checkpoint_an_epoch_and_the_final_adapter(bench: Bench) -> None:
 
 def test_a_resume_checkpoint_when_a_minute_has_passed(bench: Bench) -> None:
     events = []
-    for event in bench.run().turns():
+    for event in bench.turns():
         events.append(event)
         if isinstance(event, StepMetrics):
             bench.clock.tick(35)
@@ -126,9 +135,9 @@ def test_a_resume_checkpoint_when_a_minute_has_passed(bench: Bench) -> None:
 
 @pytest.mark.parametrize("stop_after", range(1, 18))
 def test_stopped_anywhere_and_gone_on_the_result_is_the_same(bench: Bench, stop_after: int) -> None:
-    whole = snapshots_of(list(bench.run("whole").turns()))[-1]
+    whole = snapshots_of(list(bench.turns("whole")))[-1]
     first = bench.run("first")
-    turns, last = first.turns(), None
+    turns, last = served(first.turns(), bench.engine), None
     for _ in range(stop_after):
         event = next(turns)
         last = event if isinstance(event, Snapshot) else last
@@ -140,7 +149,7 @@ def test_stopped_anywhere_and_gone_on_the_result_is_the_same(bench: Bench, stop_
     if last is not None:
         start = Start(last.folder, last.step, last.trained_tokens, tuple(last.halvings.items()))
     second = bench.run("second", start=start)
-    end = snapshots_of(list(second.turns()))[-1]
+    end = snapshots_of(list(served(second.turns(), bench.engine)))[-1]
     assert weights(end) == weights(whole)
     assert end.trained_tokens == whole.trained_tokens
     assert bench.engine.adapter_keys() == ("whole", "second")
@@ -148,21 +157,21 @@ def test_stopped_anywhere_and_gone_on_the_result_is_the_same(bench: Bench, stop_
 
 def test_validation_one_batch_in_between_and_all_of_it_at_the_end_of_an_epoch(bench: Bench) -> None:
     config = TrainingConfig(**{**_fields(CONFIG), "n_epochs": 2, "batch_size": 4})
-    steps = metrics_of(list(bench.run(training=160, validation=10, config=config).turns()))
+    steps = metrics_of(list(bench.turns(training=160, validation=10, config=config)))
     assert len(steps) == 80
     assert [row.step for row in steps if row.valid_loss is not None] == list(range(4, 81, 4))
     assert [row.step for row in steps if row.full_valid_loss is not None] == [40, 80]
     assert steps[39].valid_mean_token_accuracy == pytest.approx(0.5)
-    assert not any(row.valid_loss for row in metrics_of(list(bench.run("b").turns())))
+    assert not any(row.valid_loss for row in metrics_of(list(bench.turns("b"))))
 
 
 def _fields(config: TrainingConfig) -> dict[str, object]:
     return {name: getattr(config, name) for name in config.__dataclass_fields__}
 
 
-def _no_room(limit: int) -> Callable[[TrainSlice], None]:
-    def before(piece: TrainSlice) -> None:
-        if len(piece.rows) > limit:
+def _no_room(limit: int) -> Callable[[Sequence[TrainSlice]], None]:
+    def before(pieces: Sequence[TrainSlice]) -> None:
+        if any(len(piece.rows) > limit for piece in pieces):
             raise MemoryError("no room")
 
     return before
@@ -170,13 +179,12 @@ def _no_room(limit: int) -> Callable[[TrainSlice], None]:
 
 def test_out_of_memory_halves_the_slices_and_a_replay_cuts_the_same(tmp_path: Path) -> None:
     small = Bench(tmp_path / "small", FakeEngine(_no_room(1)))
-    run = small.run()
-    snapshots = snapshots_of(list(run.turns()))
+    snapshots = snapshots_of(list(small.turns()))
     assert snapshots[-1].halvings == dict.fromkeys(range(6), 1)
     # A bigger machine that knows the halvings computes the same.
     big = Bench(tmp_path / "big")
     start = Start(snapshots[0].folder, 3, 60, tuple((step, 1) for step in range(6)))
-    assert weights(snapshots_of(list(big.run(start=start).turns()))[-1]) == weights(snapshots[-1])
+    assert weights(snapshots_of(list(big.turns(start=start)))[-1]) == weights(snapshots[-1])
 
 
 class FullDisk(FakeEngine):
@@ -193,12 +201,12 @@ class FullDisk(FakeEngine):
 
 
 def test_a_full_disk_makes_it_wait_at_an_epoch_and_skip_what_is_not_needed(tmp_path: Path) -> None:
-    whole = snapshots_of(list(Bench(tmp_path / "whole").run().turns()))
+    whole = snapshots_of(list(Bench(tmp_path / "whole").turns()))
     engine = FullDisk()
     bench = Bench(tmp_path / "full", engine)
     engine.full = True
-    events: list[RecipeEvent] = []
-    for event in bench.run().turns():
+    events: list[Turn] = []
+    for event in bench.turns():
         events.append(event)
         if isinstance(event, StepMetrics):
             bench.clock.tick(35)
@@ -215,50 +223,51 @@ def test_a_full_disk_makes_it_wait_at_an_epoch_and_skip_what_is_not_needed(tmp_p
 
 def test_a_row_that_never_fits_fails_the_job(tmp_path: Path) -> None:
     with pytest.raises(FailedPrecondition, match="8 tokens does not fit"):
-        list(Bench(tmp_path, FakeEngine(_no_room(0))).run().turns())
+        list(Bench(tmp_path, FakeEngine(_no_room(0))).turns())
 
 
 def test_other_errors_pass_through(tmp_path: Path) -> None:
-    def broken(piece: TrainSlice) -> None:
+    def broken(pieces: Sequence[TrainSlice]) -> None:
         raise RuntimeError("shape mismatch")
 
     with pytest.raises(RuntimeError, match="shape"):
-        list(Bench(tmp_path, FakeEngine(broken)).run().turns())
+        list(Bench(tmp_path, FakeEngine(broken)).turns())
 
 
 def test_a_loss_that_is_no_number_fails_the_job(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench.engine, "optim_step", lambda *args, **settings: float("nan"))
     with pytest.raises(FailedPrecondition, match="step 1 of 6"):
-        list(bench.run().turns())
+        list(bench.turns())
 
 
 def test_data_that_cannot_be_trained(bench: Bench) -> None:
     with pytest.raises(InvalidArgument, match="no rows"):
         bench.run(training=0)
     run = bench.run()
-    run = SftRun(
+    run = Run(
+        SupervisedRecipe,
         engine=bench.engine,  # type: ignore[arg-type]
         key="a",
-        data=SftData([TrainRow([1, 2], [True, False])]),
+        data=TrainData([TrainRow([1, 2], [True, False])]),
         config=CONFIG,
         plan=PLAN,
         folder=lambda kind, step: bench.folder,
         clock=bench.clock,
     )
     with pytest.raises(InvalidArgument, match="No token"):
-        list(run.turns())
+        list(served(run.turns(), bench.engine))
 
 
 def test_a_checkpoint_whose_optimizer_is_of_another_step_is_refused(bench: Bench) -> None:
-    first = snapshots_of(list(bench.run().turns()))[0]
+    first = snapshots_of(list(bench.turns()))[0]
     with pytest.raises(DataLoss):
-        next(bench.run("b", start=Start(first.folder, 2)).turns())
+        next(bench.turns("b", start=Start(first.folder, 2)))
 
 
 def test_training_a_tuned_model_begins_with_its_weights(bench: Bench) -> None:
-    final = snapshots_of(list(bench.run().turns()))[-1]
+    final = snapshots_of(list(bench.turns()))[-1]
     run = bench.run("b", initial=final.folder)
-    turns = run.turns()
+    turns = served(run.turns(), bench.engine)
     next(turns)
     bench.engine.save("b", bench.folder / "seen", with_optimizer=True)
     assert (bench.folder / "seen" / "adapter_model.safetensors").read_bytes() == weights(final)

@@ -1,0 +1,101 @@
+"""What a training method supplies; the run (run.py) is the same for all of them.
+
+To add a method: subclass `Recipe`, write `objectives`, and name it in `recipe_of`. A method whose loss is a sum over
+tokens answers `CrossEntropy`; one whose loss is a function of whole rows' log-probabilities answers a function
+(sums, counts) -> RowLoss, where sums[i] is differentiable: the engine carries the gradient into the adapter. What the
+objective needs of the whole batch (how many pairs it has, the rows' log-probabilities under a reference) is found
+before its first slice, so that the slices' size changes nothing:
+
+    class Dpo(Recipe):
+        unit = 2                                    # a chosen row and its rejected one are never split
+
+        def objectives(self, batch):
+            reference = yield from self.job.score(batch.rows, "")     # the base without the adapter
+            pairs = len(batch.rows) // 2
+            return lambda places: DpoLoss([reference[place].sum for place in places], self.beta, pairs)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from lathe.engine.batch import Objective, RowScore, TrainRow
+from lathe.engine.model import TrainingConfig
+from lathe.engine.packing import cut
+from lathe.engine.ports import TrainVerbs
+from lathe.engine.recipes.turns import Turns, score
+
+# Answers the objective of some of a batch's rows, given by their places in it.
+Objectives = Callable[[Sequence[int]], Objective]
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """The rows of one optimizer step, or of one validation. indices: which rows of their file they are."""
+
+    rows: tuple[TrainRow, ...]
+    indices: tuple[int, ...]
+    training: bool
+
+
+@dataclass(frozen=True, slots=True)
+class TrainData:
+    """Rendered rows. validation may be empty."""
+
+    training: Sequence[TrainRow]
+    validation: Sequence[TrainRow] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What a recipe works on. key: the adapter that is trained; initial: PEFT's folder that it began from, if any.
+
+    slice_tokens: how much goes through one pass.
+    """
+
+    engine: TrainVerbs
+    key: str
+    data: TrainData
+    config: TrainingConfig
+    slice_tokens: int
+    initial: Path | None = None
+
+    def score(self, rows: Sequence[TrainRow], key: str) -> Turns[list[RowScore]]:
+        """The rows' log-probabilities under an adapter ("" is the base), slice by slice."""
+        scores: list[RowScore] = []
+        for piece in cut(range(len(rows)), [len(row.tokens) for row in rows], self.slice_tokens):
+            scores += yield from score([rows[place] for place in piece.rows], key)
+        return scores
+
+
+class Recipe:
+    """A training method. `unit`: how many adjacent rows belong together; batch_size counts units."""
+
+    unit: int = 1
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+
+    def begin(self) -> Turns[None]:
+        """Once an attempt, before its first step; the adapter is there."""
+        yield from ()
+
+    def objectives(self, batch: Batch) -> Turns[Objectives]:
+        """The objective of each part of a batch. The batch's loss is the sum over its slices. Every method's own."""
+        raise NotImplementedError
+
+    def figures(self, sums: Mapping[str, float], batch: Batch) -> Mapping[str, float]:
+        """The objectives' figures, summed over the batch -> what the user sees, under TRL's names."""
+        return {}
+
+    def save(self, folder: Path) -> tuple[str, ...]:
+        """Writes files of its own into a snapshot's folder; answers their names."""
+        return ()
+
+    def restore(self, folder: Path) -> None:
+        """Takes up what `save` wrote; before `begin`."""
+
+    def close(self) -> None:
+        """Forgets what it loaded into the engine. May come without `begin`."""

@@ -1,0 +1,321 @@
+"""One attempt at a job, by any recipe: for each step of the plan, for each of its slices a pass, then optim_step.
+
+The run is a generator, so that the model thread can join its passes with others' and sample between them. What it
+computes depends on the data, the configuration and the slice plan alone: never on time, other jobs or open streams.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from lathe.common.clock import Clock
+from lathe.common.errors import FailedPrecondition, InvalidArgument
+from lathe.engine.batch import SliceResult, TrainRow, TrainSlice, total, trained_tokens
+from lathe.engine.model import (
+    Note,
+    RunState,
+    SlicePlan,
+    Snapshot,
+    SnapshotKind,
+    StepMetrics,
+    TrainingConfig,
+)
+from lathe.engine.optim import Schedule
+from lathe.engine.packing import Slice, Step, cut, halve, slice_plan
+from lathe.engine.passes import is_out_of_memory
+from lathe.engine.ports import TrainVerbs
+from lathe.engine.recipes.recipe import Batch, Job, Recipe, TrainData
+from lathe.engine.recipes.saving import Saver, Start
+from lathe.engine.recipes.turns import Turns, forward
+from lathe.engine.watch import offenders
+
+# Between full validations (one an epoch), one batch is validated about this often over the whole job.
+VALIDATIONS_PER_JOB = 20
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """What one batch gave. figures: the recipe's, as the user sees them."""
+
+    sums: SliceResult
+    figures: dict[str, float]
+
+
+class Run:
+    """`turns` does the work; `snapshot` saves the last whole step at any moment between turns."""
+
+    def __init__(
+        self,
+        recipe: Callable[[Job], Recipe],
+        *,
+        engine: TrainVerbs,
+        key: str,
+        data: TrainData,
+        config: TrainingConfig,
+        plan: SlicePlan,
+        folder: Callable[[SnapshotKind, int], Path],
+        clock: Clock,
+        start: Start | None = None,
+        initial_adapter: Path | None = None,
+        checkpoint_interval_s: float = 60.0,
+    ) -> None:
+        """folder(kind, step): where a snapshot goes. initial_adapter: PEFT's folder that the job begins from.
+
+        Raises InvalidArgument for data or a configuration that cannot be trained.
+        """
+        if not data.training:
+            raise InvalidArgument("The training file has no rows.", reason="INVALID_TRAINING_FILE")
+        self._engine, self._key, self._data, self._config = engine, key, data, config
+        self._clock = clock
+        self._recipe = recipe(Job(engine, key, data, config, plan.train_tokens_per_slice, initial_adapter))
+        self._budget, self._unit = plan.train_tokens_per_slice, self._recipe.unit
+        self.plan = slice_plan(
+            [len(row.tokens) for row in data.training],
+            n_epochs=config.n_epochs,
+            batch_size=config.batch_size,
+            seed=config.seed,
+            max_tokens_per_slice=self._budget,
+            unit=self._unit,
+        )
+        self.total_steps = self.plan.total_steps
+        warmup = round(config.warmup_fraction * self.total_steps)
+        self._schedule = Schedule(config.schedule, config.learning_rate, self.total_steps, warmup)
+        self._saver = Saver(
+            engine,
+            key,
+            config,
+            self._recipe,
+            folder=folder,
+            clock=clock,
+            start=start,
+            initial=initial_adapter,
+            interval_s=checkpoint_interval_s,
+        )
+        self.step = start.step if start is not None else 0
+        self.trained_tokens = start.trained_tokens if start is not None else 0
+        self._halvings: dict[int, int] = dict(start.halvings) if start is not None else {}
+        self._state = start.state if start is not None else RunState()
+        self._metrics: StepMetrics | None = None
+
+    def turns(self) -> Turns[None]:
+        """The whole attempt, a turn at a time. Raises FailedPrecondition when the loss has diverged."""
+        self._saver.begin()
+        yield from self._recipe.begin()
+        if self._state.unfinished is not None:
+            yield from self._finish(self.plan.step(self.step - 1), self._state.unfinished)
+        while self.step < self.total_steps and not self._enough():
+            step = self.plan.step(self.step)
+            metrics = yield from self._train(step)
+            yield from self._finish(step, metrics)
+        yield from self._saver.saved(lambda: self._snapshot(SnapshotKind.FINAL, self._state))
+
+    def snapshot(self) -> Snapshot | None:
+        """Save the last whole step for a later attempt; None when it is saved already or nothing was done."""
+        if self.step <= self._saver.saved_step:
+            return None
+        return self._snapshot(SnapshotKind.RESUME, self._state)
+
+    def close(self) -> None:
+        """Forget the adapter."""
+        self._recipe.close()
+        if self._key in self._engine.adapter_keys():
+            self._engine.drop_adapter(self._key)
+
+    # One step.
+
+    def _train(self, step: Step) -> Turns[StepMetrics]:
+        started = self._clock.monotonic()
+        batch = self._batch(self._data.training, step.rows, training=True)
+        if not any(trained_tokens(row) for row in batch.rows):
+            raise InvalidArgument(f"No token of step {step.index + 1}'s rows is trained.")
+        while True:
+            try:
+                measured = yield from self._pass(batch, self._pieces(step))
+                break
+            except (MemoryError, RuntimeError) as error:
+                if not is_out_of_memory(error):
+                    raise
+            yield self._halve(step)
+        sums, lr = measured.sums, self._schedule.lr(step.index)
+        norm = self._engine.optim_step(
+            self._key, lr, clip=self._config.max_grad_norm, weight_decay=self._config.weight_decay
+        )
+        self._watch(step, batch, sums, norm)
+        self.step = step.index + 1
+        self.trained_tokens += sums.tokens
+        seconds = self._clock.monotonic() - started
+        metrics = StepMetrics(
+            step=self.step,
+            total_steps=self.total_steps,
+            train_loss=sums.loss,
+            train_mean_token_accuracy=sums.correct / sums.tokens,
+            learning_rate=lr,
+            tokens_per_second=sums.input_tokens / seconds if seconds > 0 else 0.0,
+            trained_tokens=sums.tokens,
+            step_seconds=seconds,
+            grad_norm=norm,
+            epoch=step.epoch + 1,
+            figures=measured.figures,
+        )
+        self._state = replace(self._state, losses=self._state.losses.after(sums.loss), unfinished=metrics)
+        return metrics
+
+    def _pass(self, batch: Batch, pieces: Sequence[Slice]) -> Turns[Measured]:
+        """The batch, slice by slice. pieces: its rows, in its order."""
+        objectives = yield from self._recipe.objectives(batch)
+        results: list[SliceResult] = []
+        done = 0
+        for piece in pieces:
+            places = range(done, done + len(piece.rows))
+            rows = tuple(batch.rows[place] for place in places)
+            results += yield from forward(
+                [TrainSlice(self._key, rows, objectives(places))], training=batch.training
+            )
+            done += len(places)
+        sums = total(results)
+        return Measured(sums, dict(self._recipe.figures(sums.figures, batch)))
+
+    def _batch(self, rows: Sequence[TrainRow], indices: Sequence[int], *, training: bool) -> Batch:
+        return Batch(tuple(rows[index] for index in indices), tuple(indices), training)
+
+    def _pieces(self, step: Step) -> tuple[Slice, ...]:
+        pieces = step.slices
+        for _ in range(self._halvings.get(step.index, 0)):
+            pieces = tuple(half for piece in pieces for half in halve(piece, self._unit))
+        return pieces
+
+    def _halve(self, step: Step) -> Note:
+        """Plan the step again with half slices, recorded so that a replay cuts the same."""
+        self._engine.zero_grad(self._key)
+        if all(len(piece.rows) == self._unit for piece in self._pieces(step)):
+            longest = max(self.plan.lengths[row] for row in step.rows)
+            raise FailedPrecondition(
+                f"A row of {longest} tokens does not fit into the engine's memory; shorten it, "
+                f"or use a bigger machine.",
+                reason="OUT_OF_MEMORY",
+            )
+        self._halvings[step.index] = self._halvings.get(step.index, 0) + 1
+        slices = len(self._pieces(step))
+        return Note(
+            step.index + 1,
+            "out_of_memory",
+            f"Step {step.index + 1} did not fit into the engine's memory; it is computed again in {slices} slices. "
+            "The batch stays the same.",
+        )
+
+    def _watch(self, step: Step, batch: Batch, sums: SliceResult, norm: float) -> None:
+        """Raises FailedPrecondition, naming rows, when the loss is no number or has diverged."""
+        if not (math.isfinite(sums.loss) and math.isfinite(norm)):
+            what = "is not a number any more" if not math.isfinite(sums.loss) else "has no finite gradient"
+        elif self._state.losses.after(sums.loss).diverged:
+            what = f"has diverged to {sums.loss:.3g} (its lowest level was {self._state.losses.lowest:.3g})"
+        else:
+            return
+        worst = offenders(sums.row_losses, [trained_tokens(row) for row in batch.rows])
+        lines = ", ".join(str(batch.rows[i].line or batch.indices[i] + 1) for i in worst)
+        raise FailedPrecondition(
+            f"The loss {what} at step {step.index + 1} of {self.total_steps}; look at lines {lines} of the training "
+            f"file, or try a lower learning_rate_multiplier.",
+            reason="TRAINING_DIVERGED",
+        )
+
+    # What follows a step: validation, then the checkpoints.
+
+    def _finish(self, step: Step, metrics: StepMetrics) -> Turns[None]:
+        # Until all of it is done a snapshot says `unfinished`, and the next attempt does it again.
+        metrics = yield from self._validated(step, metrics)
+        state = replace(self._state, unfinished=None)
+        patience = self._config.early_stopping_patience
+        if patience and metrics.full_valid_loss is not None:
+            evaluations = state.evaluations.after(self.step, metrics.full_valid_loss)
+            state = replace(state, evaluations=evaluations)
+            if evaluations.best_step == self.step:
+                yield from self._saver.keep_best(self.step)
+        self._metrics = metrics
+        yield metrics
+        if step.ends_epoch:
+            yield from self._saver.saved(lambda: self._snapshot(SnapshotKind.EPOCH, state))
+            self._state = state
+        else:
+            self._state = state
+            if self._saver.is_due():
+                yield from self._saver.saved_if_room(lambda: self._snapshot(SnapshotKind.RESUME, state))
+        self._saver.forget_best_but(state.evaluations.best_step)
+        if self._enough() and self.step < self.total_steps:
+            yield self._stopped_early()
+
+    def _enough(self) -> bool:
+        patience = self._config.early_stopping_patience
+        return bool(patience) and self._state.evaluations.since_best >= patience
+
+    def _stopped_early(self) -> Note:
+        evaluations = self._state.evaluations
+        return Note(
+            self.step,
+            "early_stopping",
+            f"Stopped after step {self.step} of {self.total_steps}: the validation loss has not fallen for "
+            f"{evaluations.since_best} evaluations. The result is that of step {evaluations.best_step}, with a "
+            f"validation loss of {evaluations.best_loss:.4f}.",
+        )
+
+    def _validated(self, step: Step, metrics: StepMetrics) -> Turns[StepMetrics]:
+        """The step's metrics with what validation adds: one batch now and then, the whole file at an epoch's end."""
+        rows, config = self._data.validation, self._config
+        every = config.eval_every or max(1, self.total_steps // VALIDATIONS_PER_JOB)
+        due = (step.index + 1) % every == 0
+        if not rows or not (due or step.ends_epoch):
+            return metrics
+        size, count = config.batch_size * self._unit, len(rows)
+        first = (step.index // every) % -(-count // size) * size
+        part = yield from self._evaluate(range(first, min(first + size, count)))
+        metrics = replace(
+            metrics,
+            valid_loss=_mean_loss(part.sums),
+            valid_mean_token_accuracy=_accuracy(part.sums),
+            figures={**metrics.figures, **_prefixed("eval_", part.figures)},
+        )
+        if step.ends_epoch or config.early_stopping_patience:
+            whole = yield from self._evaluate(range(count))
+            metrics = replace(
+                metrics,
+                full_valid_loss=_mean_loss(whole.sums),
+                full_valid_mean_token_accuracy=_accuracy(whole.sums),
+                figures={**metrics.figures, **_prefixed("full_eval_", whole.figures)},
+            )
+        return metrics
+
+    def _evaluate(self, chosen: range) -> Turns[Measured]:
+        rows = self._data.validation
+        pieces = cut(chosen, [len(row.tokens) for row in rows], self._budget, self._unit)
+        return (yield from self._pass(self._batch(rows, chosen, training=False), pieces))
+
+    def _snapshot(self, kind: SnapshotKind, state: RunState) -> Snapshot:
+        best = state.evaluations.best_step if self._config.early_stopping_patience else 0
+        folder, files = self._saver.write(kind, self.step, best=best if best != self.step else 0)
+        return Snapshot(
+            kind=kind,
+            step=self.step,
+            epoch=self.plan.step(self.step - 1).epoch + 1 if self.step else 0,
+            total_steps=self.total_steps,
+            trained_tokens=self.trained_tokens,
+            folder=folder,
+            files=files,
+            metrics=self._metrics,
+            halvings=dict(self._halvings),
+            state=state,
+        )
+
+
+def _mean_loss(sums: SliceResult) -> float | None:
+    return sums.loss if sums.tokens else None
+
+
+def _accuracy(sums: SliceResult) -> float | None:
+    return sums.correct / sums.tokens if sums.tokens else None
+
+
+def _prefixed(prefix: str, figures: dict[str, float]) -> dict[str, float]:
+    return {prefix + name: value for name, value in figures.items()}

@@ -1,0 +1,253 @@
+"""The training half of the model thread: attempts go on to their next request, and passes serve those requests.
+
+One turn is at most one pass. A pass joins whole slices of several attempts, chosen by `model.join`. What goes wrong in
+a joined pass is found out by running its slices one by one, so that each attempt hears of its own errors alone.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from lathe.common.clock import Clock
+from lathe.common.metrics import Metrics
+from lathe.engine.engine import SequenceState
+from lathe.engine.model import AttemptEvent, Ended, Outcome, Share, Snapshot, StepMetrics, join, outcome_of
+from lathe.engine.passes import is_out_of_memory
+from lathe.engine.ports import ModelVerbs
+from lathe.engine.recipes.turns import Blocked, Forward, Generate, Request, Score, Turns
+from lathe.engine.sampling import SamplingParams
+
+logger = logging.getLogger(__name__)
+
+
+class Runnable(Protocol):
+    """An attempt as the loop runs it; see recipes/run.py."""
+
+    step: int
+    trained_tokens: int
+
+    def turns(self) -> Turns[None]: ...
+    def snapshot(self) -> Snapshot | None: ...
+    def close(self) -> None: ...
+
+
+@dataclass(slots=True)
+class _Training:
+    """One attempt. request: what it waits for; answer or error: what it goes on with when it waits for nothing."""
+
+    attempt_id: str
+    run: Runnable
+    turns: Turns[None]
+    emit: Callable[[AttemptEvent], None]
+    order: int
+    consumed: int
+    suspended: bool = False
+    blocked_until: float = float("-inf")
+    request: Request | None = None
+    answer: Any = None
+    error: Exception | None = None
+    sequences: list[SequenceState] = field(default_factory=list)
+
+    def answered(self, answer: Any) -> None:
+        self.request, self.answer = None, answer
+
+    def failed(self, error: Exception) -> None:
+        self.request, self.error = None, error
+
+
+class Trainer:
+    """Belongs to the model thread. fused_tokens: how many tokens slices of several attempts may be in one pass."""
+
+    def __init__(self, engine: ModelVerbs, clock: Clock, metrics: Metrics, fused_tokens: int) -> None:
+        self._engine, self._clock, self._metrics, self._room = engine, clock, metrics, fused_tokens
+        self._attempts: list[_Training] = []
+        self._arrivals = 0
+
+    @property
+    def blocked(self) -> bool:
+        """Whether an attempt waits for time to pass."""
+        return any(item.blocked_until > self._clock.monotonic() for item in self._attempts)
+
+    # Attempts come and go.
+
+    def start(self, attempt_id: str, run: Runnable, emit: Callable[[AttemptEvent], None]) -> None:
+        self._arrivals += 1
+        # A newcomer begins level with the others, or it would hold the model until it had caught up.
+        consumed = min((item.consumed for item in self._attempts), default=0)
+        self._attempts.append(_Training(attempt_id, run, run.turns(), emit, self._arrivals, consumed))
+
+    def end(self, attempt_id: str, outcome: Outcome | None) -> None:
+        """RELEASED: after a snapshot of the last whole step. None: without a word."""
+        for item in [item for item in self._attempts if item.attempt_id == attempt_id]:
+            try:
+                snapshot = item.run.snapshot() if outcome is Outcome.RELEASED else None
+            except Exception as error:
+                # Given back all the same: the next attempt goes on from the checkpoint before.
+                logger.warning("no checkpoint of attempt %s at its release: %s", attempt_id, error)
+                snapshot = None
+            step, tokens = item.run.step, item.run.trained_tokens
+            self._remove(item)
+            if snapshot is not None:
+                item.emit(snapshot)
+            if outcome is not None:
+                item.emit(Ended(outcome, step, tokens))
+
+    def suspend(self, attempt_id: str, suspended: bool) -> None:
+        """Stop at the next slice and keep the state, or go on."""
+        for item in self._attempts:
+            if item.attempt_id == attempt_id:
+                item.suspended = suspended
+
+    def stop(self) -> None:
+        for item in self._attempts:
+            item.turns.close()
+        self._attempts.clear()
+
+    # One turn.
+
+    def turn(self) -> bool:
+        """Let every attempt go on to its next request, then serve some in one pass. False: nothing to be done."""
+        idle = [item for item in self._runnable() if item.request is None]
+        wrote = [self._go_on(item) for item in idle]
+        if any(wrote):
+            # A snapshot may have taken as long as a pass: sampling comes first.
+            return True
+        for item in self._attempts:
+            self._look_at_sequences(item)
+        waiting = [item for item in self._runnable() if isinstance(item.request, Forward | Score)]
+        if waiting:
+            chosen = join([_share(item) for item in waiting], self._room)
+            self._serve([waiting[index] for index in chosen])
+        return bool(idle or waiting)
+
+    def _runnable(self) -> list[_Training]:
+        now = self._clock.monotonic()
+        return [item for item in self._attempts if not item.suspended and item.blocked_until <= now]
+
+    def _go_on(self, item: _Training) -> bool:
+        """To its next request, or its end. Answers whether it wrote a snapshot, which ends its turn too."""
+        while True:
+            answer, error, item.answer, item.error = item.answer, item.error, None, None
+            try:
+                turn = item.turns.send(answer) if error is None else item.turns.throw(error)
+            except StopIteration:
+                self._finish(item, Outcome.SUCCEEDED)
+                return False
+            except Exception as failure:
+                logger.exception("attempt %s failed", item.attempt_id)
+                self._finish(item, *outcome_of(failure))
+                return False
+            if isinstance(turn, Blocked):
+                logger.warning("attempt %s waits: %s", item.attempt_id, turn.reason)
+                item.blocked_until = self._clock.monotonic() + turn.seconds
+                return False
+            if isinstance(turn, Forward | Score | Generate):
+                item.request = turn
+                if isinstance(turn, Generate):
+                    self._open_sequences(item, turn)
+                return False
+            if isinstance(turn, StepMetrics):
+                self._metrics.engine_step_seconds.observe(turn.step_seconds)
+            item.emit(turn)
+            if isinstance(turn, Snapshot):
+                return True
+
+    def _finish(self, item: _Training, outcome: Outcome, *reason: Any) -> None:
+        step, tokens = item.run.step, item.run.trained_tokens
+        self._remove(item)
+        item.emit(Ended(outcome, step, tokens, *reason))
+
+    def _remove(self, item: _Training) -> None:
+        self._attempts.remove(item)
+        self._close_sequences(item)
+        item.run.close()
+
+    # Passes.
+
+    def _serve(self, items: Sequence[_Training]) -> None:
+        """One pass for the requests of these attempts; several are training slices, joined."""
+        if len(items) > 1 and self._joined(items):
+            return
+        for item in items:
+            try:
+                answer = self._pass(item.request)
+            except Exception as error:
+                item.failed(error)
+            else:
+                self._count(item)
+                item.answered(answer)
+
+    def _joined(self, items: Sequence[_Training]) -> bool:
+        """Whether the joined pass went well; if not, the gradients are as they were before it."""
+        requests = [item.request for item in items if isinstance(item.request, Forward)]
+        try:
+            results = iter(self._engine.forward_backward([p for request in requests for p in request.pieces]))
+        except Exception as error:
+            logger.warning("a pass of %d attempts failed, its slices go one by one: %s", len(items), error)
+            if is_out_of_memory(error):
+                self._room = sum(request.input_tokens for request in requests) // 2
+            return False
+        for item, request in zip(items, requests, strict=True):
+            self._count(item)
+            item.answered([next(results) for _ in request.pieces])
+        return True
+
+    def _pass(self, request: Request | None) -> Any:
+        if isinstance(request, Score):
+            return self._engine.score(request.key, request.rows)
+        assert isinstance(request, Forward)
+        verb = self._engine.forward_backward if request.training else self._engine.evaluate
+        return verb(request.pieces)
+
+    def _count(self, item: _Training) -> None:
+        assert isinstance(item.request, Forward | Score)
+        item.consumed += item.request.input_tokens
+        self._metrics.engine_tokens.labels("train").inc(item.request.input_tokens)
+
+    # Answers to held-out prompts: sequences that the loop samples beside the streams'.
+
+    @property
+    def sequences(self) -> list[SequenceState]:
+        """What attempts wait to be sampled."""
+        return [state for item in self._attempts for state in item.sequences if state.finished is None]
+
+    def sampling_failed(self, error: Exception) -> None:
+        """The step that had `sequences` in it went wrong."""
+        for item in self._attempts:
+            if item.sequences:
+                self._close_sequences(item)
+                item.failed(error)
+
+    def _open_sequences(self, item: _Training, request: Generate) -> None:
+        params = SamplingParams(
+            max_tokens=request.max_tokens, temperature=0.0, stop_ids=frozenset(request.stop_ids)
+        )
+        try:
+            for prompt in request.prompts:
+                item.sequences.append(self._engine.open_sequence(request.key, prompt, params))
+        except Exception as error:
+            self._close_sequences(item)
+            item.failed(error)
+
+    def _look_at_sequences(self, item: _Training) -> None:
+        if not isinstance(item.request, Generate) or any(state.finished is None for state in item.sequences):
+            return
+        answers = [
+            tuple(state.tokens[:-1] if state.finished == "stop" else state.tokens) for state in item.sequences
+        ]
+        self._close_sequences(item)
+        item.answered(answers)
+
+    def _close_sequences(self, item: _Training) -> None:
+        for state in item.sequences:
+            self._engine.close_sequence(state)
+        item.sequences = []
+
+
+def _share(item: _Training) -> Share:
+    assert isinstance(item.request, Forward | Score)
+    joins = isinstance(item.request, Forward) and item.request.training
+    return Share(item.order, item.consumed, item.request.input_tokens, joins)
