@@ -68,8 +68,10 @@ class FakeDatasets:
     audited: list[tuple[str, str]] = dataclasses.field(default_factory=list)
     down: LatheError | None = None
 
-    def add(self, dataset: str, rows: int = 100, state: DatasetState = DatasetState.READY) -> None:
-        self.infos[dataset] = DatasetInfo(dataset, "fine-tune", state, "a" * 64)
+    def add(
+        self, dataset: str, rows: int = 100, state: DatasetState = DatasetState.READY, format_: str = ""
+    ) -> None:
+        self.infos[dataset] = DatasetInfo(dataset, "fine-tune", state, "a" * 64, format=format_)
         self.audits[dataset] = Audit(
             f"audit-{dataset}", AuditState.READY, TokenObject(f"blobs/{dataset}", "b" * 64), rows
         )

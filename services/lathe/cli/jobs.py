@@ -20,6 +20,7 @@ from lathe.cli.output import (
     when,
 )
 from lathe.client import Client
+from lathe.client.jobsettings import parsed
 from lathe.common.errors import InvalidArgument
 from lathe.v1 import datasets_pb2
 from lathe.v1 import jobs_pb2 as pb
@@ -40,6 +41,11 @@ def create(
     batch_size: Annotated[int | None, typer.Option(help="Examples per step; auto if unset.")] = None,
     learning_rate_multiplier: Annotated[float | None, typer.Option(help="Auto if unset.")] = None,
     lora_r: Annotated[int | None, typer.Option(help="Rank of the adapter.")] = None,
+    method: Annotated[str, typer.Option(help="supervised, dpo, orpo or kto.")] = "supervised",
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="NAME=VALUE", help="Any other setting, such as beta=0.2; repeatable."),
+    ] = None,
     engine_class: Annotated[
         str, typer.Option(help="Which kind of engine, of those that the operator offers.")
     ] = "",
@@ -50,6 +56,7 @@ def create(
     as_json: JSON = False,
 ) -> None:
     """Ask for a model to be tuned on a file of examples."""
+    others = dict(parsed(method, one) for one in settings or [])
     with client_of(context) as client:
         job = client.jobs.create(
             model,
@@ -61,6 +68,8 @@ def create(
             batch_size=batch_size,
             learning_rate_multiplier=learning_rate_multiplier,
             lora_r=lora_r,
+            method=method,
+            settings=others,
             engine_class=engine_class,
             dedicated=dedicated,
         )
@@ -112,7 +121,8 @@ def show(context: typer.Context, job: JOB, as_json: JSON = False) -> None:
     if as_json:
         print_json({**plain(found), "checkpoints": [plain(one) for one in checkpoints]})
         return
-    chosen = found.method.supervised
+    method = found.method.WhichOneof("method") or "supervised"
+    chosen = getattr(found.method, method)
     print_facts(
         (
             ("id", job_id(found)),
@@ -123,10 +133,14 @@ def show(context: typer.Context, job: JOB, as_json: JSON = False) -> None:
             ("tuned model", found.fine_tuned_model),
             ("step", f"{found.step} of {found.total_steps}" if found.total_steps else ""),
             ("trained tokens", str(found.trained_tokens or "")),
+            ("method", method),
+            ("parent", found.parent_model),
+            ("rerun of", found.rerun_of.rsplit("/", 1)[-1]),
+            ("its weights", _compared(found)),
             ("epochs", str(chosen.hyperparameters.n_epochs or "auto")),
             ("batch size", str(chosen.hyperparameters.batch_size or "auto")),
             ("learning rate", f"x {chosen.hyperparameters.learning_rate_multiplier or 'auto'}"),
-            ("LoRA", f"r {chosen.lora.r or 'auto'}, alpha {chosen.lora.lora_alpha or 'auto'}"),
+            ("LoRA", _lora(chosen.lora, full_parameter=found.training.full_parameter)),
             ("seed", str(found.seed)),
             ("engine", f"{found.compute.engine_class}{', its own' if found.compute.dedicated else ''}"),
             ("training file", found.training_dataset.rsplit("/", 1)[-1]),
@@ -141,6 +155,41 @@ def show(context: typer.Context, job: JOB, as_json: JSON = False) -> None:
             *(("checkpoint", one.model_id) for one in checkpoints),
         )
     )
+
+
+@app.command()
+def receipt(
+    context: typer.Context,
+    job: JOB,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write it there.")] = None,
+) -> None:
+    """What a job that succeeded was made from and computed with, as JSON."""
+    with client_of(context) as client:
+        document = client.jobs.receipt(job)
+    if output is None:
+        print(document, end="")
+    else:
+        output.write_text(document)
+
+
+@app.command()
+def rerun(
+    context: typer.Context,
+    job: JOB,
+    watch: Annotated[bool, typer.Option("--watch", help="Watch it until it ends.")] = False,
+    as_json: JSON = False,
+) -> None:
+    """Repeat a job from its receipt; the new job's end says whether its weights are the same, bit for bit."""
+    with client_of(context) as client:
+        again = client.jobs.rerun(job)
+        if watch:
+            if not as_json:
+                note(job_id(again))
+            raise typer.Exit(_watch(client, again.name, as_json))
+    if as_json:
+        print_json(again)
+    else:
+        print(job_id(again))
 
 
 @app.command()
@@ -165,6 +214,26 @@ def events(context: typer.Context, job: JOB, as_json: JSON = False) -> None:
         else:
             text = metrics_line(event.metrics) if event.type == pb.EVENT_TYPE_METRICS else event.message
             print(f"{when(event.create_time)}  {text}")
+
+
+def _lora(given: pb.LoraConfig, *, full_parameter: bool) -> str:
+    if full_parameter:
+        return "none: all weights are trained"
+    parts = [f"r {given.r or 'auto'}", f"alpha {given.lora_alpha or 'auto'}"]
+    parts += [f"dropout {given.lora_dropout}"] if given.lora_dropout else []
+    parts += [word for word, on in (("rsLoRA", given.use_rslora), ("DoRA", given.use_dora)) if on]
+    return ", ".join(parts)
+
+
+def _compared(job: pb.Job) -> str:
+    found = job.comparison
+    if not job.HasField("comparison"):
+        return ""
+    if found.not_compared_reason:
+        return f"not compared: {found.not_compared_reason}"
+    if found.bit_identical:
+        return "bit-identical to the first's"
+    return f"differ from the first's by at most {found.largest_difference:.3g} ({found.tensor})"
 
 
 def job_id(job: pb.Job) -> str:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
+from lathe.client.jobsettings import messages_of
 from lathe.client.names import full_name
 from lathe.client.paging import pages
 from lathe.client.transport import Transport, new_request_id
@@ -38,22 +40,30 @@ class Jobs:
         lora_r: int | None = None,
         lora_alpha: float | None = None,
         target_modules: Sequence[str] = (),
+        method: str = "supervised",
+        settings: Mapping[str, Any] | None = None,
         engine_class: str = "",
         dedicated: bool = False,
         metadata: Mapping[str, str] | None = None,
     ) -> pb.Job:
-        """Ask for `model` (a base or a tuned one) to be tuned by supervised LoRA. What is None is chosen (`auto`).
+        """Ask for `model` (a base or a tuned one, with which it goes on) to be tuned. What is None is chosen (`auto`).
 
+        method: supervised, dpo, orpo or kto. settings: whatever else it takes by its name in the contract, such as
+        `{"beta": 0.2, "use_dora": True, "schedule": "linear"}` (docs/hyperparameters.md).
         engine_class: one of those that the operator offers; the default if empty. dedicated: on an engine of its own.
 
-        Raises NotFound for the model or a dataset, InvalidArgument naming the field, ResourceExhausted for a quota.
+        Raises NotFound for the model or a dataset, InvalidArgument naming the field or setting,
+        ResourceExhausted for a quota.
         """
-        method = pb.SupervisedMethod(
-            hyperparameters=pb.SupervisedHyperparameters(
-                n_epochs=n_epochs, batch_size=batch_size, learning_rate_multiplier=learning_rate_multiplier
-            ),
-            lora=pb.LoraConfig(r=lora_r, lora_alpha=lora_alpha, target_modules=target_modules),
-        )
+        named = {
+            "n_epochs": n_epochs,
+            "batch_size": batch_size,
+            "learning_rate_multiplier": learning_rate_multiplier,
+            "lora_r": lora_r,
+            "lora_alpha": lora_alpha,
+            "target_modules": target_modules,
+        }
+        chosen, options = messages_of(method, named | dict(settings or {}))
         job = pb.Job(
             model=model,
             training_dataset=full_name(self._project, "datasets", training_dataset),
@@ -61,7 +71,8 @@ class Jobs:
             and full_name(self._project, "datasets", validation_dataset),
             suffix=suffix,
             seed=seed,
-            method=pb.Method(supervised=method),
+            method=chosen,
+            training=options,
             compute=pb.ComputeSpec(engine_class=engine_class, dedicated=dedicated),
             metadata=metadata or {},
         )
@@ -82,6 +93,22 @@ class Jobs:
     def cancel(self, name: str) -> pb.Job:
         """CANCELLED at once or CANCELLING. Raises NotFound, FailedPrecondition once it has ended otherwise."""
         return self._transport.call(self._stub.CancelJob, pb.CancelJobRequest(name=self._name(name)))
+
+    def receipt(self, name: str) -> str:
+        """What the job was made from and computed with, as JSON.
+
+        Raises NotFound, FailedPrecondition until it has succeeded.
+        """
+        request = pb.GetJobReceiptRequest(name=self._name(name))
+        return self._transport.call(self._stub.GetJobReceipt, request).document
+
+    def rerun(self, name: str) -> pb.Job:
+        """A new job that repeats this one from its receipt; its end says how far the weights are from each other.
+
+        Raises NotFound, FailedPrecondition until it has succeeded or when its model is another by now.
+        """
+        request = pb.RerunJobRequest(name=self._name(name), request_id=new_request_id())
+        return self._transport.call(self._stub.RerunJob, request)
 
     def events(self, name: str) -> Iterator[pb.JobEvent]:
         """Everything that happened so far, newest first."""

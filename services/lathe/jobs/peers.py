@@ -66,6 +66,7 @@ class RpcDatasets:
             sha256=found.sha256,
             findings=_findings(found.report),
             finding_count=found.report.finding_count,
+            format=found.report.format,
         )
 
     async def ensure_audit(self, project: str, dataset: str, base_model: str, method: str) -> Audit:

@@ -57,7 +57,7 @@ class DatasetState(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class DatasetInfo:
-    """What jobs looks at before it takes a dataset."""
+    """What jobs looks at before it takes a dataset. format: that of its rows; empty while it is not known."""
 
     id: str
     purpose: str
@@ -65,6 +65,7 @@ class DatasetInfo:
     sha256: str = ""
     findings: tuple[FileFinding, ...] = ()
     finding_count: int = 0
+    format: str = ""
 
 
 class AuditState(StrEnum):

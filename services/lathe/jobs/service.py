@@ -80,13 +80,14 @@ class JobsService:
         engine_class = self.classes.choose(request.compute.engine_class)
         request = replace(request, compute=replace(request.compute, engine_class=engine_class))
         resolved = await self._resolve(request)
-        training = await self._dataset(request.project, request.training, "training", user)
+        spec, project = request.spec, request.project
+        examples = await self._dataset(project, request.training, "training", spec, user)
         validation = (
-            await self._dataset(request.project, request.validation, "validation", user)
+            await self._dataset(project, request.validation, "validation", spec, user)
             if request.validation
             else None
         )
-        job = self._new_job(request, resolved, training, validation)
+        job = self._new_job(request, resolved, examples, validation)
         return await self._add(job, messages.created(job.id), request.request_id)
 
     async def _add(self, job: Job, created: NewEvent, request_id: str) -> Job:
@@ -136,13 +137,16 @@ class JobsService:
         training.check_target_modules(request.spec, base.id, base.target_modules)
         return resolved
 
-    async def _dataset(self, project: str, dataset: str, kind: str, user: User) -> DatasetRef:
+    async def _dataset(
+        self, project: str, dataset: str, kind: str, spec: TrainingSpec, user: User
+    ) -> DatasetRef:
         path = f"job.{kind}_dataset"
         try:
             info = await self.datasets.get(project, dataset, user)
         except NotFound as error:
             raise _field_error(NotFound, path, f"The {kind} file {dataset} does not exist.") from error
         _check_dataset(info, kind, path)
+        training.check_format(spec, info.format, path, f"the {kind} file {dataset}")
         return DatasetRef(dataset, info.sha256)
 
     async def _check_room(self, session: JobSession, project: str, limit: int) -> None:
@@ -160,7 +164,7 @@ class JobsService:
         self,
         request: JobRequest,
         resolved: ResolvedModel,
-        training: DatasetRef,
+        examples: DatasetRef,
         validation: DatasetRef | None,
     ) -> Job:
         job_id = self.ids.new("ftjob")
@@ -169,7 +173,7 @@ class JobsService:
             project=request.project,
             model=request.model,
             base=resolved.base,
-            training=training,
+            training=examples,
             validation=validation,
             suffix=request.suffix,
             seed=model.choose_seed(job_id) if request.seed is None else request.seed,
@@ -216,7 +220,7 @@ class JobsService:
             )
         for kind, dataset in (("training", first.training), ("validation", first.validation)):
             if dataset is not None:
-                await self._dataset(project, dataset.id, kind, user)
+                await self._dataset(project, dataset.id, kind, first.spec, user)
         job = receipts.rerun(first, attempt, self.ids.new("ftjob"), self.clock.now())
         return await self._add(job, messages.rerun_created(job.id, first.id), request_id)
 

@@ -1,4 +1,4 @@
-"""What a user may ask of training, what it became, and the rules about both. Needs nothing from outside."""
+"""What a user may ask of training, what it became, and the rules about both. Pure."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from lathe.common.errors import FieldViolation, InvalidArgument
+from lathe.text.formats import METHOD_FORMATS
 
 # OpenAI keeps the checkpoints of the last three epochs.
 KEPT_CHECKPOINTS = 3
@@ -182,6 +183,23 @@ def check_target_modules(spec: TrainingSpec, base_id: str, modules: Iterable[str
         path = f"{spec.path}.lora.target_modules"
         text = f"{path}: {base_id} has no module {', '.join(unknown)}; choose from {', '.join(known)}."
         raise InvalidArgument(text, violations=[FieldViolation(path, text)])
+
+
+def check_format(spec: TrainingSpec, format_: str, path: str, file: str) -> None:
+    """Raise InvalidArgument if the rows of a file are not what the method trains on. format_: may be empty (unknown).
+
+    path: the field that names the file; file: it, in words.
+    """
+    wanted = METHOD_FORMATS[spec.method]
+    if not format_ or format_ in wanted:
+        return
+    methods = [method for method, formats in METHOD_FORMATS.items() if format_ in formats]
+    other = f"choose the method {' or '.join(methods)}, or " if methods else ""
+    text = (
+        f"{path}: {file} has {format_.replace('_', ' ')} rows, and {spec.method} trains on "
+        f"{' or '.join(name.replace('_', ' ') for name in wanted)} rows; {other}another file."
+    )
+    raise InvalidArgument(text, reason="WRONG_FORMAT", violations=[FieldViolation(path, text)])
 
 
 def inherit(spec: TrainingSpec, parent: TrainingSpec) -> TrainingSpec:

@@ -15,7 +15,7 @@ from lathe.common.errors import (
 )
 from lathe.jobs.model import AdapterObject, Job, JobState, Outcome
 from lathe.jobs.ports import Audit, AuditState, DatasetState, FileFinding, Quota, ResolvedModel
-from lathe.jobs.training import TrainingSpec
+from lathe.jobs.training import Method, TrainingSpec
 from tests.fakes.jobs import BASE, World
 
 
@@ -49,6 +49,13 @@ async def test_a_new_job_is_validated_and_queued(world: World) -> None:
             "job.method.supervised.lora.target_modules",
         ),
         ({"model": "frozen"}, InvalidArgument, "job.model"),
+        ({"training": "file-pairs"}, InvalidArgument, "job.training_dataset"),
+        ({"spec": TrainingSpec(method=Method.DPO)}, InvalidArgument, "job.training_dataset"),
+        (
+            {"training": "file-pairs", "spec": TrainingSpec(method=Method.ORPO), "validation": "file-1"},
+            InvalidArgument,
+            "job.validation_dataset",
+        ),
     ],
 )
 async def test_what_cannot_be_used_is_named(
@@ -59,6 +66,8 @@ async def test_what_cannot_be_used_is_named(
     world.datasets.add("file-gone", state=DatasetState.DELETING)
     world.datasets.add("file-evals")
     world.datasets.infos["file-evals"] = replace(world.datasets.infos["file-evals"], purpose="evals")
+    world.datasets.add("file-pairs", format_="preference")
+    world.datasets.add("file-1", format_="chat")
     world.models.models["frozen"] = ResolvedModel(BASE, False, "it has no chat template")
     with pytest.raises(error) as raised:
         await world.create(**fields)

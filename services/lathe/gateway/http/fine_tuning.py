@@ -9,14 +9,8 @@ from starlette.responses import JSONResponse, Response
 from lathe.common.errors import Unimplemented
 from lathe.common.names import JOB, PROJECT
 from lathe.gateway.http.errors import cursor_errors, door_words, invalid
-from lathe.gateway.http.fine_tuning_json import (
-    JobBody,
-    checkpoint_json,
-    event_json,
-    job_fields,
-    job_json,
-    job_request,
-)
+from lathe.gateway.http.fine_tuning_body import FIELDS, JobBody, job_fields, job_request
+from lathe.gateway.http.fine_tuning_json import checkpoint_json, event_json, job_json
 from lathe.gateway.http.idempotency import Creates, is_retry
 from lathe.gateway.http.requests import (
     GatewayDep,
@@ -104,6 +98,34 @@ async def cancel(request: Request, gateway: GatewayDep, principal: PrincipalDep)
         gateway.peers.jobs.CancelJob, pb.CancelJobRequest(name=name), principal=principal
     )
     return JSONResponse(job_json(job))
+
+
+@router.get(PATH + "/{job_id}/receipt")
+async def receipt(request: Request, gateway: GatewayDep, principal: PrincipalDep) -> Response:
+    """Lathe's own: what the job was made from and computed with, as it was written."""
+    name = resource(JOB, principal.project, path_id(request, "job_id"), "job")
+    found = await gateway.peers.call(
+        gateway.peers.jobs.GetJobReceipt, pb.GetJobReceiptRequest(name=name), principal=principal
+    )
+    return Response(found.document, media_type="application/json")
+
+
+@router.post(PATH + "/{job_id}/rerun")
+async def rerun(request: Request, gateway: GatewayDep, principal: PrincipalDep) -> Response:
+    """Lathe's own: a new job from the receipt of this one. The body is not read."""
+    name = resource(JOB, principal.project, path_id(request, "job_id"), "job")
+
+    async def work(request_id: str) -> bytes:
+        wanted = pb.RerunJobRequest(name=name, request_id=request_id)
+        with door_words(FIELDS):
+            job = await gateway.peers.call(
+                gateway.peers.jobs.RerunJob, wanted, principal=principal, timeout=_CREATE_TIMEOUT_S
+            )
+        return json.dumps(job_json(job)).encode()
+
+    path = f"{PATH}/{{job_id}}/rerun"
+    creates = Creates(gateway.idempotency, gateway.clock, principal, path, is_retry(request.headers))
+    return Response(await creates.once(json_digest(name), work), media_type="application/json")
 
 
 @router.post(PATH + "/{job_id}/pause")

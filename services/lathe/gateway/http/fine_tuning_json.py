@@ -1,136 +1,10 @@
-"""Fine-tuning jobs: OpenAI's JSON to proto and back. Pure."""
+"""Fine-tuning jobs: proto to OpenAI's JSON. Pure."""
 
-from typing import Annotated, Any, Literal
+from google.protobuf.message import Message
 
-from pydantic import BeforeValidator, Field
-
-from lathe.common.names import DATASET, PROJECT, last_id
+from lathe.common.names import last_id
 from lathe.gateway.http.answers import Json, stamp
-from lathe.gateway.http.errors import invalid, unsupported
-from lathe.gateway.http.requests import Model
 from lathe.v1 import jobs_pb2 as pb
-
-
-def _auto(value: object) -> object:
-    return None if value == "auto" else value
-
-
-Epochs = Annotated[Annotated[int, Field(ge=1, le=50)] | None, BeforeValidator(_auto)]
-BatchSize = Annotated[Annotated[int, Field(ge=1, le=256)] | None, BeforeValidator(_auto)]
-Multiplier = Annotated[Annotated[float, Field(gt=0)] | None, BeforeValidator(_auto)]
-
-
-class Hyperparameters(Model):
-    """ "auto", null and absent mean the same."""
-
-    n_epochs: Epochs = None
-    batch_size: BatchSize = None
-    learning_rate_multiplier: Multiplier = None
-
-
-class Lora(Model):
-    """Lathe's own: PEFT's LoraConfig."""
-
-    r: Annotated[int, Field(ge=1, le=256)] | None = None
-    lora_alpha: Annotated[float, Field(gt=0)] | None = None
-    target_modules: list[str] | None = None
-
-
-class Supervised(Model):
-    hyperparameters: Hyperparameters | None = None
-    lora: Lora | None = None
-
-
-class Method(Model):
-    type: Literal["supervised", "dpo", "reinforcement"]
-    supervised: Supervised | None = None
-    dpo: Any = None
-    reinforcement: Any = None
-
-
-class JobBody(Model):
-    """POST /v1/fine_tuning/jobs"""
-
-    model: str
-    training_file: str
-    validation_file: str | None = None
-    hyperparameters: Hyperparameters | None = None
-    method: Method | None = None
-    suffix: Annotated[str, Field(min_length=1, max_length=64)] | None = None
-    seed: Annotated[int, Field(ge=0, le=2147483647)] | None = None
-    metadata: dict[str, str] | None = None
-    integrations: list[Any] | None = None
-
-
-def job_fields(body: JobBody) -> tuple[tuple[str, str], ...]:
-    """gRPC's fields by the names that this request used, for errors."""
-    supervised = "job.method.supervised"
-    given = "hyperparameters" if body.hyperparameters is not None else "method.supervised.hyperparameters"
-    return (
-        (f"{supervised}.hyperparameters", given),
-        (f"{supervised}.lora", "method.supervised.lora"),
-        ("job.training_dataset", "training_file"),
-        ("job.validation_dataset", "validation_file"),
-        *((f"job.{name}", name) for name in ("model", "suffix", "seed", "metadata", "method")),
-    )
-
-
-def job_request(body: JobBody, project: str, request_id: str) -> pb.CreateJobRequest:
-    """Raises Unimplemented for what Lathe does not offer, InvalidArgument for what contradicts itself."""
-    _refuse_unsupported(body)
-    job = pb.Job(
-        model=body.model,
-        training_dataset=_dataset(project, body.training_file, "training_file"),
-        suffix=body.suffix or "",
-        seed=body.seed,
-        method=pb.Method(supervised=_supervised(body)),
-        metadata=body.metadata or {},
-    )
-    if body.validation_file is not None:
-        job.validation_dataset = _dataset(project, body.validation_file, "validation_file")
-    return pb.CreateJobRequest(parent=PROJECT.format(project), job=job, request_id=request_id)
-
-
-def _refuse_unsupported(body: JobBody) -> None:
-    if body.integrations:
-        raise unsupported("integrations", "integrations are not supported yet; leave them out.")
-    if body.method is None:
-        return
-    if body.method.type != "supervised":
-        message = f"method.type '{body.method.type}' is not supported yet; 'supervised' is."
-        raise unsupported("method.type", message)
-    for name in ("dpo", "reinforcement"):
-        if getattr(body.method, name) is not None:
-            raise invalid(f"method.{name}", f"method.{name} does not go with method.type 'supervised'.")
-
-
-def _supervised(body: JobBody) -> pb.SupervisedMethod:
-    given = body.method.supervised if body.method is not None else None
-    numbers = given.hyperparameters if given is not None else None
-    if numbers is not None and body.hyperparameters is not None:
-        raise invalid(
-            "hyperparameters",
-            "hyperparameters is deprecated: give method.supervised.hyperparameters alone.",
-        )
-    numbers = numbers or body.hyperparameters or Hyperparameters()
-    lora = (given.lora if given is not None else None) or Lora()
-    return pb.SupervisedMethod(
-        hyperparameters=pb.SupervisedHyperparameters(
-            n_epochs=numbers.n_epochs,
-            batch_size=numbers.batch_size,
-            learning_rate_multiplier=numbers.learning_rate_multiplier,
-        ),
-        lora=pb.LoraConfig(r=lora.r, lora_alpha=lora.lora_alpha, target_modules=lora.target_modules or []),
-    )
-
-
-def _dataset(project: str, file_id: str, field: str) -> str:
-    if not DATASET.matches(f"projects/{project}/datasets/{file_id}"):
-        raise invalid(field, f"Invalid value for '{field}': {file_id[:100]!r} is no file id.")
-    return DATASET.format(project, file_id)
-
-
-# --- answers ----------------------------------------------------------------------------------------------
 
 # OpenAI's clients wait for its own states; the exact one is in `lathe.state`.
 _STATUS = {
@@ -150,8 +24,9 @@ _STATUS = {
 
 def job_json(job: pb.Job) -> Json:
     """OpenAI's fine_tuning.job; `lathe` holds what OpenAI has no field for."""
-    hyperparameters = _hyperparameters(job.method.supervised.hyperparameters)
-    lora = job.method.supervised.lora
+    method = job.method.WhichOneof("method") or "supervised"
+    chosen = getattr(job.method, method)
+    hyperparameters = _auto_where_unset(chosen.hyperparameters)
     return {
         "id": last_id(job.name),
         "object": "fine_tuning.job",
@@ -166,11 +41,13 @@ def job_json(job: pb.Job) -> Json:
         "validation_file": last_id(job.validation_dataset) or None,
         "result_files": [last_id(name) for name in job.result_files],
         "trained_tokens": job.trained_tokens or None,
-        "hyperparameters": hyperparameters,
+        # As OpenAI has it: only supervised jobs show them here too.
+        "hyperparameters": hyperparameters if method == "supervised" else None,
         "method": {
-            "type": "supervised",
-            "supervised": {"hyperparameters": hyperparameters, "lora": _lora(lora)},
+            "type": method,
+            method: {"hyperparameters": hyperparameters, "lora": _null_where_unset(chosen.lora)},
         },
+        "training": _null_where_unset(job.training),
         "seed": job.seed,
         "integrations": [],
         "metadata": dict(job.metadata),
@@ -186,25 +63,34 @@ def job_json(job: pb.Job) -> Json:
             "total_steps": job.total_steps,
             "attempt_count": job.attempt_count,
             "lost_lease_count": job.lost_lease_count,
+            "parent_model": job.parent_model or None,
+            "rerun_of": last_id(job.rerun_of) or None,
+            "comparison": _comparison(job.comparison) if job.HasField("comparison") else None,
         },
     }
 
 
-def _hyperparameters(given: pb.SupervisedHyperparameters) -> Json:
-    return {
-        "n_epochs": given.n_epochs if given.HasField("n_epochs") else "auto",
-        "batch_size": given.batch_size if given.HasField("batch_size") else "auto",
-        "learning_rate_multiplier": (
-            given.learning_rate_multiplier if given.HasField("learning_rate_multiplier") else "auto"
-        ),
-    }
+def _auto_where_unset(given: Message) -> Json:
+    return {name: "auto" if value is None else value for name, value in _null_where_unset(given).items()}
 
 
-def _lora(given: pb.LoraConfig) -> Json:
+def _null_where_unset(given: Message) -> Json:
+    found: Json = {}
+    for field in given.DESCRIPTOR.fields:
+        value = getattr(given, field.name)
+        if field.is_repeated:
+            found[field.name] = list(value) or None
+        else:
+            found[field.name] = value if given.HasField(field.name) else None
+    return found
+
+
+def _comparison(given: pb.WeightComparison) -> Json:
     return {
-        "r": given.r if given.HasField("r") else None,
-        "lora_alpha": given.lora_alpha if given.HasField("lora_alpha") else None,
-        "target_modules": list(given.target_modules) or None,
+        "bit_identical": given.bit_identical,
+        "largest_difference": given.largest_difference,
+        "tensor": given.tensor or None,
+        "not_compared_reason": given.not_compared_reason or None,
     }
 
 
@@ -216,9 +102,9 @@ _LEVELS = {pb.EVENT_LEVEL_WARN: "warn", pb.EVENT_LEVEL_ERROR: "error"}
 
 
 def event_json(event: pb.JobEvent) -> Json:
-    """fine_tuning.job.event; metrics are its `data`."""
+    """fine_tuning.job.event; metrics, or the parts of a sentence, are its `data`."""
     is_metrics = event.type == pb.EVENT_TYPE_METRICS
-    data: Json = {}
+    data: Json = {"kind": event.kind, **event.data} if event.kind else {}
     if is_metrics:
         metrics = event.metrics
         data = {
@@ -229,6 +115,7 @@ def event_json(event: pb.JobEvent) -> Json:
             "tokens_per_second": metrics.tokens_per_second,
             "trained_tokens": metrics.trained_tokens,
             "epoch": metrics.epoch,
+            **metrics.figures,
         }
     return {
         "id": event.event_id,

@@ -11,6 +11,11 @@ FEATURES = (
     "chat.completions",
     "files",
     "fine_tuning.jobs",
+    "fine_tuning.jobs.dpo",
+    "fine_tuning.jobs.kto",
+    "fine_tuning.jobs.orpo",
+    "fine_tuning.jobs.receipt",
+    "fine_tuning.jobs.rerun",
     "fine_tuning.jobs.supervised",
     "models",
 )

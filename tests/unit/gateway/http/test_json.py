@@ -16,7 +16,8 @@ from lathe.gateway.http.chat_json import ChatBody, chat_request, chunks_json, co
 from lathe.gateway.http.files import base64_of
 from lathe.gateway.http.files_json import disposition, file_json
 from lathe.gateway.http.fine_tuning import metadata_filter
-from lathe.gateway.http.fine_tuning_json import JobBody, event_json, job_fields, job_json, job_request
+from lathe.gateway.http.fine_tuning_body import JobBody, job_fields, job_request
+from lathe.gateway.http.fine_tuning_json import event_json, job_json
 from lathe.gateway.http.requests import json_digest, list_body, parse_json, routing_path, validated
 from lathe.gateway.model import (
     ChatChoice,
@@ -237,6 +238,62 @@ def test_hyperparameters_of_both_kinds() -> None:
     assert (prefix, "method.supervised.hyperparameters") in job_fields(validated(JobBody, JOB))
 
 
+def test_preference_methods() -> None:
+    numbers = {"beta": 0.2, "n_epochs": "auto", "batch_size": 4}
+    dpo = job(method={"type": "dpo", "dpo": {"hyperparameters": numbers}}).job.method.dpo
+    assert (dpo.hyperparameters.beta, dpo.hyperparameters.batch_size) == (0.2, 4)
+    assert not dpo.hyperparameters.HasField("n_epochs")
+    assert job(method={"type": "dpo"}).job.method.WhichOneof("method") == "dpo"
+    orpo = {"type": "orpo", "orpo": {"hyperparameters": {"beta": "auto"}, "lora": {"use_dora": True, "r": 4}}}
+    given = job(method=orpo).job.method.orpo
+    assert given.lora == jobs_pb2.LoraConfig(r=4, use_dora=True) and not given.hyperparameters.HasField(
+        "beta"
+    )
+    kto = {"type": "kto", "kto": {"hyperparameters": {"desirable_weight": 1.5}}}
+    assert job(method=kto).job.method.kto.hyperparameters.desirable_weight == 1.5
+    options = job(training={"schedule": "linear", "eval_every": 5, "full_parameter": None}).job.training
+    assert options == jobs_pb2.TrainingOptions(schedule="linear", eval_every=5)
+
+
+def test_preference_refusals() -> None:
+    def dpo(**numbers: object) -> dict[str, object]:
+        return {"type": "dpo", "dpo": {"hyperparameters": numbers}}
+
+    assert wrong(job, method=dpo(beta=2.5)) == "method.dpo.hyperparameters.beta"
+    assert wrong(job, method=dpo(loss_type="hinge")) == "method.dpo.hyperparameters.loss_type"
+    assert wrong(job, method=dpo(desirable_weight=1.0)) == "method.dpo.hyperparameters.desirable_weight"
+    assert wrong(job, method={"type": "dpo", "supervised": {}}) == "method.supervised"
+    assert wrong(job, method={"type": "dpo"}, hyperparameters={}) == "hyperparameters"
+    assert wrong(job, method={"type": "kto", "kto": {"hyperparameters": {"batch_size": 1}}}) == (
+        "method.kto.hyperparameters.batch_size"
+    )
+    assert wrong(job, training={"sample_prompts": 9}) == "training.sample_prompts"
+    assert wrong(job, training={"optimizer": "lion"}) == "training.optimizer"
+    renamed = dict(job_fields(validated(JobBody, JOB)))
+    assert (renamed["job.training_dataset"], renamed["job.training"]) == ("training_file", "training")
+
+
+def test_a_preference_job() -> None:
+    numbers = jobs_pb2.DpoHyperparameters(n_epochs=2, beta=0.5)
+    message = jobs_pb2.Job(
+        name="projects/acme/jobs/ftjob-2",
+        method=jobs_pb2.Method(dpo=jobs_pb2.DpoMethod(hyperparameters=numbers)),
+        training=jobs_pb2.TrainingOptions(schedule="constant"),
+        parent_model="ft:tiny:acme::1",
+        rerun_of="projects/acme/jobs/ftjob-1",
+        comparison=jobs_pb2.WeightComparison(largest_difference=1e-6, tensor="w"),
+    )
+    body = job_json(message)
+    assert body["hyperparameters"] is None
+    found = body["method"]["dpo"]["hyperparameters"]
+    assert (body["method"]["type"], found["beta"], found["batch_size"]) == ("dpo", 0.5, "auto")
+    assert (body["training"]["schedule"], body["training"]["eval_every"]) == ("constant", None)
+    assert (body["lathe"]["parent_model"], body["lathe"]["rerun_of"]) == ("ft:tiny:acme::1", "ftjob-1")
+    assert body["lathe"]["comparison"]["largest_difference"] == 1e-6
+    note = jobs_pb2.JobEvent(event_id="e", message="m", kind="generation", data={"prompt": "p"})
+    assert event_json(note)["data"] == {"kind": "generation", "prompt": "p"}
+
+
 def test_job_refusals() -> None:
     assert wrong(job, hyperparameters={"n_epochs": 0}) == "hyperparameters.n_epochs"
     assert wrong(job, hyperparameters={"n_epochs": 2.5}) == "hyperparameters.n_epochs"
@@ -247,6 +304,7 @@ def test_job_refusals() -> None:
     assert wrong(job, method={"type": "reinforcement", "reinforcement": {}}) == "method.type"
     assert wrong(job, method={"type": "sft"}) == "method.type"
     assert wrong(job, method={"type": "supervised", "dpo": {}}) == "method.dpo"
+    assert wrong(job, method={"type": "dpo", "reinforcement": {}}) == "method.reinforcement"
     assert wrong(job, integrations=[{"type": "wandb"}]) == "integrations"
     assert wrong(job, training_file="a/b") == "training_file"
     assert wrong(job, metadata={"a": 1}) == "metadata.a"
