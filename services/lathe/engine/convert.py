@@ -48,9 +48,10 @@ from lathe.engine.sources import (
     sha256_file,
     unpack_model,
 )
+from lathe.text.families import describe
 
 # Part of every cache key: raise it whenever the files that a conversion writes would differ.
-CONVERTER_VERSION = "1"
+CONVERTER_VERSION = "2"
 
 _COPIED = (
     "generation_config.json",
@@ -136,6 +137,7 @@ def from_gguf(file: Path, out: Path) -> ImportedModel:
     with tempfile.TemporaryDirectory(prefix="lathe-gguf-") as temporary:
         folder = Path(temporary) / "model"
         _dequantise(file, folder)
+        _complete_config(file, folder)
         (folder / "chat_template.jinja").write_text(facts["chat_template"], encoding="utf-8", newline="\n")
         for name in legal_files(file.parent):
             shutil.copyfile(file.parent / name, folder / name)
@@ -290,6 +292,28 @@ def _dequantise(file: Path, folder: Path) -> None:
     for name in ("config.json", "generation_config.json"):
         content = read_json(folder, name)
         write_json(folder / name, {key: v for key, v in content.items() if key != "transformers_version"})
+
+
+def _complete_config(file: Path, folder: Path) -> None:
+    """Puts what transformers' loader left out into config.json; refuses what Lathe cannot tune at all."""
+    from gguf import GGUFReader
+
+    from lathe.engine.gguf_config import FREQUENCY_TENSORS, completed_config
+
+    reader, config = GGUFReader(file), read_json(folder, "config.json")
+    prefix = f"{reader.fields['general.architecture'].contents()}."
+    fields = {
+        name.removeprefix(prefix): field.contents()
+        for name, field in reader.fields.items()
+        if name.startswith((prefix + "rope.", prefix + "attention.sliding_window"))
+    }
+    divisors = {
+        tensor.name: tensor.data.tolist() for tensor in reader.tensors if tensor.name in FREQUENCY_TENSORS
+    }
+    config = completed_config(config, fields, divisors)
+    if (reason := describe(config).reason) != "":
+        raise InvalidArgument(f"{file.name} cannot be imported: {reason}")
+    write_json(folder / "config.json", config)
 
 
 @contextmanager
