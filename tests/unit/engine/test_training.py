@@ -111,7 +111,7 @@ def test_nobody_waits_longer_than_it_takes_the_oldest_to_be_ahead(tokens: list[i
         for index in range(len(tokens)):
             consumed[index] += tokens[index] if index in chosen else 0
             waited[index] = 0 if index in chosen else waited[index] + 1
-        assert max(waited) <= (room + sum(tokens)) // min(tokens) + len(tokens)
+        assert max(waited) <= len(tokens) * ((room + 2 * max(tokens)) // min(tokens) + 1)
 
 
 def test_the_oldest_is_in_every_pass_and_others_join_by_share() -> None:
