@@ -16,9 +16,10 @@ import torch
 
 from lathe.engine.base import Decoder
 from lathe.engine.batch import CrossEntropy, TrainRow, TrainSlice, trained_tokens
-from lathe.engine.engine import Engine, SequenceState
+from lathe.engine.engine import Engine
 from lathe.engine.lora_config import LoraSpec
 from lathe.engine.sampling import SamplingParams
+from lathe.engine.sequences import SequenceState
 from lathe.text.families import describe
 from tests.fixtures.tiny_families import TINY, build_tiny
 

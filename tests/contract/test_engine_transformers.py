@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from lathe.engine.batch import CrossEntropy, TrainRow, TrainSlice, trained_tokens
-from lathe.engine.engine import Engine, SequenceState
+from lathe.engine.engine import Engine
 from lathe.engine.lora_config import LoraSpec
 from lathe.engine.sampling import SamplingParams
+from lathe.engine.sequences import SequenceState
 from tests.fixtures.tiny_llama import build_tiny_llama
 
 LLAMA3 = {

@@ -9,6 +9,7 @@ import pytest
 from lathe.common.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound
 from lathe.engine.batch import CrossEntropy, TrainRow, TrainSlice
 from lathe.engine.engine import Engine
+from lathe.engine.full import FullSpec
 from lathe.engine.lora_config import LoraSpec
 from lathe.engine.sampling import SamplingParams
 from tests.fakes.engine import FakeEngine
@@ -140,3 +141,36 @@ def test_what_cannot_be_sampled(engine: FakeEngine | Engine, tmp_path: Path) -> 
     engine.close_sequence(state)
     engine.drop_adapter("a")
     assert engine.memory().base_bytes > 0
+
+
+def test_a_whole_model_is_trained_saved_and_gone_on_with(engine: FakeEngine | Engine, tmp_path: Path) -> None:
+    engine.create_adapter("whole", FullSpec(), seed=1)
+    engine.create_adapter("lora", LoraSpec(r=4), seed=1)
+    assert (engine.joins("whole"), engine.joins("lora")) == (False, True)
+    _train(engine, "whole", range(2))
+    with pytest.raises(InvalidArgument):
+        engine.forward_backward([_slice("whole", 1), _slice("lora", 1)])
+    names = engine.save("whole", tmp_path / "half", with_optimizer=True, base_model="baseModels/tiny")
+    assert names == ("config.json", "model.safetensors", "optimizer.safetensors")
+    assert engine.restore("again", tmp_path / "half") == 2
+    for key in ("whole", "again"):
+        engine.zero_grad(key)
+        _train(engine, key, range(2, 4))
+        engine.save(key, tmp_path / key, with_optimizer=False, base_model="baseModels/tiny")
+    weights = [(tmp_path / key / "model.safetensors").read_bytes() for key in ("whole", "again")]
+    assert weights[0] == weights[1]
+    engine.load_adapter("served", tmp_path / "whole")
+    with pytest.raises(FailedPrecondition):
+        engine.forward_backward([_slice("served", 1)])
+
+
+def test_another_job_goes_on_from_a_tuned_model(engine: FakeEngine | Engine, tmp_path: Path) -> None:
+    engine.create_adapter("first", LoraSpec(r=4), seed=1)
+    _train(engine, "first", range(2))
+    engine.save("first", tmp_path / "first", with_optimizer=True)
+    engine.continue_adapter("second", tmp_path / "first", seed=2)
+    engine.save("second", tmp_path / "second", with_optimizer=True)
+    same = "adapter_model.safetensors"
+    assert (tmp_path / "second" / same).read_bytes() == (tmp_path / "first" / same).read_bytes()
+    engine.drop_adapter("second")
+    assert engine.restore("second", tmp_path / "second") == 0  # its optimiser is a fresh one

@@ -15,13 +15,17 @@ import torch
 
 from lathe.common.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound
 from lathe.engine.batch import CrossEntropy, RowScore, SliceResult, TrainRow, TrainSlice, trained_tokens
-from lathe.engine.engine import EngineMemory, StepOutput
+from lathe.engine.engine import EngineMemory
+from lathe.engine.full import FullSpec
 from lathe.engine.lora_config import ALL_LINEAR, LoraSpec
 from lathe.engine.sampling import Sampled, SamplingParams
+from lathe.engine.sequences import StepOutput
 from lathe.text.architectures import LINEAR_MODULES
 
 CONTEXT = 64
 VOCABULARY = 512
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+FULL_FILES = ("config.json", "model.safetensors")
 
 
 @dataclass(eq=False)
@@ -65,11 +69,21 @@ class FakeEngine:
         self.open: list[FakeSequence] = []
         self.context_length = CONTEXT
 
-    def create_adapter(self, key: str, config: LoraSpec, seed: int) -> None:
+    def create_adapter(self, key: str, config: LoraSpec | FullSpec, seed: int) -> None:
         self._new(key)
+        if isinstance(config, FullSpec):
+            self._adapters[key] = _Adapter({"full": True}, _hash("full", seed), trainable=True)
+            return
         if unknown := set(config.target_modules) - {ALL_LINEAR, *LINEAR_MODULES, "embed_tokens", "lm_head"}:
             raise InvalidArgument(f"target_modules: {sorted(unknown)} are not in this model.")
         self._adapters[key] = _Adapter(config.to_config(), _hash("new", seed, config.r), trainable=True)
+
+    def continue_adapter(self, key: str, folder: Path, seed: int) -> None:
+        self._new(key)
+        self._adapters[key] = self._read(folder, trainable=True)
+
+    def joins(self, key: str) -> bool:
+        return "full" not in self._adapter(key).config
 
     def load_adapter(self, key: str, folder: Path) -> None:
         self._new(key)
@@ -88,6 +102,8 @@ class FakeEngine:
         if self._before is not None:
             self._before(pieces)
         self.calls.append("train " + " ".join(piece.key for piece in pieces))
+        if len({adapter.config.get("full") for adapter in adapters}) > 1:
+            raise InvalidArgument("the slices of a whole model go through a pass by themselves.")
         for adapter, piece in zip(adapters, pieces, strict=True):
             objective = piece.objective
             scale = (
@@ -120,9 +136,9 @@ class FakeEngine:
         adapter = self._adapter(key)
         folder.mkdir(parents=True, exist_ok=True)
         config = adapter.config | {"base_model_name_or_path": base_model}
-        (folder / "adapter_config.json").write_text(json.dumps(config, sort_keys=True))
-        (folder / "adapter_model.safetensors").write_text(adapter.state)
-        names = ("adapter_config.json", "adapter_model.safetensors")
+        names = FULL_FILES if "full" in adapter.config else ADAPTER_FILES
+        (folder / names[0]).write_text(json.dumps(config, sort_keys=True))
+        (folder / names[1]).write_text(adapter.state)
         if not with_optimizer:
             return names
         (folder / "optimizer.safetensors").write_text(str(adapter.steps))
@@ -198,10 +214,11 @@ class FakeEngine:
         return SliceResult(sum(losses), tokens, tokens // 2, piece.input_tokens, loss, figures, tuple(losses))
 
     def _read(self, folder: Path, *, trainable: bool) -> _Adapter:
-        path = folder / "adapter_model.safetensors"
+        names = FULL_FILES if (folder / FULL_FILES[0]).exists() else ADAPTER_FILES
+        path = folder / names[1]
         if not path.is_file():
-            raise InvalidArgument("the adapter has no adapter_model.safetensors.")
-        config = json.loads((folder / "adapter_config.json").read_text())
+            raise InvalidArgument(f"the adapter has no {names[1]}.")
+        config = json.loads((folder / names[0]).read_text())
         return _Adapter(config, path.read_text(), trainable)
 
     def _new(self, key: str) -> None:

@@ -25,7 +25,7 @@ from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
 from lathe.common.errors import InvalidArgument
-from lathe.engine.frozen import FrozenLinear
+from lathe.engine.frozen import Frozen
 from lathe.engine.lora_config import CONFIG_FILE, LoraSpec
 from lathe.engine.lora_layout import EMBEDDING, HEAD, PREFIX, GroupKey, Site, lay_out, resolve
 from lathe.engine.untyped import as_tensor
@@ -39,7 +39,7 @@ class BaseWeights(Protocol):
     @property
     def embeddings(self) -> Tensor: ...
 
-    def linear(self, key: GroupKey) -> FrozenLinear: ...
+    def linear(self, key: GroupKey) -> Frozen: ...
 
 
 @dataclass(slots=True)
@@ -74,16 +74,15 @@ class LoraGroup:
 
 
 class Adapter:
-    """The tensors of one adapter. Caches key on `serial` (set by the bank, never used twice) and `version`, which
-    grows whenever the compute copy changes. `seed` and `steps` (optimiser steps taken) choose dropout's masks."""
+    """The tensors of one adapter. `version` grows whenever the compute copy changes; `seed` and `steps` (optimiser
+    steps taken) choose dropout's masks."""
 
     def __init__(
         self, spec: LoraSpec, everywhere: Sequence[Site], base: BaseWeights, *, trainable: bool
     ) -> None:
         """Raises InvalidArgument for a module that the base has not."""
         self.spec = resolve(spec, everywhere)
-        self.serial = self.version = 0
-        self.seed = self.steps = 0
+        self.version = self.seed = self.steps = 0
         self._base = base
         self._parts = lay_out(self.spec, everywhere)
         device, dtype = base.embeddings.device, base.embeddings.dtype

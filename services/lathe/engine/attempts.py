@@ -41,7 +41,7 @@ from lathe.engine.checkpoints import (
 )
 from lathe.engine.loop import ModelLoop
 from lathe.engine.model import (
-    ADAPTER_WEIGHTS,
+    WEIGHTS_FILES,
     AdapterRef,
     Attempt,
     AttemptError,
@@ -356,7 +356,7 @@ class AttemptRunner:
             self._settings.environment,
             halvings=tuple(sorted(snapshot.halvings.items())),
             weights_sha256=next(
-                (entry.sha256 for entry in manifest.files if entry.path == ADAPTER_WEIGHTS), ""
+                (entry.sha256 for entry in manifest.files if entry.path in WEIGHTS_FILES), ""
             ),
             comparison=await self._comparison(snapshot.folder),
         )

@@ -79,16 +79,11 @@ class AdapterBank:
         self._everywhere, self._base = tuple(everywhere), base
         self._device, self._dtype = base.embeddings.device, base.embeddings.dtype
         self._slots: dict[int, Adapter] = {}
-        self._made = 0
         self._mixed_key: tuple[tuple[int, int], ...] = ()
         self._mixed = _SideBySide({}, [])
 
     def __getitem__(self, slot: int) -> Adapter:
         return self._slots[slot]
-
-    @property
-    def nbytes(self) -> int:
-        return sum(adapter.nbytes for adapter in self._slots.values())
 
     def new_trainable(self, slot: int, spec: LoraSpec, seed: int) -> Adapter:
         """A fresh adapter (see Adapter.initialise) in a free slot. Raises InvalidArgument."""
@@ -156,8 +151,6 @@ class AdapterBank:
         return runs
 
     def _put(self, slot: int, adapter: Adapter) -> Adapter:
-        self._made += 1
-        adapter.serial = self._made
         self._slots[slot] = adapter
         return adapter
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from lathe.engine.activations import activate
 from lathe.engine.attention import Attention, CachedAttention, CachedSpan, RowAttention
 from lathe.engine.bank import AdapterBank, LoraPass
-from lathe.engine.frozen import Frozen, FrozenLinear
+from lathe.engine.frozen import Frozen
 from lathe.engine.kv import KVCache
 from lathe.engine.lora import Head, embed, linear
 from lathe.engine.lora_layout import HEAD, GroupKey
@@ -57,10 +57,13 @@ class LayerWeights:
 
 @dataclass(slots=True)
 class Weights:
+    """embeddings_gradient: where their gradient is added, when they are trained (see full.py)."""
+
     embeddings: Tensor  # [vocab, hidden]
     layers: list[LayerWeights]
     final_norm: Norm
-    head: FrozenLinear
+    head: Frozen
+    embeddings_gradient: Tensor | None = None
 
     @property
     def nbytes(self) -> int:
@@ -68,12 +71,11 @@ class Weights:
         norms = self.final_norm.nbytes + sum(w.norms.nbytes for w in self.layers)
         return self.embeddings.nbytes + norms + sum(part.nbytes for part in (*linears, self.head))
 
-    def linear(self, key: GroupKey) -> FrozenLinear:
+    def linear(self, key: GroupKey) -> Frozen:
         """A fused linear by (layer, name), or the head."""
         if key == HEAD:
             return self.head
-        found = getattr(self.layers[key[0]], key[1])
-        assert isinstance(found, FrozenLinear)
+        found: Frozen = getattr(self.layers[key[0]], key[1])
         return found
 
 
@@ -140,7 +142,7 @@ class Decoder:
         return self.head(lora).forward(hidden).float()
 
     def _embed(self, tokens: Tensor, lora: LoraPass) -> Tensor:
-        h = embed(tokens, self.weights.embeddings, lora)
+        h = embed(tokens, self.weights.embeddings, lora, self.weights.embeddings_gradient)
         return h if self._embedding_scale == 1 else h * self._embedding_scale
 
     def _normalise_heads(self, qkv: Tensor, norms: LayerNorms) -> Tensor:

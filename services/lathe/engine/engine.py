@@ -1,10 +1,10 @@
-"""The engine's verbs on one frozen base and many adapters. Synchronous; called from one thread."""
+"""The engine's verbs on one frozen base, many adapters and whole copies. Synchronous; called from one thread."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -24,12 +24,14 @@ from lathe.engine.adapters import Adapter
 from lathe.engine.bank import AdapterBank
 from lathe.engine.base import Decoder
 from lathe.engine.batch import CrossEntropy, RowScore, SliceResult, TrainRow, TrainSlice, trained_tokens
+from lathe.engine.full import FullModel, FullSpec, ServedModel, check_same_architecture, is_full
 from lathe.engine.kv import KVCache, common_prefix
 from lathe.engine.lora_config import LoraSpec
 from lathe.engine.losses import token_logprobs
 from lathe.engine.optim import AdamW
 from lathe.engine.passes import check_rows, pack, rows_pass, run_slices
-from lathe.engine.sampling import Sampled, Sampler, SamplingParams, sample_batch
+from lathe.engine.sampling import Sampler, SamplingParams, sample_batch
+from lathe.engine.sequences import SequenceState, StepOutput, emit, slot_of
 from lathe.engine.weights import choose_dtype, load_weights, read_spec
 
 OPTIMIZER_FILE = "optimizer.safetensors"
@@ -51,50 +53,15 @@ class EngineMemory:
     kv_budget_bytes: int
 
 
-@dataclass(eq=False)
-class SequenceState:
-    """One sequence being sampled. `finished`: None, "stop" (a stop id, last of `tokens`) or "length"."""
-
-    key: str
-    prompt: tuple[int, ...]
-    sampler: Sampler
-    limit: int
-    tokens: list[int] = field(default_factory=list)
-    finished: str | None = None
-    cached_tokens: int = 0
-    kv_slot: int | None = None
-    done: int = 0  # tokens whose keys and values are in the slot
-    closed: bool = False
-
-    @property
-    def prompt_tokens(self) -> int:
-        return len(self.prompt)
-
-    @property
-    def total(self) -> int:
-        return len(self.prompt) + len(self.tokens)
-
-    def pending(self) -> list[int]:
-        """Tokens to be put through the model, the newest sampled one included."""
-        return self.all_tokens()[self.done :]
-
-    def all_tokens(self) -> list[int]:
-        return [*self.prompt, *self.tokens]
-
-
-@dataclass(frozen=True, slots=True)
-class StepOutput:
-    """A token for one sequence; `state.finished` tells whether it was the last."""
-
-    state: SequenceState
-    sampled: Sampled
-
-
 @dataclass(slots=True)
 class _Held:
+    """What a key stands for. A whole model has a decoder of its own and no slot (-1) in the bank."""
+
     slot: int
-    adapter: Adapter
+    adapter: Adapter | FullModel | ServedModel
+    decoder: Decoder
     optimizer: AdamW | None
+    serial: int
     users: int = 0
     begun: bool = False  # the gradients hold some slices of a step
 
@@ -103,14 +70,22 @@ class Engine:
     """One base, its adapters by key ("" is the base itself), their optimisers, and the sequences being sampled."""
 
     def __init__(
-        self, decoder: Decoder, *, kv_budget_bytes: int = 1 << 30, context_length: int | None = None
+        self,
+        decoder: Decoder,
+        *,
+        kv_budget_bytes: int = 1 << 30,
+        context_length: int | None = None,
+        folder: Path | None = None,
     ) -> None:
+        """folder: the base's own Hugging Face folder, from which a full-parameter training starts."""
         spec = decoder.spec
+        self._folder = folder
         self.decoder, self.spec = decoder, spec
         self.device, self.dtype = decoder.device, decoder.dtype
         self.context_length = min(context_length or spec.context_length, spec.context_length)
         self._bank = AdapterBank(spec.sites(), decoder.weights)
         self._held: dict[str, _Held] = {}
+        self._made = 0
         self._kv_budget = kv_budget_bytes
         self._cache = KVCache(
             layers=spec.layers,
@@ -141,19 +116,46 @@ class Engine:
         weights = load_weights(
             folder, spec, device=place, dtype=choose_dtype(dtype, place), quantization=base_quantization
         )
-        return cls(Decoder(spec, weights), kv_budget_bytes=kv_budget_bytes, context_length=context_length)
+        return cls(
+            Decoder(spec, weights),
+            kv_budget_bytes=kv_budget_bytes,
+            context_length=context_length,
+            folder=folder,
+        )
 
     # Adapters
 
-    def create_adapter(self, key: str, config: LoraSpec, seed: int) -> None:
-        """A new trainable adapter; it may be sampled from at once. Raises AlreadyExists."""
+    def create_adapter(self, key: str, config: LoraSpec | FullSpec, seed: int) -> None:
+        """A new trainable adapter, or a whole copy of the base; it may be sampled from at once.
+
+        Raises AlreadyExists, InvalidArgument (a module that the base has not), FailedPrecondition (no files of the
+        base to copy).
+        """
         slot = self._new_slot(key)
-        self._hold(key, slot, self._bank.new_trainable(slot, config, seed))
+        if isinstance(config, LoraSpec):
+            self._hold_trainable(key, slot, self._bank.new_trainable(slot, config, seed))
+            return
+        if self._folder is None:
+            raise FailedPrecondition(
+                "this engine's base has no files to start a full-parameter training from."
+            )
+        self._hold_trainable(key, -1, self._full(self._folder))
+
+    def continue_adapter(self, key: str, folder: Path, seed: int) -> None:
+        """A new trainable adapter (or whole model) with the weights of a folder and a fresh optimiser.
+
+        Raises AlreadyExists, InvalidArgument.
+        """
+        self._load_trainable(key, folder).seed = seed
 
     def load_adapter(self, key: str, folder: Path) -> None:
-        """A frozen adapter from PEFT's files. Raises AlreadyExists, InvalidArgument."""
+        """A frozen adapter from PEFT's files, or a whole model. Raises AlreadyExists, InvalidArgument."""
         slot = self._new_slot(key)
-        self._held[key] = _Held(slot, self._bank.load(slot, folder), None)
+        if is_full(folder):
+            check_same_architecture(self.spec, folder)
+            self._hold(key, -1, ServedModel(self.spec, folder, dtype=self.dtype, device=self.device), None)
+        else:
+            self._hold(key, slot, self._bank.load(slot, folder), None)
 
     def drop_adapter(self, key: str) -> None:
         """Raises NotFound, or FailedPrecondition while a sequence uses it."""
@@ -163,11 +165,16 @@ class Engine:
                 f"adapter {key!r} is in use by {held.users} sequence(s); close them first."
             )
         self._forget(self._cache_key(key))
-        self._bank.remove(held.slot)
+        if held.slot >= 0:
+            self._bank.remove(held.slot)
         del self._held[key]
 
     def adapter_keys(self) -> tuple[str, ...]:
         return tuple(self._held)
+
+    def joins(self, key: str) -> bool:
+        """Whether its slices may share a pass with other adapters'. Raises NotFound."""
+        return self._decoder(key) is self.decoder
 
     # Training
 
@@ -177,9 +184,10 @@ class Engine:
 
         Raises NotFound, FailedPrecondition (adapter), InvalidArgument (rows). When a pass over several adapters fails
         in any way, their gradients are as they were before it; after a failed pass over one adapter call zero_grad.
+        The slices of a whole model go by themselves (see `joins`).
         """
         for piece in pieces:
-            self._optimizer(piece.key)
+            self._trainable(piece.key)
         held = {piece.key: self._adapter(piece.key) for piece in pieces}
         with _kept(list(held.values())) if len(held) > 1 else nullcontext():
             results = self._run(pieces, training=True)
@@ -204,13 +212,12 @@ class Engine:
 
         A norm that is not finite is answered and changes nothing else.
         """
-        optimizer = self._optimizer(key)
+        adapter, optimizer = self._trainable(key)
         stale = self._cache_key(key)
         norm = optimizer.step(lr, clip=clip, weight_decay=weight_decay)
-        held = self._adapter(key)
-        held.begun = False
-        held.adapter.steps = optimizer.steps
-        held.adapter.publish()
+        self._adapter(key).begun = False
+        adapter.steps = optimizer.steps
+        adapter.publish()
         self._forget(stale)
         return norm
 
@@ -218,8 +225,8 @@ class Engine:
         """Forgets the gradients of a step that will not be finished."""
         held = self._adapter(key)
         held.begun = False
-        if held.adapter.gradients is not None:
-            held.adapter.gradients.zero_()
+        if held.optimizer is not None:
+            held.optimizer.zero_grad()
 
     def logprobs(self, key: str, tokens: Sequence[int]) -> list[float]:
         """log p(tokens[i] | tokens[:i]) for i = 1 …, by the pass that training uses."""
@@ -229,31 +236,38 @@ class Engine:
             hidden = self._rows_pass(key, [tokens], training=False)
             targets = torch.tensor(list(tokens[1:]), device=self.device)
             lora = self._bank.plan_head([self._slot(key)], [len(targets)])
-            return token_logprobs(hidden[:-1], targets, self.decoder.head(lora))
+            return token_logprobs(hidden[:-1], targets, self._decoder(key).head(lora))
 
     def save(self, key: str, folder: Path, *, with_optimizer: bool, base_model: str = "") -> tuple[str, ...]:
-        """Writes PEFT's two files, and the optimiser's; equal numbers give equal bytes. Answers their names."""
+        """Writes PEFT's two files (or those of a whole model), and the optimiser's; equal numbers give equal bytes.
+
+        Answers their names. Raises NotFound, FailedPrecondition for a whole model that is only served.
+        """
         held = self._adapter(key)
+        if isinstance(held.adapter, ServedModel):
+            raise FailedPrecondition(
+                f"{key!r} was loaded for sampling only; its files are where it came from."
+            )
         folder.mkdir(parents=True, exist_ok=True)
         names = held.adapter.save(folder, base_model)
         if not with_optimizer:
             return names
-        seed = {SEED: torch.tensor([held.adapter.seed], dtype=torch.int64)}
-        (folder / OPTIMIZER_FILE).write_bytes(to_safetensors({**self._optimizer(key).state(), **seed}))
+        adapter, optimizer = self._trainable(key)
+        seed = {SEED: torch.tensor([adapter.seed], dtype=torch.int64)}
+        (folder / OPTIMIZER_FILE).write_bytes(to_safetensors({**optimizer.state(), **seed}))
         return (*names, OPTIMIZER_FILE)
 
     def restore(self, key: str, folder: Path) -> int:
-        """A trainable adapter as it was at save(with_optimizer=True); answers its optimiser's steps.
+        """A trainable adapter or whole model as it was at save(with_optimizer=True); answers its optimiser's steps.
 
         Raises AlreadyExists, InvalidArgument.
         """
-        slot = self._new_slot(key)
         try:
             state = load_file(str(folder / OPTIMIZER_FILE))
         except (OSError, SafetensorError) as error:
             raise InvalidArgument(f"{OPTIMIZER_FILE} cannot be read: {error}") from error
-        adapter = self._bank.load(slot, folder, trainable=True)
-        optimizer = self._hold(key, slot, adapter)
+        adapter = self._load_trainable(key, folder)
+        _, optimizer = self._trainable(key)
         try:
             optimizer.load_state(state)
         except InvalidArgument:
@@ -261,7 +275,7 @@ class Engine:
             raise
         adapter.steps = optimizer.steps
         if SEED in state:
-            adapter.seed = int(state[SEED][0])
+            adapter.seed = int(state[SEED])
         return optimizer.steps
 
     # Sampling
@@ -298,25 +312,17 @@ class Engine:
         if not chunks:
             return []
         chunks.sort(key=lambda chunk: self._slot(chunk[0].key))
+        decoders = dict.fromkeys(self._decoder(state.key) for state, _ in chunks)
+        outputs: list[StepOutput] = []
         with torch.inference_mode():
             try:
-                hidden = self._cached_pass(chunks)
+                for decoder in decoders:
+                    own = [chunk for chunk in chunks if self._decoder(chunk[0].key) is decoder]
+                    outputs += self._sampled_pass(decoder, own)
             except BaseException:
                 for state, _ in chunks:
-                    self._cache.truncate(_slot_of(state), state.done)
+                    self._cache.truncate(slot_of(state), state.done)
                 raise
-            ends, last = [], 0
-            for state, tokens in chunks:
-                last += len(tokens)
-                state.done += len(tokens)
-                if state.done == state.total:
-                    ends.append((state, last - 1))
-            if not ends:
-                return []
-            rows = hidden[torch.tensor([row for _, row in ends], device=self.device)]
-            lora = self._bank.plan_head([self._slot(state.key) for state, _ in ends], [1] * len(ends))
-            sampled = sample_batch(self.decoder.logits(rows, lora), [state.sampler for state, _ in ends])
-        outputs = [_emit(state, one) for (state, _), one in zip(ends, sampled, strict=True)]
         for out in outputs:
             if out.state.finished is not None:
                 self._release(out.state)
@@ -335,7 +341,7 @@ class Engine:
         optimizers = [held.optimizer.nbytes for held in self._held.values() if held.optimizer is not None]
         return EngineMemory(
             self.decoder.weights.nbytes,
-            self._bank.nbytes,
+            sum(held.adapter.nbytes for held in self._held.values()),
             sum(optimizers),
             self._cache.nbytes,
             self._kv_budget,
@@ -349,11 +355,14 @@ class Engine:
             raise NotFound(f"this engine holds no adapter {key!r}; load it first.")
         return held
 
-    def _optimizer(self, key: str) -> AdamW:
-        optimizer = self._adapter(key).optimizer
-        if optimizer is None:
+    def _trainable(self, key: str) -> tuple[Adapter | FullModel, AdamW]:
+        held = self._adapter(key)
+        if held.optimizer is None or isinstance(held.adapter, ServedModel):
             raise FailedPrecondition(f"adapter {key!r} was loaded for sampling only; restore it to train it.")
-        return optimizer
+        return held.adapter, held.optimizer
+
+    def _decoder(self, key: str) -> Decoder:
+        return self._adapter(key).decoder if key else self.decoder
 
     def _slot(self, key: str) -> int:
         return self._adapter(key).slot if key else -1
@@ -365,17 +374,36 @@ class Engine:
             raise AlreadyExists(f"this engine holds an adapter {key!r} already.")
         return self._bank.free_slot()
 
-    def _hold(self, key: str, slot: int, adapter: Adapter) -> AdamW:
+    def _hold(
+        self, key: str, slot: int, adapter: Adapter | FullModel | ServedModel, optimizer: AdamW | None
+    ) -> None:
+        self._made += 1
+        decoder = self.decoder if isinstance(adapter, Adapter) else adapter.decoder
+        self._held[key] = _Held(slot, adapter, decoder, optimizer, self._made)
+
+    def _hold_trainable(self, key: str, slot: int, adapter: Adapter | FullModel) -> None:
         assert adapter.gradients is not None
-        optimizer = AdamW(adapter.master, adapter.gradients)
-        self._held[key] = _Held(slot, adapter, optimizer)
-        return optimizer
+        self._hold(key, slot, adapter, AdamW(adapter.master, adapter.gradients))
+
+    def _load_trainable(self, key: str, folder: Path) -> Adapter | FullModel:
+        slot = self._new_slot(key)
+        adapter: Adapter | FullModel
+        if is_full(folder):
+            slot, adapter = -1, self._full(folder)
+        else:
+            adapter = self._bank.load(slot, folder, trainable=True)
+        self._hold_trainable(key, slot, adapter)
+        return adapter
+
+    def _full(self, folder: Path) -> FullModel:
+        check_same_architecture(self.spec, folder)
+        return FullModel(self.spec, folder, dtype=self.dtype, device=self.device)
 
     def _cache_key(self, key: str) -> str:
         if not key:
             return ""
-        adapter = self._adapter(key).adapter
-        return f"{key}@{adapter.serial}.{adapter.version}"
+        held = self._adapter(key)
+        return f"{key}@{held.serial}.{held.adapter.version}"
 
     def _forget(self, cache_key: str) -> None:
         for mark in ("", _FAR):
@@ -389,13 +417,16 @@ class Engine:
     def _rows_pass(self, key: str, rows: Sequence[Sequence[int]], *, training: bool) -> Tensor:
         packed = pack([TrainRow(row, [False] * len(row)) for row in rows])
         slots = [self._slot(key)] * len(rows)
-        return rows_pass(self.decoder, self._bank, packed, slots, training=training)
+        return rows_pass(self._decoder(key), self._bank, packed, slots, training=training)
 
     def _run(self, pieces: Sequence[TrainSlice], *, training: bool) -> list[SliceResult]:
         for piece in pieces:
             check_rows(piece.rows, self.context_length, self.spec.vocab_size)
         slots = [self._slot(piece.key) for piece in pieces]
-        return run_slices(self.decoder, self._bank, pieces, slots, training=training)
+        decoder, *others = dict.fromkeys(self._decoder(piece.key) for piece in pieces)
+        if others:
+            raise InvalidArgument("the slices of a whole model go through a pass by themselves.")
+        return run_slices(decoder, self._bank, pieces, slots, training=training)
 
     def _claim(
         self, work: Sequence[SequenceState], prefill_tokens: int
@@ -471,18 +502,36 @@ class Engine:
             self._cache.free(state.kv_slot)
             state.kv_slot, state.done = None, 0
 
-    def _cached_pass(self, chunks: Sequence[tuple[SequenceState, list[int]]]) -> Tensor:
+    def _sampled_pass(
+        self, decoder: Decoder, chunks: Sequence[tuple[SequenceState, list[int]]]
+    ) -> list[StepOutput]:
+        """The pass of one decoder's sequences, and a token for each that is past its prompt."""
+        hidden = self._cached_pass(decoder, chunks)
+        ends, last = [], 0
+        for state, tokens in chunks:
+            last += len(tokens)
+            state.done += len(tokens)
+            if state.done == state.total:
+                ends.append((state, last - 1))
+        if not ends:
+            return []
+        rows = hidden[torch.tensor([row for _, row in ends], device=self.device)]
+        lora = self._bank.plan_head([self._slot(state.key) for state, _ in ends], [1] * len(ends))
+        sampled = sample_batch(decoder.logits(rows, lora), [state.sampler for state, _ in ends])
+        return [emit(state, one) for (state, _), one in zip(ends, sampled, strict=True)]
+
+    def _cached_pass(self, decoder: Decoder, chunks: Sequence[tuple[SequenceState, list[int]]]) -> Tensor:
         lengths = [len(tokens) for _, tokens in chunks]
         flat = [token for _, tokens in chunks for token in tokens]
         places = [state.done + i for state, tokens in chunks for i in range(len(tokens))]
-        return self.decoder.forward(
+        return decoder.forward(
             torch.tensor(flat, device=self.device),
             torch.tensor(places, device=self.device),
             lengths,
             [self._slot(state.key) for state, _ in chunks],
             self._bank,
             cache=self._cache,
-            kv_slots=[_slot_of(state) for state, _ in chunks],
+            kv_slots=[slot_of(state) for state, _ in chunks],
             past=[state.done for state, _ in chunks],
             reach=[state.total for state, _ in chunks],
         )
@@ -491,7 +540,7 @@ class Engine:
 @contextmanager
 def _kept(adapters: Sequence[_Held]) -> Iterator[None]:
     """Gives the adapters their gradients back when the block fails. A step not begun has none to keep."""
-    gradients = [held.adapter.gradients for held in adapters if held.adapter.gradients is not None]
+    gradients = [held.optimizer.gradients for held in adapters if held.optimizer is not None]
     before = [grads.clone() if held.begun else None for held, grads in zip(adapters, gradients, strict=True)]
     try:
         yield
@@ -499,17 +548,3 @@ def _kept(adapters: Sequence[_Held]) -> Iterator[None]:
         for grads, kept in zip(gradients, before, strict=True):
             grads.zero_() if kept is None else grads.copy_(kept)
         raise
-
-
-def _slot_of(state: SequenceState) -> int:
-    assert state.kv_slot is not None
-    return state.kv_slot
-
-
-def _emit(state: SequenceState, sampled: Sampled) -> StepOutput:
-    state.tokens.append(sampled.token)
-    if sampled.token in state.sampler.params.stop_ids:
-        state.finished = "stop"
-    elif len(state.tokens) >= state.limit:
-        state.finished = "length"
-    return StepOutput(state, sampled)

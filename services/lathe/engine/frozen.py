@@ -44,9 +44,11 @@ class FrozenLinear:
     pass, so a base that only serves is in memory once.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None, *, packed: bool = True) -> None:
+        """packed: whether W may be kept in another layout than the given one."""
         self.out_features, self.in_features = weight.shape
-        self._packed = weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and _can_pack()
+        on_cpu = weight.device.type == "cpu" and weight.dtype == torch.bfloat16
+        self._packed = packed and on_cpu and _can_pack()
         self._weight = _pack(weight) if self._packed else weight.contiguous()
         self._bias = bias
         self._backward: Tensor | None = None

@@ -18,10 +18,10 @@ from threading import Lock
 from lathe.common.clock import Clock
 from lathe.common.errors import Aborted, Internal, LatheError, ResourceExhausted
 from lathe.common.metrics import Metrics
-from lathe.engine.engine import SequenceState, StepOutput
 from lathe.engine.model import AttemptEvent, Outcome
 from lathe.engine.ports import ModelVerbs
 from lathe.engine.sampling import SamplingParams
+from lathe.engine.sequences import SequenceState, StepOutput
 from lathe.engine.streams import StreamFinished, StreamStarted, TokenStream
 from lathe.engine.training import Runnable, Trainer
 

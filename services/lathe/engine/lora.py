@@ -18,6 +18,7 @@ from lathe.engine.bank import LoraPass, MixedLora, Segment
 from lathe.engine.dropout import keep_mask
 from lathe.engine.frozen import Frozen
 from lathe.engine.lora_layout import EMBEDDING, HEAD, GroupKey
+from lathe.engine.trained import TrainedLinear
 from lathe.engine.untyped import applied
 
 # What the backward pass needs of a segment: u, v (DoRA's output before m / n, or None), masks (or None).
@@ -37,14 +38,17 @@ def linear(x: Tensor, base: Frozen, lora: LoraPass, key: GroupKey, residual: Ten
     return _forward(x, residual, base, lora, key, keep=False)[0]
 
 
-def embed(tokens: Tensor, table: Tensor, lora: LoraPass) -> Tensor:
+def embed(tokens: Tensor, table: Tensor, lora: LoraPass, gradient: Tensor | None = None) -> Tensor:
     """The rows of the embedding table [vocab, hidden] plus each segment's LoRA: [T] -> [T, hidden].
+
+    gradient [vocab, hidden]: where that of the table itself is added, if it is trained.
 
     Unlike PEFT, whose embedding layer knows a padding token, it trains every token of a row: there is no padding, and
     many models name their end-of-turn token as the one to pad with.
     """
-    if lora.anchor is not None and any(True for _ in _parts(lora, EMBEDDING)):
-        return applied(_Embed, tokens, lora.anchor, table, lora)
+    trained = gradient is not None or any(True for _ in _parts(lora, EMBEDDING))
+    if lora.anchor is not None and trained:
+        return applied(_Embed, tokens, lora.anchor, table, gradient, lora)
     return _embed_forward(tokens, table, lora, keep=False)[0]
 
 
@@ -246,6 +250,8 @@ def _backward(
 ) -> Tensor | None:
     dz = _through_gain(work, dy)
     dx = base.backward(dz) if need_dx else None
+    if isinstance(base, TrainedLinear):
+        base.learn(x, dz)
     for rows, part, (u, v, masks) in work:
         if part.gain is not None and v is not None:
             _magnitude_backward(part, v, dy[rows])
@@ -345,15 +351,19 @@ def _embed_forward(
 
 class _Embed(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, tokens: Tensor, anchor: Tensor, table: Tensor, lora: LoraPass) -> Tensor:
+    def forward(  # noqa: PLR0917 - autograd passes arguments by position
+        ctx: Any, tokens: Tensor, anchor: Tensor, table: Tensor, gradient: Tensor | None, lora: LoraPass
+    ) -> Tensor:
         y, kept = _embed_forward(tokens, table, lora, keep=True)
         ctx.save_for_backward(tokens, *(tensor for one in kept for tensor in one))
-        ctx.lora = lora
+        ctx.lora, ctx.gradient = lora, gradient
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         tokens, *flat = ctx.saved_tensors
+        if ctx.gradient is not None:
+            ctx.gradient.index_add_(0, tokens, dy.to(ctx.gradient.dtype))
         for i, (segment, part) in enumerate(_parts(ctx.lora, EMBEDDING)):
             rows = slice(segment.start, segment.stop)
             u, v, g = flat[2 * i], flat[2 * i + 1], dy[rows]
@@ -363,4 +373,4 @@ class _Embed(torch.autograd.Function):
             du = _du(part, u, g)
             if part.grad_a is not None:
                 part.grad_a.index_add_(0, tokens[rows], du.to(part.grad_a.dtype))
-        return None, None, None, None
+        return None, None, None, None, None

@@ -59,6 +59,13 @@ class AdamW:
         return self._steps
 
     @property
+    def gradients(self) -> Tensor:
+        return self._gradients
+
+    def zero_grad(self) -> None:
+        self._gradients.zero_()
+
+    @property
     def nbytes(self) -> int:
         return self._first.nbytes + self._second.nbytes + self._gradients.nbytes
 

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Protocol
 
 from lathe.engine.batch import RowScore, SliceResult, TrainRow, TrainSlice
-from lathe.engine.engine import EngineMemory, SequenceState, StepOutput
+from lathe.engine.engine import EngineMemory
+from lathe.engine.full import FullSpec
 from lathe.engine.lora_config import LoraSpec
 from lathe.engine.model import (
     AdapterRef,
@@ -22,12 +23,14 @@ from lathe.engine.model import (
     Terms,
 )
 from lathe.engine.sampling import SamplingParams
+from lathe.engine.sequences import SequenceState, StepOutput
 
 
 class TrainVerbs(Protocol):
     """What a recipe calls itself; passes it asks for (recipes/turns.py). See `lathe.engine.engine.Engine`."""
 
-    def create_adapter(self, key: str, config: LoraSpec, seed: int) -> None: ...
+    def create_adapter(self, key: str, config: LoraSpec | FullSpec, seed: int) -> None: ...
+    def continue_adapter(self, key: str, folder: Path, seed: int) -> None: ...
     def load_adapter(self, key: str, folder: Path) -> None: ...
     def drop_adapter(self, key: str) -> None: ...
     def adapter_keys(self) -> tuple[str, ...]: ...
@@ -42,6 +45,7 @@ class TrainVerbs(Protocol):
 class ModelVerbs(Protocol):
     """What the model loop is written with: the passes, and sampling."""
 
+    def joins(self, key: str) -> bool: ...
     def forward_backward(self, pieces: Sequence[TrainSlice]) -> list[SliceResult]: ...
     def evaluate(self, pieces: Sequence[TrainSlice]) -> list[SliceResult]: ...
     def score(self, key: str, rows: Sequence[TrainRow]) -> list[RowScore]: ...

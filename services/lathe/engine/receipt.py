@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 
 from lathe import __version__
 from lathe.common.errors import InvalidArgument
-from lathe.engine.model import ADAPTER_WEIGHTS, Environment, SlicePlan, WeightComparison
+from lathe.engine.model import WEIGHTS_FILES, Environment, SlicePlan, WeightComparison
 
 _PACKAGES = ("numpy", "safetensors", "tokenizers", "torch", "transformers")
 # Environment variables by which these libraries choose other kernels.
@@ -95,15 +95,21 @@ def differences(first: Path, second: Path) -> dict[str, Difference]:
 
 
 def compare(first: Path, second: Path) -> WeightComparison:
-    """Two adapters' folders. What cannot be compared is said, not raised: a comparison fails no attempt."""
+    """Two folders of tuned models. What cannot be compared is said, not raised: a comparison fails no attempt."""
     try:
-        found = differences(first / ADAPTER_WEIGHTS, second / ADAPTER_WEIGHTS)
+        found = differences(_weights(first), _weights(second))
     except InvalidArgument as error:
         return WeightComparison(bit_identical=False, not_compared_reason=error.message)
     if all(item.same_bits for item in found.values()):
         return WeightComparison(bit_identical=True)
     tensor = max(found, key=lambda name: found[name].largest)
     return WeightComparison(bit_identical=False, largest_difference=found[tensor].largest, tensor=tensor)
+
+
+def _weights(folder: Path) -> Path:
+    return next(
+        (folder / name for name in WEIGHTS_FILES if (folder / name).exists()), folder / WEIGHTS_FILES[0]
+    )
 
 
 def _same(ours: Iterable[str], theirs: Iterable[str]) -> list[str]:

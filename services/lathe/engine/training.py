@@ -13,12 +13,12 @@ from typing import Any, Protocol
 
 from lathe.common.clock import Clock
 from lathe.common.metrics import Metrics
-from lathe.engine.engine import SequenceState
 from lathe.engine.model import AttemptEvent, Ended, Outcome, Share, Snapshot, StepMetrics, join, outcome_of
 from lathe.engine.passes import is_out_of_memory
 from lathe.engine.ports import ModelVerbs
 from lathe.engine.recipes.turns import Blocked, Forward, Generate, Request, Score, Turns
 from lathe.engine.sampling import SamplingParams
+from lathe.engine.sequences import SequenceState
 
 logger = logging.getLogger(__name__)
 
@@ -119,7 +119,7 @@ class Trainer:
             self._look_at_sequences(item)
         waiting = [item for item in self._runnable() if isinstance(item.request, Forward | Score)]
         if waiting:
-            chosen = join([_share(item) for item in waiting], self._room)
+            chosen = join([self._share(item) for item in waiting], self._room)
             self._serve([waiting[index] for index in chosen])
         return bool(idle or waiting)
 
@@ -207,6 +207,16 @@ class Trainer:
         item.consumed += item.request.input_tokens
         self._metrics.engine_tokens.labels("train").inc(item.request.input_tokens)
 
+    def _share(self, item: _Training) -> Share:
+        request = item.request
+        assert isinstance(request, Forward | Score)
+        joins = (
+            isinstance(request, Forward)
+            and request.training
+            and all(self._engine.joins(piece.key) for piece in request.pieces)
+        )
+        return Share(item.order, item.consumed, request.input_tokens, joins)
+
     # Answers to held-out prompts: sequences that the loop samples beside the streams'.
 
     @property
@@ -245,9 +255,3 @@ class Trainer:
         for state in item.sequences:
             self._engine.close_sequence(state)
         item.sequences = []
-
-
-def _share(item: _Training) -> Share:
-    assert isinstance(item.request, Forward | Score)
-    joins = isinstance(item.request, Forward) and item.request.training
-    return Share(item.order, item.consumed, item.request.input_tokens, joins)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,14 @@ def load_weights(
         return _Reader(folder, stack, device, dtype, quantization).weights(spec)
 
 
+def read_tensors(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[str, Tensor]]:
+    """The named tensors of a folder one by one, on the CPU in fp32. Raises as load_weights does."""
+    with ExitStack() as stack:
+        reader = _Reader(folder, stack, torch.device("cpu"), torch.float32, "none")
+        for name, shape in shapes.items():
+            yield name, reader.read(name, *shape)
+
+
 def random_weights(
     spec: DecoderSpec, *, device: torch.device, dtype: torch.dtype, seed: int = 0, std: float = 0.02
 ) -> Weights:
@@ -62,7 +70,7 @@ def random_weights(
     def layer() -> LayerWeights:
         fused: dict[str, Frozen] = {
             group: frozen(sum(part.out_features for part in parts), parts[0].in_features)
-            for group, parts in _groups(spec).items()
+            for group, parts in groups(spec).items()
         }
         norms = {role: norm(spec.norm_width(role)) for role in spec.norms}
         return LayerWeights(norms=LayerNorms(**norms), **fused)
@@ -111,35 +119,35 @@ class _Reader:
 
     def weights(self, spec: DecoderSpec) -> Weights:
         hidden, vocab = spec.hidden_size, spec.vocab_size
-        embeddings = self._read("model.embed_tokens.weight", vocab, hidden)
-        head = embeddings if spec.tied_head else self._read("lm_head.weight", vocab, hidden)
-        bias = self._read("lm_head.bias", vocab) if spec.head_bias else None
+        embeddings = self.read("model.embed_tokens.weight", vocab, hidden)
+        head = embeddings if spec.tied_head else self.read("lm_head.weight", vocab, hidden)
+        bias = self.read("lm_head.bias", vocab) if spec.head_bias else None
         layers = [self._layer(spec, f"model.layers.{i}.") for i in range(spec.layers)]
         final = self._norm(spec, f"model.{spec.final_norm}", hidden)
         return Weights(embeddings, layers, final, FrozenLinear(head, bias))
 
     def _layer(self, spec: DecoderSpec, prefix: str) -> LayerWeights:
-        fused = {group: self._fused(prefix, parts) for group, parts in _groups(spec).items()}
+        fused = {group: self._fused(prefix, parts) for group, parts in groups(spec).items()}
         norms = {
             role: self._norm(spec, prefix + path, spec.norm_width(role)) for role, path in spec.norms.items()
         }
         return LayerWeights(norms=LayerNorms(**norms), **fused)
 
     def _fused(self, prefix: str, parts: Sequence[Linear]) -> Frozen:
-        weights = [self._read(f"{prefix}{p.path}.weight", p.out_features, p.in_features) for p in parts]
-        biases = [self._read(f"{prefix}{p.path}.bias", p.out_features) for p in parts if p.bias]
+        weights = [self.read(f"{prefix}{p.path}.weight", p.out_features, p.in_features) for p in parts]
+        biases = [self.read(f"{prefix}{p.path}.bias", p.out_features) for p in parts if p.bias]
         bias = _join(biases) if biases else None
         return NF4Linear(weights, bias) if self._quantize else FrozenLinear(_join(weights), bias)
 
     def _norm(self, spec: DecoderSpec, path: str, width: int) -> Norm:
-        bias = self._read(f"{path}.bias", width) if spec.norm == "layer" else None
+        bias = self.read(f"{path}.bias", width) if spec.norm == "layer" else None
         if spec.norm != "rms+1":
-            return Norm(self._read(f"{path}.weight", width), bias, spec.norm_eps)
+            return Norm(self.read(f"{path}.weight", width), bias, spec.norm_eps)
         # 1 + w would be rounded in bfloat16.
         exact = torch.promote_types(self._dtype, torch.float32)
-        return Norm(1 + self._read(f"{path}.weight", width, dtype=exact), bias, spec.norm_eps)
+        return Norm(1 + self.read(f"{path}.weight", width, dtype=exact), bias, spec.norm_eps)
 
-    def _read(self, name: str, *size: int, dtype: torch.dtype | None = None) -> Tensor:
+    def read(self, name: str, *size: int, dtype: torch.dtype | None = None) -> Tensor:
         file = self._files.get(name)
         if file is None:
             raise InvalidArgument(f"the weights have no tensor {name}, which config.json asks for.")
@@ -176,7 +184,7 @@ def weight_files(folder: Path) -> tuple[Path, ...]:
     return tuple(folder / name for name in names)
 
 
-def _groups(spec: DecoderSpec) -> dict[str, list[Linear]]:
+def groups(spec: DecoderSpec) -> dict[str, list[Linear]]:
     """The linears of a layer by the fused one they make up."""
     groups: dict[str, list[Linear]] = {}
     for part in spec.linears:

@@ -22,7 +22,11 @@ from lathe.models.ports import Finish, ModelStore
 
 log = logging.getLogger(__name__)
 
-ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+# What a tuned model is made of: PEFT's two files, or a whole model's after a full-parameter training.
+TUNED_FILES = (
+    ("adapter_config.json", "adapter_model.safetensors"),
+    ("config.json", "model.safetensors"),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -279,9 +283,13 @@ class ModelsService:
             json.loads(manifest)
         except ValueError as error:
             raise FailedPrecondition(f"The manifest under {files.prefix} is not JSON.") from error
-        for name in ADAPTER_FILES:
-            if await self.objects.head(f"{files.prefix}/{name}") is None:
-                raise FailedPrecondition(f"{files.prefix}/{name} is missing.", reason="ADAPTER_INCOMPLETE")
+        missing = []
+        for names in TUNED_FILES:
+            heads = [await self.objects.head(f"{files.prefix}/{name}") for name in names]
+            missing.append([name for name, head in zip(names, heads, strict=True) if head is None])
+        if all(missing):
+            name = min(missing, key=len)[0]
+            raise FailedPrecondition(f"{files.prefix}/{name} is missing.", reason="ADAPTER_INCOMPLETE")
 
     async def get_adapter(self, project: str, adapter_id: str) -> Adapter:
         """Raises NotFound."""

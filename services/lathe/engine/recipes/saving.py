@@ -10,7 +10,8 @@ from shutil import copyfile, rmtree
 
 from lathe.common.clock import Clock
 from lathe.common.errors import DataLoss
-from lathe.engine.lora_config import LoraSpec, read_spec
+from lathe.engine.full import FullSpec
+from lathe.engine.lora_config import LoraSpec
 from lathe.engine.model import RunState, Snapshot, SnapshotKind, TrainingConfig, is_disk_full
 from lathe.engine.ports import TrainVerbs
 from lathe.engine.recipes.recipe import Recipe
@@ -60,10 +61,9 @@ class Saver:
         if self._start is not None:
             self._go_on(self._start)
         elif self._initial is not None:
-            self._engine.create_adapter(self._key, read_spec(self._initial), self._config.seed)
-            self._take_over(self._initial)
+            self._engine.continue_adapter(self._key, self._initial, self._config.seed)
         else:
-            self._engine.create_adapter(self._key, lora_of(self._config), self._config.seed)
+            self._engine.create_adapter(self._key, spec_of(self._config), self._config.seed)
 
     def is_due(self) -> bool:
         """Whether a resume checkpoint is."""
@@ -127,23 +127,16 @@ class Saver:
             self._best[best] = self._folder(SnapshotKind.BEST, best)
             _copy(start.folder, self._best[best], prefix=_BEST)
 
-    def _take_over(self, initial: Path) -> None:
-        # A fresh optimizer with given weights is exactly a snapshot of step 0 whose weights are replaced.
-        fresh = self._folder(SnapshotKind.RESUME, 0)
-        self._engine.save(self._key, fresh, with_optimizer=True)
-        copyfile(initial / "adapter_model.safetensors", fresh / "adapter_model.safetensors")
-        self._engine.drop_adapter(self._key)
-        self._engine.restore(self._key, fresh)
-        rmtree(fresh)
-
     def _save_best(self, step: int) -> Path:
         folder = self._folder(SnapshotKind.BEST, step)
         self._engine.save(self._key, folder, with_optimizer=False, base_model=self._config.base_model)
         return folder
 
 
-def lora_of(config: TrainingConfig) -> LoraSpec:
-    """The adapter that the configuration asks for."""
+def spec_of(config: TrainingConfig) -> LoraSpec | FullSpec:
+    """What the configuration asks to be trained."""
+    if config.full_parameter:
+        return FullSpec()
     return LoraSpec(
         r=config.lora_r,
         lora_alpha=config.lora_alpha,
