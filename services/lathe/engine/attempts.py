@@ -240,12 +240,12 @@ class AttemptRunner:
         prefixes = (attempt.output_prefix, *attempt.earlier_prefixes)
         found = await self._patiently(lambda: newest_complete(self._store, prefixes, self._folder))
         self._choose_plan(found)
-        initial = None
-        if attempt.initial_adapter is not None:
+        method, initial = recipe_of(attempt.config.method), None
+        if attempt.initial_adapter is not None and (found is None or method.needs_initial):
             ref = attempt.initial_adapter
             initial = await self._patiently(lambda: ensure_adapter(self._store, ref, self._settings.cache))
         recipe = Run(
-            recipe_of(attempt.config.method),
+            method,
             engine=self._engine,
             key=f"train/{attempt.attempt_id}",
             data=TrainData(training, validation),

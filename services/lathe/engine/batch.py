@@ -47,7 +47,10 @@ class CrossEntropy:
 
 @dataclass(frozen=True, slots=True)
 class RowLoss:
-    """loss: a scalar with a graph to the row sums. figures: sums over the slice's rows, by name."""
+    """loss: a scalar with a graph to the row sums, the slice's share of the batch's loss.
+
+    figures: its share of the batch's figures, under TRL's names: those of a batch's slices add up.
+    """
 
     loss: Tensor
     figures: Mapping[str, float] = field(default_factory=dict)

@@ -17,7 +17,7 @@ before its first slice, so that the slices' size changes nothing:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -71,9 +71,13 @@ class Job:
 
 
 class Recipe:
-    """A training method. `unit`: how many adjacent rows belong together; batch_size counts units."""
+    """A training method. `unit`: how many adjacent rows belong together; batch_size counts units.
+
+    needs_initial: whether the adapter that a job began from is needed after its first step too.
+    """
 
     unit: int = 1
+    needs_initial: bool = False
 
     def __init__(self, job: Job) -> None:
         self.job = job
@@ -85,10 +89,6 @@ class Recipe:
     def objectives(self, batch: Batch) -> Turns[Objectives]:
         """The objective of each part of a batch. The batch's loss is the sum over its slices. Every method's own."""
         raise NotImplementedError
-
-    def figures(self, sums: Mapping[str, float], batch: Batch) -> Mapping[str, float]:
-        """The objectives' figures, summed over the batch -> what the user sees, under TRL's names."""
-        return {}
 
     def save(self, folder: Path) -> tuple[str, ...]:
         """Writes files of its own into a snapshot's folder; answers their names."""

@@ -7,8 +7,8 @@ computes depends on the data, the configuration and the slice plan alone: never 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from lathe.common.clock import Clock
@@ -34,14 +34,6 @@ from lathe.engine.watch import offenders
 
 # Between full validations (one an epoch), one batch is validated about this often over the whole job.
 VALIDATIONS_PER_JOB = 20
-
-
-@dataclass(frozen=True, slots=True)
-class Measured:
-    """What one batch gave. figures: the recipe's, as the user sees them."""
-
-    sums: SliceResult
-    figures: dict[str, float]
 
 
 class Run:
@@ -133,13 +125,13 @@ class Run:
             raise InvalidArgument(f"No token of step {step.index + 1}'s rows is trained.")
         while True:
             try:
-                measured = yield from self._pass(batch, self._pieces(step))
+                sums = yield from self._pass(batch, self._pieces(step))
                 break
             except (MemoryError, RuntimeError) as error:
                 if not is_out_of_memory(error):
                     raise
             yield self._halve(step)
-        sums, lr = measured.sums, self._schedule.lr(step.index)
+        lr = self._schedule.lr(step.index)
         norm = self._engine.optim_step(
             self._key, lr, clip=self._config.max_grad_norm, weight_decay=self._config.weight_decay
         )
@@ -158,12 +150,12 @@ class Run:
             step_seconds=seconds,
             grad_norm=norm,
             epoch=step.epoch + 1,
-            figures=measured.figures,
+            figures=sums.figures,
         )
         self._state = replace(self._state, losses=self._state.losses.after(sums.loss), unfinished=metrics)
         return metrics
 
-    def _pass(self, batch: Batch, pieces: Sequence[Slice]) -> Turns[Measured]:
+    def _pass(self, batch: Batch, pieces: Sequence[Slice]) -> Turns[SliceResult]:
         """The batch, slice by slice. pieces: its rows, in its order."""
         objectives = yield from self._recipe.objectives(batch)
         results: list[SliceResult] = []
@@ -175,8 +167,7 @@ class Run:
                 [TrainSlice(self._key, rows, objectives(places))], training=batch.training
             )
             done += len(places)
-        sums = total(results)
-        return Measured(sums, dict(self._recipe.figures(sums.figures, batch)))
+        return total(results)
 
     def _batch(self, rows: Sequence[TrainRow], indices: Sequence[int], *, training: bool) -> Batch:
         return Batch(tuple(rows[index] for index in indices), tuple(indices), training)
@@ -273,21 +264,21 @@ class Run:
         part = yield from self._evaluate(range(first, min(first + size, count)))
         metrics = replace(
             metrics,
-            valid_loss=_mean_loss(part.sums),
-            valid_mean_token_accuracy=_accuracy(part.sums),
+            valid_loss=_mean_loss(part),
+            valid_mean_token_accuracy=_accuracy(part),
             figures={**metrics.figures, **_prefixed("eval_", part.figures)},
         )
         if step.ends_epoch or config.early_stopping_patience:
             whole = yield from self._evaluate(range(count))
             metrics = replace(
                 metrics,
-                full_valid_loss=_mean_loss(whole.sums),
-                full_valid_mean_token_accuracy=_accuracy(whole.sums),
+                full_valid_loss=_mean_loss(whole),
+                full_valid_mean_token_accuracy=_accuracy(whole),
                 figures={**metrics.figures, **_prefixed("full_eval_", whole.figures)},
             )
         return metrics
 
-    def _evaluate(self, chosen: range) -> Turns[Measured]:
+    def _evaluate(self, chosen: range) -> Turns[SliceResult]:
         rows = self._data.validation
         pieces = cut(chosen, [len(row.tokens) for row in rows], self._budget, self._unit)
         return (yield from self._pass(self._batch(rows, chosen, training=False), pieces))
@@ -317,5 +308,5 @@ def _accuracy(sums: SliceResult) -> float | None:
     return sums.correct / sums.tokens if sums.tokens else None
 
 
-def _prefixed(prefix: str, figures: dict[str, float]) -> dict[str, float]:
+def _prefixed(prefix: str, figures: Mapping[str, float]) -> dict[str, float]:
     return {prefix + name: value for name, value in figures.items()}
