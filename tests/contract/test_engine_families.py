@@ -6,7 +6,8 @@ The same for all: logits, three training steps, sampling through the cache, pack
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 
+from lathe.engine.adapters import Adapter
 from lathe.engine.base import Decoder
 from lathe.engine.batch import CrossEntropy, TrainRow, TrainSlice, trained_tokens
 from lathe.engine.engine import Engine
@@ -89,7 +91,7 @@ def test_the_size_is_told_from_the_config(pair: Pair) -> None:
     assert family.parameter_count == pair.model.num_parameters()
 
 
-def peft_model(pair: Pair, spec: LoraSpec, seed: int) -> Any:
+def peft_model(pair: Pair, spec: LoraSpec, seed: int, modules: str | list[str] = "all-linear") -> Any:
     from peft import LoraConfig, get_peft_model
 
     model = pair.reference()
@@ -97,9 +99,7 @@ def peft_model(pair: Pair, spec: LoraSpec, seed: int) -> Any:
         torch.manual_seed(seed)
         return get_peft_model(
             model,
-            LoraConfig(
-                r=spec.r, lora_alpha=spec.lora_alpha, target_modules="all-linear", task_type="CAUSAL_LM"
-            ),
+            LoraConfig(r=spec.r, lora_alpha=spec.lora_alpha, target_modules=modules, task_type="CAUSAL_LM"),
         )
 
 
@@ -118,6 +118,15 @@ def their_loss(model: Any, piece: TrainSlice) -> torch.Tensor:
     return total / piece.objective.batch_tokens
 
 
+def assert_same_gradients(adapter: Adapter, theirs: Mapping[str, torch.Tensor]) -> None:
+    ours = dict(adapter.named_gradients())
+    assert set(ours) == set(theirs)
+    for name, gradient in ours.items():
+        torch.testing.assert_close(
+            gradient, theirs[name].grad, atol=2e-5, rtol=1e-3, msg=lambda text, name=name: f"{name}: {text}"
+        )
+
+
 def test_three_training_steps_are_those_of_peft(pair: Pair) -> None:
     engine, model = pair.engine, peft_model(pair, pair.lora, seed=7)
     engine.create_adapter("steps", pair.lora, seed=7)
@@ -131,8 +140,7 @@ def test_three_training_steps_are_those_of_peft(pair: Pair) -> None:
         loss = their_loss(model, piece)
         loss.backward()
         assert result.loss == pytest.approx(loss.item(), rel=1e-5)
-        wanted = torch.cat([theirs[name].grad.flatten() for name, _ in adapter.named_tensors()])
-        torch.testing.assert_close(adapter.gradients, wanted, atol=2e-5, rtol=1e-3)
+        assert_same_gradients(adapter, theirs)
         norm = engine.optim_step("steps", 0.01, clip=1.0)
         assert norm == pytest.approx(float(torch.nn.utils.clip_grad_norm_(theirs.values(), 1.0)), rel=1e-4)
         optimizer.step()
@@ -141,6 +149,34 @@ def test_three_training_steps_are_those_of_peft(pair: Pair) -> None:
     for name, tensor in adapter.named_tensors():
         assert (tensor - theirs[name]).abs().mean() < 1e-4, name
     engine.drop_adapter("steps")
+
+
+def test_lora_on_the_embeddings_and_the_head(pair: Pair) -> None:
+    """Gemma's embeddings are scaled and Phi's head has a bias; the same adapter samples through the cache."""
+    spec = replace(pair.lora, target_modules=(*pair.lora.target_modules, "embed_tokens", "lm_head"))
+    engine, model = pair.engine, peft_model(pair, spec, 7, list(spec.target_modules))
+    engine.create_adapter("ends", spec, seed=7)
+    adapter, theirs = engine._held["ends"].adapter, trained_parameters(model)
+    generator = torch.Generator().manual_seed(4)
+    with torch.no_grad():
+        for name, tensor in adapter.named_tensors():
+            tensor.add_(torch.randn(tensor.shape, generator=generator), alpha=0.02)
+            theirs[name].copy_(tensor)
+    adapter.publish()
+    piece = train_slice(ROWS, "ends")
+    (result,), loss = engine.forward_backward([piece]), their_loss(model, piece)
+    loss.backward()
+    assert result.loss == pytest.approx(loss.item(), rel=1e-5)
+    assert_same_gradients(adapter, theirs)
+    state = engine.open_sequence("ends", ROWS[0], SamplingParams(max_tokens=4, temperature=0, top_logprobs=0))
+    logprobs: list[float] = []
+    while state.finished is None:
+        logprobs += [out.sampled.logprob for out in engine.step([state])]
+    engine.close_sequence(state)
+    row = [*ROWS[0], *state.tokens]
+    scores = torch.log_softmax(their_logits(model, row)[len(ROWS[0]) - 1 : -1], -1)
+    assert logprobs == pytest.approx(scores[range(4), state.tokens].tolist(), abs=2e-4)
+    engine.drop_adapter("ends")
 
 
 def test_sampling_through_the_cache(pair: Pair) -> None:

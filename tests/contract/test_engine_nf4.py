@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from lathe.common.errors import FailedPrecondition
 from lathe.engine.engine import Engine
 from lathe.engine.lora_config import LoraSpec
-from tests.contract.test_engine_families import ROWS, our_logits, their_logits, their_loss, train_slice
+from lathe.engine.quantized import NF4Linear
+from tests.contract.test_engine_families import (
+    ROWS,
+    assert_same_gradients,
+    our_logits,
+    their_logits,
+    their_loss,
+    train_slice,
+)
 from tests.fixtures.tiny_families import build_tiny
 
 
@@ -53,5 +63,24 @@ def test_a_4_bit_base(tmp_path: Path, name: str) -> None:
     (result,), loss = engine.forward_backward([piece]), their_loss(tuned, piece)
     loss.backward()
     assert result.loss == pytest.approx(loss.item(), rel=1e-5)
-    wanted = torch.cat([theirs[n].grad.flatten() for n, _ in adapter.named_tensors()])
-    torch.testing.assert_close(adapter.gradients, wanted, atol=2e-5, rtol=1e-3)
+    assert_same_gradients(adapter, theirs)
+
+
+def test_parts_are_one_linear_in_about_half_a_byte_a_weight() -> None:
+    parts = [torch.randn(rows, 1024, generator=torch.Generator().manual_seed(rows)) for rows in (64, 32)]
+    linear, bias = NF4Linear(parts, None), torch.arange(96.0)
+    assert linear.nbytes / (96 * 1024) == pytest.approx(0.516, abs=0.001)
+    assert NF4Linear(parts, bias).nbytes == linear.nbytes + bias.nbytes
+    assert (linear.dense() - torch.cat(parts)).abs().mean() < 0.1
+    x = torch.randn(5, 1024, generator=torch.Generator().manual_seed(1))
+    with_both = NF4Linear(parts, bias).forward(x, torch.ones(5, 96))
+    torch.testing.assert_close(with_both, linear.product(x) + bias + 1)
+    torch.testing.assert_close(linear.backward(with_both), with_both @ linear.dense())
+
+
+def test_without_bitsandbytes_it_says_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(FailedPrecondition, match=r"pip install 'lathe\[nf4\]'"):
+        Engine.load(build_tiny(tmp_path), dtype="float32", base_quantization="nf4")

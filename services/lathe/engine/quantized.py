@@ -38,10 +38,10 @@ class NF4Linear:
 
     @property
     def nbytes(self) -> int:
-        # Half a byte a weight, one byte and 1/256 of four for the scale of 64 of them.
-        weights = self.out_features * self.in_features
-        scales = weights // 64
-        return weights // 2 + scales + scales // 64 + (self._bias.nbytes if self._bias is not None else 0)
+        kept = sum(
+            packed.nbytes + state.absmax.nbytes + state.state2.absmax.nbytes for packed, state in self._parts
+        )
+        return int(kept) + (self._bias.nbytes if self._bias is not None else 0)
 
     def dense(self) -> Tensor:
         """W [out, in] in the compute dtype; a copy."""
