@@ -374,24 +374,27 @@ def join(waiting: Sequence[Share], room: int) -> list[int]:
     """Which of the waiting slices (at least one) are the next pass: the oldest attempt's, then others' by share.
 
     Others are taken from the fewest tokens so far on, while the joined tokens stay within `room`; no slice is cut.
-    Where they do not fit beside it, the oldest attempt steps back once it is more than `room` tokens ahead of another
-    one: with equal slices that are too long to join, each attempt has its turn.
+    When one that did not fit has fallen more than `room` tokens behind the oldest, the pass is led by that one: with
+    slices that are too long to join, each attempt has its turn.
     """
 
     def served(index: int) -> tuple[int, int]:
         return waiting[index].consumed, waiting[index].order
 
-    least = min(range(len(waiting)), key=served)
+    def led_by(first: int) -> list[int]:
+        chosen, joined = [first], waiting[first].tokens
+        for index in sorted(range(len(waiting)), key=served):
+            joins = waiting[first].joins and waiting[index].joins and index != first
+            if joins and joined + waiting[index].tokens <= room:
+                chosen.append(index)
+                joined += waiting[index].tokens
+        return chosen
+
     oldest = min(range(len(waiting)), key=lambda index: waiting[index].order)
-    ahead = waiting[oldest].consumed - waiting[least].consumed
-    chosen = [least if ahead > room else oldest]
-    joined = waiting[chosen[0]].tokens
-    for index in sorted(range(len(waiting)), key=served):
-        fits = joined + waiting[index].tokens <= room
-        if index != chosen[0] and fits and waiting[index].joins and waiting[chosen[0]].joins:
-            chosen.append(index)
-            joined += waiting[index].tokens
-    return chosen
+    chosen = led_by(oldest)
+    last = min((index for index in range(len(waiting)) if index not in chosen), key=served, default=oldest)
+    behind = waiting[oldest].consumed - waiting[last].consumed
+    return led_by(last) if behind > room else chosen
 
 
 def is_disk_full(error: BaseException) -> bool:

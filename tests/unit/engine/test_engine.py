@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from lathe.common.errors import (
     NotFound,
     ResourceExhausted,
 )
-from lathe.engine.batch import CrossEntropy, TrainRow, TrainSlice, trained_tokens
+from lathe.engine.batch import CrossEntropy, RowLoss, TrainRow, TrainSlice, trained_tokens
 from lathe.engine.engine import Engine
 from lathe.engine.lora_config import LoraSpec
 from lathe.engine.sampling import SamplingParams
@@ -96,6 +97,83 @@ def test_slices_of_a_batch_add_up_to_the_batch(make_engine: MakeEngine) -> None:
     for row in ROWS:
         engine.forward_backward([TrainSlice("two", (row,), batch)])
     assert engine.optim_step("one", 0.1) == pytest.approx(engine.optim_step("two", 0.1), rel=1e-4)
+
+
+def likelihood(sums: torch.Tensor, counts: torch.Tensor) -> RowLoss:
+    """Cross entropy over 20 tokens, said as a function of the rows' sums."""
+    return RowLoss(-sums.sum() / 20, {"tokens": float(counts.sum())})
+
+
+def gradients_of(engine: Engine, key: str) -> torch.Tensor:
+    gradients = engine._held[key].adapter.gradients
+    assert gradients is not None
+    return gradients.clone()
+
+
+def test_a_loss_of_the_rows_sums_gives_the_gradients_of_cross_entropy(make_engine: MakeEngine) -> None:
+    engine = make_engine()
+    for key in ("rows", "tokens"):
+        engine.create_adapter(key, LoraSpec(r=2), seed=0)
+    first, second = engine.forward_backward(
+        [TrainSlice("rows", ROWS, likelihood), TrainSlice("tokens", ROWS, CrossEntropy(20))]
+    )
+    assert torch.equal(gradients_of(engine, "rows"), gradients_of(engine, "tokens"))
+    assert first.loss == pytest.approx(second.loss)
+    assert first.figures == {"tokens": sum(trained_tokens(row) for row in ROWS)}
+    assert first.row_losses == second.row_losses
+
+
+def test_a_score_is_the_sum_over_a_rows_trained_tokens(make_engine: MakeEngine) -> None:
+    engine = make_engine()
+    engine.create_adapter("a", LoraSpec(r=2), seed=0)
+    train(engine, 2)
+    for key in ("", "a"):
+        for row, scored in zip(ROWS, engine.score(key, ROWS), strict=True):
+            logprobs = engine.logprobs(key, row.tokens)
+            wanted = [value for value, trained in zip(logprobs, row.mask[1:], strict=True) if trained]
+            assert (scored.sum, scored.count) == (pytest.approx(sum(wanted), rel=1e-5), len(wanted))
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_a_joined_pass_that_fails_half_way_leaves_the_gradients_as_they_were(
+    make_engine: MakeEngine, begun: bool
+) -> None:
+    engine = make_engine()
+    for key in ("a", "b"):
+        engine.create_adapter(key, LoraSpec(r=2), seed=0)
+        if begun:
+            engine.forward_backward([whole(key)])
+    before = [gradients_of(engine, key) for key in ("a", "b")]
+    calls = []
+
+    def fails_after_the_backward_pass(sums: torch.Tensor, counts: torch.Tensor) -> RowLoss:
+        calls.append(gradients_of(engine, "a"))
+        if len(calls) == 2:
+            raise MemoryError("no room")
+        return RowLoss(sums.sum())
+
+    with pytest.raises(MemoryError):
+        engine.forward_backward([whole("a"), TrainSlice("b", ROWS, fails_after_the_backward_pass)])
+    assert not torch.equal(calls[1], before[0])
+    assert torch.equal(gradients_of(engine, "a"), before[0])
+    assert torch.equal(gradients_of(engine, "b"), before[1])
+
+
+@pytest.mark.parametrize(
+    ("row", "word"),
+    [
+        (TrainRow([], []), "is empty"),
+        (TrainRow([1, 2], [True]), "another length"),
+        (TrainRow([1] * 129, [True] * 129), "longer than the context of 128"),
+        (TrainRow([1, 96], [True] * 2), "outside the vocabulary of 96"),
+    ],
+)
+def test_a_row_that_cannot_be_trained_is_named(make_engine: MakeEngine, row: TrainRow, word: str) -> None:
+    engine = make_engine()
+    engine.create_adapter("a", LoraSpec(r=2), seed=0)
+    with pytest.raises(InvalidArgument, match=rf"row 1 of the slice \(line 7\).*{word}"):
+        engine.forward_backward([whole(rows=(ROWS[0], replace(row, line=7)))])
+    assert not gradients_of(engine, "a").any()
 
 
 def test_torchs_attention_gives_the_same_step(make_engine: MakeEngine) -> None:

@@ -46,6 +46,40 @@ def test_a_step_depends_on_nothing_but_its_index_and_the_settings(
     assert cut_otherwise.step(last).rows == plan.step(last).rows
 
 
+@given(
+    st.integers(1, 3),
+    st.lists(st.integers(1, 60), min_size=1, max_size=12),
+    st.integers(1, 4),
+    st.integers(1, 100),
+    st.integers(0, 3),
+)
+def test_units_stay_whole_and_in_order(
+    unit: int, sizes: list[int], batch_size: int, limit: int, halvings: int
+) -> None:
+    lengths = [size + i for size in sizes for i in range(unit)]
+    plan = slice_plan(
+        lengths, n_epochs=1, batch_size=batch_size, seed=1, max_tokens_per_slice=limit, unit=unit
+    )
+    assert plan.total_steps == -(-len(sizes) // batch_size)
+    taken = []
+    for index in range(plan.total_steps):
+        step = plan.step(index)
+        assert len(step.rows) <= batch_size * unit
+        pieces = step.slices
+        for piece in pieces:
+            assert len(piece.rows) == unit or sum(lengths[row] for row in piece.rows) <= limit
+        for _ in range(halvings):
+            pieces = tuple(half for piece in pieces for half in halve(piece, unit))
+        assert tuple(row for piece in pieces for row in piece.rows) == step.rows
+        for piece in pieces:
+            for start in range(0, len(piece.rows), unit):
+                first = piece.rows[start]
+                assert first % unit == 0
+                assert piece.rows[start : start + unit] == tuple(range(first, first + unit))
+        taken += step.rows
+    assert sorted(taken) == list(range(len(lengths)))
+
+
 def test_the_order_is_fixed_for_ever() -> None:
     plan = slice_plan([1] * 8, n_epochs=2, batch_size=8, seed=7, max_tokens_per_slice=8)
     assert plan.step(0).rows == FIRST
@@ -68,6 +102,7 @@ def test_halving() -> None:
         ([3, 0], {}, "row 1"),
         ([3], {"batch_size": 0}, "batch_size"),
         ([3], {"n_epochs": 0}, "n_epochs"),
+        ([3, 3, 3], {"unit": 2}, "a row is missing"),
     ],
 )
 def test_a_wrong_plan_is_refused(lengths: list[int], change: dict[str, int], word: str) -> None:

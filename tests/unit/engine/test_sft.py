@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from lathe.common.errors import DataLoss, FailedPrecondition, InvalidArgument
-from lathe.engine.batch import TrainRow, TrainSlice
-from lathe.engine.model import SlicePlan, Snapshot, SnapshotKind, StepMetrics, TrainingConfig
+from lathe.engine.batch import CrossEntropy, SliceResult, TrainRow, TrainSlice, trained_tokens
+from lathe.engine.model import Note, SlicePlan, Snapshot, SnapshotKind, StepMetrics, TrainingConfig
 from lathe.engine.recipes.recipe import TrainData
 from lathe.engine.recipes.run import Run
 from lathe.engine.recipes.saving import Start
@@ -36,7 +38,7 @@ PLAN = SlicePlan(16, 1, "float32", "cpu")
 
 
 def rows(n: int, length: int = 8) -> list[TrainRow]:
-    return [TrainRow([row] * length, [False] * 2 + [True] * (length - 2)) for row in range(n)]
+    return [TrainRow([row] * length, [False] * 2 + [True] * (length - 2), line=row + 1) for row in range(n)]
 
 
 class Bench:
@@ -156,17 +158,12 @@ def test_stopped_anywhere_and_gone_on_the_result_is_the_same(bench: Bench, stop_
 
 
 def test_validation_one_batch_in_between_and_all_of_it_at_the_end_of_an_epoch(bench: Bench) -> None:
-    config = TrainingConfig(**{**_fields(CONFIG), "n_epochs": 2, "batch_size": 4})
-    steps = metrics_of(list(bench.turns(training=160, validation=10, config=config)))
+    steps = metrics_of(list(bench.turns(training=160, validation=10)))
     assert len(steps) == 80
     assert [row.step for row in steps if row.valid_loss is not None] == list(range(4, 81, 4))
     assert [row.step for row in steps if row.full_valid_loss is not None] == [40, 80]
     assert steps[39].valid_mean_token_accuracy == pytest.approx(0.5)
     assert not any(row.valid_loss for row in metrics_of(list(bench.turns("b"))))
-
-
-def _fields(config: TrainingConfig) -> dict[str, object]:
-    return {name: getattr(config, name) for name in config.__dataclass_fields__}
 
 
 def _no_room(limit: int) -> Callable[[Sequence[TrainSlice]], None]:
@@ -234,10 +231,117 @@ def test_other_errors_pass_through(tmp_path: Path) -> None:
         list(Bench(tmp_path, FakeEngine(broken)).turns())
 
 
-def test_a_loss_that_is_no_number_fails_the_job(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench.engine, "optim_step", lambda *args, **settings: float("nan"))
-    with pytest.raises(FailedPrecondition, match="step 1 of 6"):
+class Losses(FakeEngine):
+    """An engine whose rows have these losses a token in training (by step), and these in validation, in turn."""
+
+    def __init__(
+        self, training: Callable[[int, TrainRow], float], validation: Sequence[float] = (), norm: float = 1.0
+    ) -> None:
+        super().__init__()
+        self.training, self.validation, self.norm = training, list(validation), norm
+        self.step_index = 0
+
+    def forward_backward(self, pieces: Sequence[TrainSlice]) -> list[SliceResult]:
+        super().forward_backward(pieces)
+        return [
+            self._with(piece, [self.training(self.step_index, row) for row in piece.rows]) for piece in pieces
+        ]
+
+    def evaluate(self, pieces: Sequence[TrainSlice]) -> list[SliceResult]:
+        super().evaluate(pieces)
+        loss = self.validation[min(self.step_index, len(self.validation)) - 1]
+        return [self._with(piece, [loss] * len(piece.rows)) for piece in pieces]
+
+    def optim_step(self, *arguments: Any, **options: Any) -> float:
+        self.step_index += 1
+        super().optim_step(*arguments, **options)
+        return self.norm
+
+    def _with(self, piece: TrainSlice, means: list[float]) -> SliceResult:
+        counts = [trained_tokens(row) for row in piece.rows]
+        losses = [mean * count for mean, count in zip(means, counts, strict=True)]
+        assert isinstance(piece.objective, CrossEntropy)
+        share = sum(losses) / piece.objective.batch_tokens
+        return SliceResult(
+            sum(losses), sum(counts), 0, piece.input_tokens, loss=share, row_losses=tuple(losses)
+        )
+
+
+def test_a_loss_that_is_no_number_fails_the_job_and_names_the_rows(tmp_path: Path) -> None:
+    broken = {row + 1 for row in Bench(tmp_path).run().plan.step(4).rows[1:3]}
+    bench = Bench(tmp_path, Losses(lambda step, row: math.nan if step == 4 and row.line in broken else 1.0))
+    lines = ", ".join(str(row + 1) for row in bench.run().plan.step(4).rows if row + 1 in broken)
+    with pytest.raises(
+        FailedPrecondition, match=f"not a number any more at step 5 of 6; look at lines {lines} of"
+    ):
         list(bench.turns())
+
+
+def test_a_gradient_that_is_no_number_fails_the_job(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, Losses(lambda step, row: float(row.line), norm=math.inf))
+    worst = ", ".join(str(row + 1) for row in bench.run().plan.step(0).rows)
+    with pytest.raises(
+        FailedPrecondition, match=f"no finite gradient at step 1 of 6; look at lines {worst} of"
+    ):
+        list(bench.turns())
+
+
+def test_a_loss_that_leaves_its_level_for_good_fails_the_job(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, Losses(lambda step, row: 1.0 if step < 12 else 8.0))
+    with pytest.raises(
+        FailedPrecondition, match=r"diverged to 8 \(its lowest level was 1\) at step 22 of 40"
+    ):
+        list(bench.turns(training=80, config=replace(CONFIG, n_epochs=2)))
+
+
+def test_it_stops_early_and_the_result_is_the_best(tmp_path: Path) -> None:
+    losses = [3.0, 2.0, 1.0, 1.2, 1.1, 1.3, 0.5, 0.4]
+    config = replace(CONFIG, early_stopping_patience=3, eval_every=1, n_epochs=4)
+    bench = Bench(tmp_path, Losses(lambda step, row: 1.0, losses))
+    events = list(bench.turns(validation=4, config=config))
+    assert [row.full_valid_loss for row in metrics_of(events)] == losses[:6]
+    (note,) = [event for event in events if isinstance(event, Note)]
+    assert (note.step, note.kind) == (6, "early_stopping")
+    assert "after step 6 of 12" in note.message and "that of step 3" in note.message
+    saved = snapshots_of(events)
+    assert [(item.kind, item.step) for item in saved] == [
+        (SnapshotKind.EPOCH, 3),
+        (SnapshotKind.EPOCH, 6),
+        (SnapshotKind.FINAL, 6),
+    ]
+    assert weights(saved[2]) == weights(saved[0]) != weights(saved[1])
+    assert set(saved[2].files) == {"adapter_config.json", "adapter_model.safetensors"}
+    assert (saved[1].folder / "best-adapter_model.safetensors").read_bytes() == weights(saved[0])
+    assert not list(bench.folder.glob("a-best-[0-25-9]*"))
+
+
+@pytest.mark.parametrize("stop_after", range(1, 40, 2))
+def test_early_stopping_goes_on_where_it_was(tmp_path: Path, stop_after: int) -> None:
+    losses = [3.0, 2.0, 1.0, 1.2, 1.1, 1.3, 0.5]
+    config = replace(CONFIG, early_stopping_patience=3, eval_every=1, n_epochs=4)
+    whole = Bench(tmp_path / "whole", Losses(lambda step, row: 1.0, losses))
+    expected = list(whole.turns(validation=4, config=config))
+    bench = Bench(tmp_path / "parts", Losses(lambda step, row: 1.0, losses))
+    first = bench.run("a", validation=4, config=config)
+    events, last = [], None
+    for event, _ in zip(served(first.turns(), bench.engine), range(stop_after), strict=False):
+        events.append(event)
+        last = event if isinstance(event, Snapshot) else last
+    last = first.snapshot() or last
+    first.close()
+    if last is not None and last.kind is SnapshotKind.FINAL:
+        return
+    start = None
+    bench.engine.step_index = 0
+    if last is not None:
+        bench.engine.step_index = last.step
+        start = Start(last.folder, last.step, last.trained_tokens, state=last.state)
+    events += list(bench.turns("b", validation=4, config=config, start=start))
+    assert weights(snapshots_of(events)[-1]) == weights(snapshots_of(expected)[-1])
+    assert {row.step: row.full_valid_loss for row in metrics_of(events)} == dict(enumerate(losses[:6], 1))
+    # Every epoch has its checkpoint, whichever attempt wrote it.
+    epochs = {item.step for item in snapshots_of(events) if item.kind is SnapshotKind.EPOCH}
+    assert epochs == {3, 6}
 
 
 def test_data_that_cannot_be_trained(bench: Bench) -> None:

@@ -1,0 +1,236 @@
+"""Attempts that share passes: who is joined, and who hears of what went wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lathe.common.errors import InvalidArgument, ResourceExhausted
+from lathe.common.metrics import Metrics
+from lathe.engine.batch import CrossEntropy, TrainRow, TrainSlice
+from lathe.engine.lora_config import LoraSpec
+from lathe.engine.model import AttemptEvent, Ended, Outcome, Share, Snapshot, join
+from lathe.engine.recipes.turns import Turns, forward, generate, score
+from lathe.engine.training import Trainer
+from tests.fakes.clock import FakeClock
+from tests.fakes.engine import FakeEngine
+
+SHARES = st.lists(
+    st.builds(Share, st.integers(0, 99), st.integers(0, 500), st.integers(1, 100), st.booleans()),
+    min_size=1,
+    max_size=8,
+    unique_by=lambda share: share.order,
+)
+
+
+class Slices:
+    """A run of slices of these token counts, of its own adapter."""
+
+    def __init__(self, engine: FakeEngine, name: str, tokens: Sequence[int]) -> None:
+        self.engine, self.name, self.tokens = engine, name, tokens
+        self.step = self.trained_tokens = 0
+        self.heard: list[Exception] = []
+
+    def turns(self) -> Turns[None]:
+        self.engine.create_adapter(self.name, LoraSpec(r=2), 1)
+        for tokens in self.tokens:
+            yield from self.one(tokens)
+
+    def one(self, tokens: int) -> Turns[None]:
+        piece = TrainSlice(self.name, (TrainRow([1] * tokens, [True] * tokens),), CrossEntropy(9))
+        try:
+            (result,) = yield from forward([piece])
+        except (MemoryError, InvalidArgument) as error:
+            self.heard.append(error)
+        else:
+            assert result.input_tokens == tokens
+            self.step += 1
+
+    def snapshot(self) -> Snapshot | None:
+        return None
+
+    def close(self) -> None:
+        self.engine.drop_adapter(self.name)
+
+
+class Bench:
+    def __init__(self, fused_tokens: int = 100) -> None:
+        self.engine = FakeEngine(self.before)
+        self.trainer = Trainer(self.engine, FakeClock(), Metrics(), fused_tokens)  # type: ignore[arg-type]
+        self.events: dict[str, list[AttemptEvent]] = {}
+        self.refuse: dict[str, Exception] = {}
+        self.no_room_for = 10**9
+
+    def before(self, pieces: Sequence[TrainSlice]) -> None:
+        if sum(piece.input_tokens for piece in pieces) > self.no_room_for:
+            raise MemoryError("no room")
+        for piece in pieces:
+            if piece.key in self.refuse:
+                raise self.refuse[piece.key]
+
+    def start(self, name: str, *tokens: int, run: type[Slices] = Slices) -> Slices:
+        made = run(self.engine, name, tokens)
+        self.events[name] = []
+        self.trainer.start(name, made, self.events[name].append)
+        return made
+
+    def passes(self) -> list[str]:
+        """The passes, to the end, by their adapters."""
+        while self.trainer.turn():
+            pass
+        return [call.removeprefix("train ") for call in self.engine.calls if call.startswith("train")]
+
+
+@pytest.fixture
+def bench() -> Bench:
+    return Bench()
+
+
+@given(SHARES, st.integers(1, 300))
+def test_a_pass_is_one_slice_or_training_slices_within_the_room(waiting: list[Share], room: int) -> None:
+    chosen = join(waiting, room)
+    assert len(set(chosen)) == len(chosen) >= 1
+    if len(chosen) > 1:
+        assert all(waiting[index].joins for index in chosen)
+        assert sum(waiting[index].tokens for index in chosen) <= room
+    # Nobody is left out who would have fitted.
+    left = [i for i in range(len(waiting)) if i not in chosen and waiting[i].joins]
+    if waiting[chosen[0]].joins:
+        joined = sum(waiting[index].tokens for index in chosen)
+        assert all(joined + waiting[index].tokens > room for index in left)
+
+
+@given(st.lists(st.integers(1, 100), min_size=2, max_size=5), st.integers(1, 300))
+def test_nobody_waits_longer_than_it_takes_the_oldest_to_be_ahead(tokens: list[int], room: int) -> None:
+    consumed, waited = [0] * len(tokens), [0] * len(tokens)
+    for _ in range(300):
+        chosen = join([Share(i, consumed[i], tokens[i]) for i in range(len(tokens))], room)
+        for index in range(len(tokens)):
+            consumed[index] += tokens[index] if index in chosen else 0
+            waited[index] = 0 if index in chosen else waited[index] + 1
+        assert max(waited) <= len(tokens) * ((room + 2 * max(tokens)) // min(tokens) + 1)
+
+
+def test_the_oldest_is_in_every_pass_and_others_join_by_share() -> None:
+    waiting = [Share(3, 0, 40), Share(1, 50, 40), Share(2, 10, 40)]
+    assert join(waiting, 100) == [1, 0]
+    assert join(waiting, 120) == [1, 0, 2]
+    assert join(waiting, 79) == [1]
+    assert join([Share(1, 200, 40), Share(2, 50, 40)], 79) == [1]
+
+
+def test_small_slices_of_several_jobs_share_their_passes(bench: Bench) -> None:
+    for name in ("a", "b", "c"):
+        bench.start(name, *[30] * 3)
+    assert bench.passes() == ["a b c"] * 3
+    assert all(isinstance(events[-1], Ended) for events in bench.events.values())
+    assert bench.engine.adapter_keys() == ()
+
+
+def test_slices_that_do_not_fit_together_take_turns() -> None:
+    bench = Bench(fused_tokens=50)
+    for name in ("a", "b"):
+        bench.start(name, *[40] * 6)
+    passes = bench.passes()
+    assert sorted(passes) == ["a"] * 6 + ["b"] * 6
+    assert passes[:6].count("b") >= 2
+
+
+def test_a_newcomer_begins_level_with_the_others(bench: Bench) -> None:
+    bench.start("a", *[90] * 6)
+    for _ in range(4):
+        bench.trainer.turn()
+    bench.start("b", *[90] * 6)
+    passes = bench.passes()
+    assert passes[:4] == ["a"] * 4
+    assert set(passes[4:8]) == {"a", "b"}
+
+
+def test_an_error_of_one_job_is_its_own(bench: Bench) -> None:
+    runs = [bench.start(name, 20, 20) for name in ("a", "b", "c")]
+    bench.refuse["b"] = InvalidArgument("row 0 of the slice is empty.")
+    bench.passes()
+    assert [run.step for run in runs] == [2, 0, 2]
+    assert [len(run.heard) for run in runs] == [0, 2, 0]
+
+
+def test_an_error_that_its_run_does_not_expect_ends_that_attempt_alone(bench: Bench) -> None:
+    for name in ("a", "b"):
+        bench.start(name, 20, 20)
+    bench.refuse["b"] = RuntimeError("the kernel is odd")
+    bench.passes()
+    ended = {name: events[-1] for name, events in bench.events.items()}
+    assert [end.outcome for end in ended.values() if isinstance(end, Ended)] == [
+        Outcome.SUCCEEDED,
+        Outcome.RETRYABLE,
+    ]
+
+
+def test_out_of_memory_together_is_tried_alone_and_later_passes_are_smaller(bench: Bench) -> None:
+    runs = [bench.start(name, *[30] * 4) for name in ("a", "b", "c")]
+    bench.no_room_for = 60
+    passes = bench.passes()
+    assert [run.heard for run in runs] == [[], [], []]
+    assert [run.step for run in runs] == [4, 4, 4]
+    assert passes[:3] == ["a", "b", "c"]
+    assert max(len(one.split()) for one in passes) == 1
+
+
+def test_out_of_memory_alone_is_heard_by_the_run(bench: Bench) -> None:
+    runs = [bench.start("a", 80), bench.start("b", 10)]
+    bench.no_room_for = 50
+    bench.passes()
+    assert [len(run.heard) for run in runs] == [1, 0]
+
+
+class Asks(Slices):
+    """Scores a row under the base, then samples twice, before it trains."""
+
+    answers: tuple[object, ...] = ()
+
+    def turns(self) -> Turns[None]:
+        self.engine.create_adapter(self.name, LoraSpec(r=2), 1)
+        scores = yield from score([TrainRow([1, 2, 3], [False, True, True])], "")
+        try:
+            tokens = yield from generate(self.name, [[1, 2], [3]], 3, frozenset())
+        except ResourceExhausted as error:
+            tokens = [(str(error),)]
+        self.answers = (scores, tokens)
+        yield from self.one(10)
+
+
+def test_what_a_run_asks_for_is_answered(bench: Bench) -> None:
+    asks = bench.start("a", run=Asks)
+    bench.start("b", *[30] * 3)
+    for _ in range(9):
+        bench.trainer.turn()
+        states = bench.trainer.sequences
+        bench.engine.step(states)  # type: ignore[arg-type]
+    scores, tokens = asks.answers
+    assert scores[0].count == 2  # type: ignore[index]
+    assert [len(one) for one in tokens] == [3, 3]  # type: ignore[attr-defined]
+    assert not bench.engine.open
+    assert isinstance(bench.events["a"][-1], Ended)
+
+
+def test_sampling_that_fails_is_heard_by_the_run(bench: Bench) -> None:
+    asks = bench.start("a", run=Asks)
+    bench.trainer.turn()
+    bench.trainer.turn()
+    assert bench.trainer.sequences
+    bench.trainer.sampling_failed(ResourceExhausted("no room for keys and values"))
+    bench.passes()
+    assert asks.answers[1] == [("no room for keys and values",)]
+    assert not bench.engine.open
+
+
+def test_an_attempt_that_ends_while_it_samples_gives_its_sequences_back(bench: Bench) -> None:
+    bench.start("a", run=Asks)
+    bench.trainer.turn()
+    bench.trainer.turn()
+    bench.trainer.end("a", Outcome.CANCELLED)
+    assert not bench.engine.open
+    assert bench.engine.adapter_keys() == ()
