@@ -16,7 +16,7 @@ LOCK := $(BIN)/uv pip compile -q pyproject.toml --universal --python-version 3.1
 LOCK_GROUP := $(subst pyproject.toml,,$(LOCK))
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-unit test-gpu acceptance-kill lint format proto proto-check breaking lock docs docs-check clean
+.PHONY: help quickstart test test-unit test-gpu acceptance-kill acceptance-resume lint format proto proto-check breaking lock docs docs-check clean
 
 help: ## list the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sort | awk -F':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
@@ -42,6 +42,9 @@ test-gpu: $(VENV)/.dev ## every model family in bf16 and on a 4-bit base, on a G
 
 acceptance-kill: $(VENV)/.dev ## kill each process ten times during a job; the adapter must be the same, bit for bit
 	PYTHONPATH=services:. $(BIN)/python -m tests.acceptance.kill_each_process
+
+acceptance-resume: $(VENV)/.dev ## kill engines at 20 random steps of a job; losses and weights must be the same, bit for bit (ARGS="--method dpo")
+	PYTHONPATH=services:. $(BIN)/python -m tests.acceptance.kill_engine $(ARGS)
 
 lint: $(VENV)/.dev proto-check docs-check ## ruff, mypy, import rules, buf
 	$(BIN)/ruff check .

@@ -3,145 +3,26 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import json
 import os
 import signal
 import sys
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import grpc
 import pytest
 
-from lathe.common.clock import SystemClock
-from lathe.common.objectstore.folder import FolderStore
-from lathe.engine.model import Attempt, Outcome, Terms, TokenRef, TrainingConfig
-from lathe.text.arrow import TokenRow, write_tokens
+from lathe.engine.model import Outcome
 from lathe.v1 import engine_pb2, engine_pb2_grpc, models_pb2
-from tests.fakes.worker_jobs import FakeJob, FakeJobs
-from tests.fakes.worker_server import worker_server
-from tests.fixtures.tiny_llama import build_tiny_llama
-
-ROOT = Path(__file__).parents[2]
-TOKEN = "service-secret"
-DIGEST = hashlib.sha256(b"tiny").hexdigest()
-EPOCHS = 32
-STEPS = EPOCHS * 10
-
-
-@dataclass
-class Place:
-    """A store with a base model and training tokens, fake jobs behind a port, and the engines started."""
-
-    folder: Path
-    store: FolderStore
-    jobs: FakeJobs
-    address: str
-    tokens: TokenRef
-    engines: list[asyncio.subprocess.Process] = field(default_factory=list)
-
-    async def start(
-        self, engine_id: str, *, registers: bool = True, **changes: str
-    ) -> asyncio.subprocess.Process:
-        (self.folder / "token").write_text(TOKEN)
-        settings = {
-            "LATHE_ENGINE_ENGINE_ID": engine_id,
-            "LATHE_ENGINE_BASE_MODEL": "baseModels/tiny",
-            "LATHE_ENGINE_BASE_DIGEST": DIGEST,
-            "LATHE_ENGINE_JOBS_ADDRESS": self.address,
-            "LATHE_ENGINE_STORE__KIND": "folder",
-            "LATHE_ENGINE_STORE__FOLDER": str(self.folder / "store"),
-            "LATHE_ENGINE_CACHE_FOLDER": str(self.folder / "cache"),
-            "LATHE_ENGINE_RPC": json.dumps(
-                {"port": 0, "health_port": None, "service_token_file": str(self.folder / "token")}
-            ),
-            "LATHE_ENGINE_METRICS": json.dumps({"port": None}),
-            "LATHE_ENGINE_THREADS": "1",
-            "LATHE_ENGINE_DTYPE": "float32",
-            "LATHE_ENGINE_TRAIN_TOKENS_PER_SLICE": "64",
-            "LATHE_ENGINE_CHECKPOINT_INTERVAL_S": "0.3",
-            "PYTHONPATH": str(ROOT / "services"),
-        }
-        registered = len(self.jobs.registered)
-        with (self.folder / f"{engine_id}.log").open("wb") as log:
-            engine = await asyncio.create_subprocess_exec(
-                sys.executable,
-                "-m",
-                "lathe.engine.main",
-                env=dict(os.environ) | settings | changes,
-                stderr=log,
-            )
-        self.engines.append(engine)
-        if not registers:
-            return engine
-        await self.until(lambda: len(self.jobs.registered) > registered or engine.returncode is not None)
-        assert engine.returncode is None, (self.folder / f"{engine_id}.log").read_text()
-        return engine
-
-    async def until(self, condition: Callable[[], bool], seconds: float = 60.0) -> None:
-        for _ in range(round(seconds / 0.05)):
-            if condition():
-                return
-            await asyncio.sleep(0.05)
-        raise AssertionError("it never came: " + self.logs())
-
-    def logs(self) -> str:
-        return "\n".join(path.read_text()[-3000:] for path in self.folder.glob("*.log"))
-
-    def attempt(self, job: str, number: int) -> Attempt:
-        return Attempt(
-            attempt_id=f"att-{job}-{number}",
-            lease_token=f"token-{number}",
-            job=f"projects/p/jobs/{job}",
-            output_prefix=f"jobs/{job}/att-{job}-{number}/",
-            training=self.tokens,
-            config=TrainingConfig(
-                n_epochs=EPOCHS,
-                batch_size=4,
-                learning_rate=1e-2,
-                seed=5,
-                warmup_fraction=0.1,
-                lora_r=4,
-                target_modules=("q_proj", "v_proj", "down_proj"),
-                base_model="baseModels/tiny",
-            ),
-        )
-
-    async def weights(self) -> bytes:
-        assert self.jobs.job.final is not None, self.logs()
-        return await self.store.get(f"{self.jobs.job.final.prefix}/adapter_model.safetensors")
+from tests.fakes.worker_jobs import FakeJob
+from tests.fixtures.engine_process import DIGEST, EPOCHS, ROOT, STEPS, TOKEN, Place, engine_place
 
 
 @pytest.fixture
 async def place(tmp_path: Path) -> AsyncIterator[Place]:
-    store = FolderStore(tmp_path / "store")
-    base = build_tiny_llama(tmp_path / "base") or tmp_path / "base"
-    files = []
-    for path in sorted(item for item in base.iterdir() if item.is_file()):
-        data = path.read_bytes()
-        digest = hashlib.sha256(data).hexdigest()
-        await store.put(f"basemodels/files/{digest}", data)
-        files.append({"path": path.name, "size": len(data), "sha256": digest})
-    manifest = json.dumps({"digest": DIGEST, "files": files}).encode()
-    await store.put(f"basemodels/{DIGEST}.json", manifest)
-    rows = [
-        TokenRow([(row * 11 + place) % 300 for place in range(24)], bytes([0] * 8 + [1] * 16), row + 1)
-        for row in range(40)
-    ]
-    write_tokens(tmp_path / "tokens.arrow", rows, {})
-    data = (tmp_path / "tokens.arrow").read_bytes()
-    tokens = TokenRef("blobs/tokens", hashlib.sha256(data).hexdigest())
-    await store.put("blobs/tokens", data)
-    jobs = FakeJobs(SystemClock(), Terms(0.3, 5.0))
-    async with worker_server(jobs) as address:
-        made = Place(tmp_path, store, jobs, address, tokens)
+    async with engine_place(tmp_path) as made:
         yield made
-        for engine in made.engines:
-            if engine.returncode is None:
-                engine.kill()
-                await engine.wait()
 
 
 async def test_killed_and_resumed_ends_with_the_same_bytes_as_undisturbed(place: Place) -> None:

@@ -255,6 +255,7 @@ class AttemptRunner:
             clock=self._clock,
             start=_start(found),
             initial_adapter=initial,
+            halvings=attempt.halvings,
             checkpoint_interval_s=self._settings.checkpoint_interval_s,
         )
         self._first = Progress(slice_plan=self._plan, total_steps=recipe.total_steps)
@@ -355,6 +356,7 @@ class AttemptRunner:
         return EngineReceipt(
             self._settings.environment,
             halvings=tuple(sorted(snapshot.halvings.items())),
+            fused=snapshot.state.fused,
             weights_sha256=next(
                 (entry.sha256 for entry in manifest.files if entry.path in WEIGHTS_FILES), ""
             ),

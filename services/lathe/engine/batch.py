@@ -97,7 +97,7 @@ class SliceResult:
 
     loss_sum: sum of -log p over its trained tokens; tokens: their number; correct: how many no other token beat;
     input_tokens: all its tokens. loss: its share of the batch's loss, as its objective says. figures: the
-    objective's. row_losses: sum of -log p of each row.
+    objective's. row_losses: sum of -log p of each row. fused: its pass had other jobs' slices in it.
     """
 
     loss_sum: float
@@ -107,6 +107,7 @@ class SliceResult:
     loss: float = 0.0
     figures: Mapping[str, float] = field(default_factory=dict)
     row_losses: tuple[float, ...] = ()
+    fused: bool = False
 
 
 def total(results: Sequence[SliceResult]) -> SliceResult:
@@ -120,4 +121,5 @@ def total(results: Sequence[SliceResult]) -> SliceResult:
         loss=math.fsum(result.loss for result in results),
         figures={name: math.fsum(result.figures.get(name, 0.0) for result in results) for name in names},
         row_losses=tuple(loss for result in results for loss in result.row_losses),
+        fused=any(result.fused for result in results),
     )

@@ -159,6 +159,7 @@ def _run_state(content: Any) -> RunState:
         LossHistory(tuple(losses["recent"]), losses["lowest"]),
         Evaluations(**content["evaluations"]),
         StepMetrics(**unfinished) if unfinished is not None else None,
+        content.get("fused", False),
     )
 
 

@@ -187,12 +187,14 @@ class SnapshotKind(StrEnum):
 class RunState:
     """What going on from a snapshot needs beside the adapter, its optimizer and the step.
 
-    unfinished: the last step's metrics when it was not validated, or its epoch's checkpoint not written, yet.
+    unfinished: the last step's metrics when it was not validated, or its epoch's checkpoint not written, yet. fused: a
+    step shared a pass with other jobs.
     """
 
     losses: LossHistory = field(default_factory=LossHistory)
     evaluations: Evaluations = field(default_factory=Evaluations)
     unfinished: StepMetrics | None = None
+    fused: bool = False
 
 
 @dataclass(frozen=True, slots=True)

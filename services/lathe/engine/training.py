@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from lathe.common.clock import Clock
@@ -192,7 +192,7 @@ class Trainer:
             return False
         for item, request in zip(items, requests, strict=True):
             self._count(item)
-            item.answered([next(results) for _ in request.pieces])
+            item.answered([replace(next(results), fused=True) for _ in request.pieces])
         return True
 
     def _pass(self, request: Request | None) -> Any:

@@ -57,6 +57,7 @@ class Bench:
         config: TrainingConfig = CONFIG,
         start: Start | None = None,
         initial: Path | None = None,
+        halvings: tuple[tuple[int, int], ...] = (),
     ) -> Run:
         return Run(
             SupervisedRecipe,
@@ -69,6 +70,7 @@ class Bench:
             clock=self.clock,
             start=start,
             initial_adapter=initial,
+            halvings=halvings,
         )
 
 
@@ -182,6 +184,13 @@ def test_out_of_memory_halves_the_slices_and_a_replay_cuts_the_same(tmp_path: Pa
     big = Bench(tmp_path / "big")
     start = Start(snapshots[0].folder, 3, 60, tuple((step, 1) for step in range(6)))
     assert weights(snapshots_of(list(big.turns(start=start)))[-1]) == weights(snapshots[-1])
+    # So does one that repeats the job from its beginning.
+    again = Bench(tmp_path / "again")
+    events = list(again.turns(halvings=tuple(snapshots[-1].halvings.items())))
+    assert (
+        max(len(piece.rows) for event in events if isinstance(event, Forward) for piece in event.pieces) == 1
+    )
+    assert weights(snapshots_of(events)[-1]) == weights(snapshots[-1])
 
 
 class FullDisk(FakeEngine):

@@ -180,6 +180,14 @@ async def test_a_receipt_says_what_the_weights_were_computed_with(bench: Bench) 
     assert bench.jobs.job.receipt == EngineReceipt(ENVIRONMENT, weights_sha256=digest)
 
 
+async def test_a_receipt_says_that_passes_were_shared(bench: Bench) -> None:
+    bench.jobs.offer(attempt(1))
+    bench.jobs.offer(attempt(2))
+    bench.start(max_attempts=2)
+    await bench.until(lambda: len(bench.jobs.job.outcomes) == 2)
+    assert bench.jobs.job.receipt is not None and bench.jobs.job.receipt.fused
+
+
 async def test_a_rerun_is_compared_with_what_there_was(bench: Bench) -> None:
     bench.jobs.offer(attempt())
     bench.start()

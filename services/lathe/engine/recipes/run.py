@@ -52,9 +52,12 @@ class Run:
         clock: Clock,
         start: Start | None = None,
         initial_adapter: Path | None = None,
+        halvings: Sequence[tuple[int, int]] = (),
         checkpoint_interval_s: float = 60.0,
     ) -> None:
         """folder(kind, step): where a snapshot goes. initial_adapter: PEFT's folder that the job begins from.
+
+        halvings: (step index, times) of an earlier run that is repeated, for the same slices.
 
         Raises InvalidArgument for data or a configuration that cannot be trained.
         """
@@ -88,7 +91,7 @@ class Run:
         )
         self.step = start.step if start is not None else 0
         self.trained_tokens = start.trained_tokens if start is not None else 0
-        self._halvings: dict[int, int] = dict(start.halvings) if start is not None else {}
+        self._halvings: dict[int, int] = dict(start.halvings if start is not None else halvings)
         self._state = start.state if start is not None else RunState()
         self._metrics: StepMetrics | None = None
 
@@ -152,7 +155,12 @@ class Run:
             epoch=step.epoch + 1,
             figures=sums.figures,
         )
-        self._state = replace(self._state, losses=self._state.losses.after(sums.loss), unfinished=metrics)
+        self._state = replace(
+            self._state,
+            losses=self._state.losses.after(sums.loss),
+            unfinished=metrics,
+            fused=self._state.fused or sums.fused,
+        )
         return metrics
 
     def _pass(self, batch: Batch, pieces: Sequence[Slice]) -> Turns[SliceResult]:
