@@ -19,6 +19,7 @@ from lathe.engine.model import (
     EngineReceipt,
     Environment,
     HeldLease,
+    Note,
     Outcome,
     Progress,
     Registration,
@@ -102,6 +103,8 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
             if request.HasField("slice_plan")
             else None,
             request.total_steps,
+            tuple(Note(note.step, note.kind, note.message, dict(note.data)) for note in request.notes),
+            tuple(request.dropped_checkpoints),
         )
         try:
             await self._jobs.report(HeldLease(request.attempt_id, request.lease_token), progress)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import grpc
 
-from lathe.common.errors import Unavailable
+from lathe.common.errors import Unavailable, Unimplemented
 from lathe.common.rpc.channel import call
 from lathe.engine.model import (
     Action,
@@ -14,14 +15,20 @@ from lathe.engine.model import (
     Attempt,
     AttemptError,
     CheckpointReport,
+    Dpo,
     EngineReceipt,
     HeartbeatReply,
     HeldLease,
+    Kto,
+    Method,
+    Note,
+    Orpo,
     Outcome,
     Progress,
     Registration,
     SlicePlan,
     StepMetrics,
+    Supervised,
     Terms,
     TokenRef,
     TrainingConfig,
@@ -40,6 +47,11 @@ _OUTCOMES = {
     Outcome.RELEASED: worker_pb2.ATTEMPT_OUTCOME_RELEASED,
     Outcome.CANCELLED: worker_pb2.ATTEMPT_OUTCOME_CANCELLED,
     Outcome.RETRYABLE: worker_pb2.ATTEMPT_OUTCOME_RETRYABLE,
+}
+_SCHEDULES: dict[str, Literal["cosine", "linear", "constant"]] = {
+    "cosine": "cosine",
+    "linear": "linear",
+    "constant": "constant",
 }
 # A heartbeat that takes longer than this has missed its purpose.
 HEARTBEAT_TIMEOUT_S = 3.0
@@ -102,7 +114,16 @@ class GrpcJobs:
 
     async def lease(self, engine_id: str) -> Attempt | None:
         answer = await call(self._stub.LeaseAttempt, worker_pb2.LeaseAttemptRequest(engine_id=engine_id))
-        return attempt_from(answer.attempt) if answer.HasField("attempt") else None
+        if not answer.HasField("attempt"):
+            return None
+        try:
+            return attempt_from(answer.attempt)
+        except Unimplemented as error:
+            # It would be the same the next time: the job's user should know, and nobody wait for the lease to run out.
+            lease = HeldLease(answer.attempt.attempt_id, answer.attempt.lease_token)
+            why = AttemptError(error.reason.lower(), error.message)
+            await self.complete(lease, Outcome.FAILED, step=0, trained_tokens=0, error=why)
+            return None
 
     async def report(self, lease: HeldLease, progress: Progress) -> None:
         plan = progress.slice_plan
@@ -113,6 +134,8 @@ class GrpcJobs:
             checkpoints=[_checkpoint_pb(item) for item in progress.checkpoints],
             slice_plan=_plan_pb(plan) if plan is not None else None,
             total_steps=progress.total_steps,
+            notes=[_note_pb(note) for note in progress.notes],
+            dropped_checkpoints=progress.dropped_checkpoints,
         )
         await call(self._stub.ReportProgress, request)
 
@@ -160,7 +183,12 @@ def metrics_pb(row: StepMetrics) -> jobs_pb2.StepMetrics:
         step_seconds=row.step_seconds,
         grad_norm=row.grad_norm,
         epoch=row.epoch,
+        figures=row.figures,
     )
+
+
+def _note_pb(note: Note) -> worker_pb2.ProgressNote:
+    return worker_pb2.ProgressNote(step=note.step, kind=note.kind, message=note.message, data=note.data)
 
 
 def receipt_pb(receipt: EngineReceipt) -> worker_pb2.EngineReceipt:
@@ -183,11 +211,63 @@ def receipt_pb(receipt: EngineReceipt) -> worker_pb2.EngineReceipt:
     )
 
 
+def config_from(config: worker_pb2.TrainingConfig) -> TrainingConfig:
+    """Resolved hyperparameters; what a jobs of before there were methods leaves out is as it was then.
+
+    Raises Unimplemented.
+    """
+    schedule = _SCHEDULES.get(config.schedule or "cosine")
+    if schedule is None:
+        raise Unimplemented(
+            f"This engine does not know the schedule {config.schedule!r}.", reason="UNKNOWN_SCHEDULE"
+        )
+    return TrainingConfig(
+        n_epochs=config.n_epochs,
+        batch_size=config.batch_size,
+        learning_rate=config.learning_rate,
+        seed=config.seed,
+        warmup_fraction=config.warmup_fraction,
+        weight_decay=config.weight_decay,
+        max_grad_norm=config.max_grad_norm,
+        lora_r=config.lora_r,
+        lora_alpha=config.lora_alpha,
+        target_modules=tuple(config.target_modules),
+        base_model=config.base_model,
+        method=_method_from(config),
+        schedule=schedule,
+        eval_every=config.eval_every,
+        early_stopping_patience=config.early_stopping_patience,
+        keep_checkpoints=config.keep_checkpoints,
+        sample_prompts=config.sample_prompts,
+        use_rslora=config.use_rslora,
+        use_dora=config.use_dora,
+        lora_dropout=config.lora_dropout,
+        full_parameter=config.full_parameter,
+    )
+
+
+def _method_from(config: worker_pb2.TrainingConfig) -> Method:
+    match config.method:
+        case "" | "supervised":
+            return Supervised()
+        case "dpo":
+            return Dpo(config.beta, config.loss_type, config.label_smoothing)
+        case "orpo":
+            return Orpo(config.beta)
+        case "kto":
+            return Kto(config.beta, config.desirable_weight, config.undesirable_weight)
+        case _:
+            raise Unimplemented(f"This engine does not train by {config.method!r}.", reason="UNKNOWN_METHOD")
+
+
 def attempt_from(pb: worker_pb2.Attempt) -> Attempt:
-    """A lease. Raises Unavailable for one that names no training object: jobs is not done with it."""
+    """A lease.
+
+    Raises Unavailable for one that names no training object (jobs is not done with it), Unimplemented for a method or a
+    schedule that this engine does not know.
+    """
     if not pb.training.object_key:
         raise Unavailable(f"Attempt {pb.attempt_id} names no training object.")
-    config = pb.config
     plan = pb.slice_plan
     initial, compared = pb.initial_adapter, pb.compare_with
     return Attempt(
@@ -199,19 +279,7 @@ def attempt_from(pb: worker_pb2.Attempt) -> Attempt:
         validation=TokenRef(pb.validation.object_key, pb.validation.sha256)
         if pb.validation.object_key
         else None,
-        config=TrainingConfig(
-            n_epochs=config.n_epochs,
-            batch_size=config.batch_size,
-            learning_rate=config.learning_rate,
-            seed=config.seed,
-            warmup_fraction=config.warmup_fraction,
-            weight_decay=config.weight_decay,
-            max_grad_norm=config.max_grad_norm,
-            lora_r=config.lora_r,
-            lora_alpha=config.lora_alpha,
-            target_modules=tuple(config.target_modules),
-            base_model=config.base_model,
-        ),
+        config=config_from(pb.config),
         slice_plan=SlicePlan(plan.train_tokens_per_slice, plan.threads, plan.dtype, plan.device)
         if plan.train_tokens_per_slice
         else None,
