@@ -191,6 +191,8 @@ def _show_adapter(adapter: pb.Adapter) -> None:
         (
             ("model", adapter.model_id),
             ("base model", adapter.base_model.rsplit("/", 1)[-1]),
+            ("parent", made.parent_model_id),
+            ("method", made.method),
             ("job", made.job.rsplit("/", 1)[-1]),
             ("step", str(made.step)),
             ("dataset", f"sha256 {made.dataset_sha256}"),

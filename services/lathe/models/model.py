@@ -105,7 +105,10 @@ class AdapterObject:
 
 @dataclass(frozen=True, slots=True)
 class Lineage:
-    """What an adapter was made from."""
+    """What an adapter was made from.
+
+    parent_model_id: the tuned model whose adapter its job started from, with that adapter's manifest.
+    """
 
     job: str
     attempt: str
@@ -116,6 +119,9 @@ class Lineage:
     hyperparameters_json: str
     seed: int
     code_version: str
+    method: str = "supervised"
+    parent_model_id: str = ""
+    parent_manifest_sha256: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from lathe.common import names
 from lathe.models.model import Adapter, AdapterObject, BaseModel, BaseModelState, Lineage, ModelFile
 from lathe.models.service import NewBaseModel, Resolved
+from lathe.text.families import METHODS
 from lathe.v1 import models_pb2 as pb
 
 _STATES = {
@@ -49,7 +50,8 @@ def base_model_pb(model: BaseModel) -> pb.BaseModel:
         context_length=facts.context_length,
         tunable=facts.tunable,
         not_tunable_reason=facts.not_tunable_reason,
-        methods=facts.methods,
+        # What this version can do, not the one that imported it.
+        methods=METHODS if facts.tunable else (),
         target_modules=facts.target_modules,
         chat_template=facts.chat_template,
         license=model.license,
@@ -77,6 +79,9 @@ def adapter_pb(adapter: Adapter) -> pb.Adapter:
             hyperparameters_json=lineage.hyperparameters_json,
             seed=lineage.seed,
             code_version=lineage.code_version,
+            method=lineage.method,
+            parent_model_id=lineage.parent_model_id,
+            parent_manifest_sha256=lineage.parent_manifest_sha256,
         ),
         is_final=adapter.is_final,
     )
@@ -99,6 +104,9 @@ def lineage(message: pb.Lineage) -> Lineage:
         hyperparameters_json=message.hyperparameters_json,
         seed=message.seed,
         code_version=message.code_version,
+        method=message.method or "supervised",
+        parent_model_id=message.parent_model_id,
+        parent_manifest_sha256=message.parent_manifest_sha256,
     )
 
 

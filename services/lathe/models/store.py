@@ -60,8 +60,11 @@ adapters = sa.Table(
     sa.Column("create_time", UtcDateTime()),
     sa.Column("is_final", sa.Boolean),
     sa.Column("deleting", sa.Boolean),
+    # What the version before this one does not know of the lineage; it reads a member that it does not know as an error.
+    sa.Column("ancestry", sa.JSON(none_as_null=True)),
 )
 
+_ANCESTRY = ("method", "parent_model_id", "parent_manifest_sha256")
 _LIVE = base_models.c.state != BaseModelState.DELETING.value
 _DELETING = base_models.c.state == BaseModelState.DELETING.value
 
@@ -215,6 +218,7 @@ class SqlModelStore:
     # --- adapters ---------------------------------------------------------------------------------------------
 
     async def add_adapter(self, adapter: Adapter) -> Adapter:
+        lineage = asdict(adapter.lineage)
         row = {
             "id": adapter.id,
             "project": adapter.project,
@@ -222,7 +226,8 @@ class SqlModelStore:
             "base_model": adapter.base_model,
             "prefix": adapter.object.prefix,
             "manifest_sha256": adapter.object.manifest_sha256,
-            "lineage": asdict(adapter.lineage),
+            "lineage": {key: value for key, value in lineage.items() if key not in _ANCESTRY},
+            "ancestry": {key: lineage[key] for key in _ANCESTRY},
             "create_time": adapter.create_time,
             "is_final": adapter.is_final,
             "deleting": False,
@@ -331,7 +336,7 @@ def _adapter(row: Any) -> Adapter:
         model_id=row.model_id,
         base_model=row.base_model,
         object=AdapterObject(row.prefix, row.manifest_sha256),
-        lineage=Lineage(**row.lineage),
+        lineage=Lineage(**row.lineage, **(row.ancestry or {})),
         create_time=row.create_time,
         is_final=row.is_final,
     )

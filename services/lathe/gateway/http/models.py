@@ -107,5 +107,7 @@ def adapter_json(adapter: pb.Adapter) -> Json:
             "base_model": last_id(adapter.base_model),
             "job": last_id(adapter.lineage.job) or None,
             "step": adapter.lineage.step,
+            "method": adapter.lineage.method or "supervised",
+            "parent_model": adapter.lineage.parent_model_id or None,
         },
     }
