@@ -237,7 +237,7 @@ def test_importing_the_same_files_again_is_one_model(
     again = client.models.import_folder(tiny_folder, "another-name")
     assert again.name == f"baseModels/{base_model}"
     shown = client.models.get(base_model)
-    assert shown.methods == ["supervised"]
+    assert shown.methods == ["supervised", "dpo", "orpo", "kto"]
     assert "q_proj" in shown.target_modules
     assert (shown.context_length, shown.license) == (512, "Apache-2.0")
     assert "<|im_start|>" in shown.chat_template

@@ -113,7 +113,7 @@ def test_checkpoints_are_one_per_epoch(sdk: openai.OpenAI, job: FineTuningJob, m
 
 
 def test_the_result_file_has_every_step(sdk: openai.OpenAI, job: FineTuningJob) -> None:
-    [result] = job.result_files
+    result, _ = job.result_files
     assert sdk.files.retrieve(result).purpose == "fine-tune-results"
     # OpenAI's cookbook decodes base64 here.
     text = base64.b64decode(sdk.files.content(result).read(), validate=True).decode()

@@ -14,7 +14,7 @@ from lathe.text.layout import parameter_count
 SUPPORTED_ARCHITECTURES = tuple(ARCHITECTURES)
 SUPPORTED_ROPE = ("default", "linear", "llama3", "yarn", "longrope")
 MAX_LAYERS = 1024
-METHODS = ("supervised",)
+METHODS = ("supervised", "dpo", "orpo", "kto")
 
 
 @dataclass(frozen=True, slots=True)

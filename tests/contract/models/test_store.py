@@ -25,7 +25,20 @@ FACTS = Facts(
     ("q_proj",),
     "{{ x }}",
 )
-LINEAGE = Lineage("projects/p/jobs/j", "att-1", 3, "a", "b", "c", '{"n_epochs": 1}', 2**31 - 1, "0.1", "dpo", "ft:b:p::parent", "9" * 64)
+LINEAGE = Lineage(
+    "projects/p/jobs/j",
+    "att-1",
+    3,
+    "a",
+    "b",
+    "c",
+    '{"n_epochs": 1}',
+    2**31 - 1,
+    "0.1",
+    "dpo",
+    "ft:b:p::parent",
+    "9" * 64,
+)
 
 
 def model(id_="one", digest="d" * 64, sha="f" * 64):
