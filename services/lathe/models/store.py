@@ -60,7 +60,7 @@ adapters = sa.Table(
     sa.Column("create_time", UtcDateTime()),
     sa.Column("is_final", sa.Boolean),
     sa.Column("deleting", sa.Boolean),
-    # What the version before this one does not know of the lineage; it reads a member that it does not know as an error.
+    # What the version before this one does not know of the lineage, where it takes an unknown member for an error.
     sa.Column("ancestry", sa.JSON(none_as_null=True)),
 )
 
