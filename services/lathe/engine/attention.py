@@ -255,6 +255,10 @@ class CachedAttention:
         together = (self._high - self._low) * self._longest
         self._batched = len(single) > 1 and together <= 2 * sum(span.past + 1 for span in single)
         self._single = [] if self._batched else single
+        # One-token rows that come first and in the order of adjoining slots need not be gathered and put back.
+        self._straight = [(span.start, span.slot - self._low) for span in single] == [
+            (i, i) for i in range(len(single))
+        ]
         if self._batched:
             self._rows = torch.tensor([span.start for span in single], device=device)
             self._slots = torch.tensor([span.slot - self._low for span in single], device=device)
@@ -282,17 +286,26 @@ class CachedAttention:
         q = x[:, :heads].view(-1, kv, heads // kv, d)
         out = torch.empty((qkv.shape[0], kv, heads // kv, d), dtype=qkv.dtype, device=qkv.device)
         if self._batched:
-            first, mask = self._masks[window]
-            queries = q.new_zeros((self._high - self._low, *q.shape[1:]))
-            queries.index_copy_(0, self._slots, q.index_select(0, self._rows))
-            o = self._one_each(queries, entries[self._low : self._high, first : self._longest], mask)
-            out.index_copy_(0, self._rows, o.index_select(0, self._slots))
+            self._together(q, out, entries, window)
         for one in self._single:
             own = entries[one.slot : one.slot + 1, first_seen(one.past, window) : one.past + 1]
             out[one.start : one.stop] = self._one_each(q[one.start : one.stop], own, None)
         for one in self._spans:
             self._prompt(q, out, entries, one, window)
         return out.view(qkv.shape[0], heads * d)
+
+    def _together(self, q: Tensor, out: Tensor, entries: Tensor, window: int | None) -> None:
+        """The one-token rows, over the range of slots that they lie in."""
+        first, mask = self._masks[window]
+        span = entries[self._low : self._high, first : self._longest]
+        if self._straight:
+            count = self._high - self._low
+            out[:count] = self._one_each(q[:count], span, mask)
+            return
+        queries = q.new_zeros((self._high - self._low, *q.shape[1:]))
+        queries.index_copy_(0, self._slots, q.index_select(0, self._rows))
+        o = self._one_each(queries, span, mask)
+        out.index_copy_(0, self._rows, o.index_select(0, self._slots))
 
     def _one_each(self, q: Tensor, entries: Tensor, mask: Tensor | None) -> Tensor:
         """One query a slot: q [slots, kv, g, d] over entries [slots, places, 2, kv, d]."""

@@ -311,7 +311,7 @@ class Engine:
         chunks = self._claim(work, prefill_tokens)
         if not chunks:
             return []
-        chunks.sort(key=lambda chunk: self._slot(chunk[0].key))
+        chunks.sort(key=self._place)
         decoders = dict.fromkeys(self._decoder(state.key) for state, _ in chunks)
         outputs: list[StepOutput] = []
         with torch.inference_mode():
@@ -363,6 +363,11 @@ class Engine:
 
     def _decoder(self, key: str) -> Decoder:
         return self._adapter(key).decoder if key else self.decoder
+
+    def _place(self, chunk: tuple[SequenceState, list[int]]) -> tuple[int, int]:
+        """Where a sequence stands in a pass: those that decode first, as they lie in the cache; then by adapter."""
+        state, tokens = chunk
+        return (0, slot_of(state)) if len(tokens) == 1 else (1, self._slot(state.key))
 
     def _slot(self, key: str) -> int:
         return self._adapter(key).slot if key else -1
