@@ -108,7 +108,8 @@ def test_a_rerun_gives_the_same_bits(
     assert receipt["hyperparameters"]["schedule"] == "linear"
     assert receipt["training_file"]["sha256"] == lessons_dataset.sha256
     assert receipt["engine"]["versions"]["torch"] and receipt["adapter"]["weights_sha256"]
-    assert json.loads(client.datasets.download(first.result_files[1])) == receipt
+    kept = b"".join(client.datasets.download(first.result_files[1]))
+    assert json.loads(kept) == receipt
     again = ended(client, client.jobs.rerun(first.name))
     assert again.comparison.bit_identical, again.comparison
     assert (again.rerun_of, again.seed) == (first.name, first.seed)

@@ -75,9 +75,7 @@ async def test_a_folder_becomes_a_model_that_says_how_it_can_be_tuned(world, bas
     assert base.state is BaseModelState.READY
     assert (base.facts.architecture, base.facts.context_length) == ("LlamaForCausalLM", 512)
     assert base.facts.parameter_count == 1024 * 8 + 3 * 8 + 8 * 8 * 2 + 4 * 8 * 2 + 3 * 8 * 16
-    assert (
-        base.facts.tunable and "dpo" in base.facts.methods and "q_proj" in base.facts.target_modules
-    )
+    assert base.facts.tunable and "dpo" in base.facts.methods and "q_proj" in base.facts.target_modules
     assert "<|im_start|>" in base.facts.chat_template
     assert len(base.facts.tokenizer_digest) == len(base.facts.template_digest) == 64
     manifest = json.loads(await world.objects.get(manifest_key(base.digest)))
