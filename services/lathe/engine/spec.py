@@ -118,7 +118,7 @@ def _rope(settings: Mapping[str, Any], head_dim: int, context: int) -> RopeSpec:
     kind, original = str(settings["rope_type"]), int(settings["original_max_position_embeddings"])
     factor = float(settings.get("factor") or (context / original if kind in ("yarn", "longrope") else 1.0))
     size = int(head_dim * float(settings["partial_rotary_factor"]))
-    rope = RopeSpec(
+    return RopeSpec(
         theta=float(settings["rope_theta"]),
         size=size,
         kind=kind,
@@ -133,13 +133,6 @@ def _rope(settings: Mapping[str, Any], head_dim: int, context: int) -> RopeSpec:
         short=tuple(map(float, settings.get("short_factor") or ())) if kind == "longrope" else (),
         long=tuple(map(float, settings.get("long_factor") or ())) if kind == "longrope" else (),
     )
-    if kind == "longrope" and not len(rope.short) == len(rope.long) == size // 2:
-        raise InvalidArgument(
-            f"config.json: longrope needs short_factor and long_factor with {size // 2} numbers each; they have "
-            f"{len(rope.short)} and {len(rope.long)}.",
-            reason="UNSUPPORTED_MODEL",
-        )
-    return rope
 
 
 def _scale(kind: str, settings: Mapping[str, Any], factor: float, original: int) -> float:

@@ -125,9 +125,10 @@ def architecture_of(config: Config) -> str:
 
 
 def completed(config: Config) -> dict[str, object]:
-    """The config with its family's defaults where it says nothing (an explicit null stays)."""
+    """The config with its family's defaults where it says nothing, or null (sliding_window: null means none)."""
     family = ARCHITECTURES.get(architecture_of(config))
-    return {**(family.defaults if family is not None else {}), **config}
+    said = {key: value for key, value in config.items() if value is not None or key == "sliding_window"}
+    return {**(family.defaults if family is not None else {}), **said}
 
 
 def biases(family: Architecture, config: Config) -> frozenset[str]:

@@ -5,15 +5,19 @@ The models service shows it (`lathe models show`); the engine refuses what is no
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from lathe.text.architectures import ARCHITECTURES, Architecture, architecture_of, completed, integer, ropes
-from lathe.text.layout import parameter_count
+from lathe.text.layout import parameter_count, sizes
 
 SUPPORTED_ARCHITECTURES = tuple(ARCHITECTURES)
 SUPPORTED_ROPE = ("default", "linear", "llama3", "yarn", "longrope")
 MAX_LAYERS = 1024
+_ROPE_NUMBERS = (
+    "rope_theta", "partial_rotary_factor", "factor", "low_freq_factor", "high_freq_factor", "attention_factor",
+    "original_max_position_embeddings", "beta_fast", "beta_slow", "mscale", "mscale_all_dim",
+)  # fmt: skip
 METHODS = ("supervised", "dpo", "orpo", "kto")
 
 
@@ -74,6 +78,8 @@ def _unusable_shape(config: Mapping[str, object]) -> str:
     heads, kv_heads = integer(config, "num_attention_heads"), integer(config, "num_key_value_heads")
     if kv_heads and heads % kv_heads:
         return f"num_attention_heads {heads} is no multiple of num_key_value_heads {kv_heads}."
+    if sizes(config).head_dim < 2:
+        return f"hidden_size {integer(config, 'hidden_size')} is too small for {heads} heads."
     if (types := config.get("layer_types")) is not None:
         layers = integer(config, "num_hidden_layers")
         if not isinstance(types, list) or len(types) != layers:
@@ -90,14 +96,47 @@ def _unsupported_option(family: Architecture, config: Mapping[str, object]) -> s
     for key in family.refused:
         if config.get(key):
             return f"{key} {config[key]!r} is not supported."
+    if reason := _bad_number(config, (family.norm_eps, "query_pre_attn_scalar")):
+        return reason
     types = config.get("layer_types")
     odd = set(types) - {"full_attention", "sliding_attention"} if isinstance(types, list) else set()
     return f"layer type {min(map(str, odd))!r} is not supported." if odd else ""
 
 
 def _unsupported_rope(config: Mapping[str, object]) -> str:
-    for rope in ropes(config):
+    head = sizes(config).head_dim
+    for rope in {id(rope): rope for rope in ropes(config)}.values():
         kind = rope["rope_type"]
         if kind not in SUPPORTED_ROPE:
             return f"rope type {kind!r} is not supported; supported are: {', '.join(SUPPORTED_ROPE)}."
+        if reason := _bad_number(rope, _ROPE_NUMBERS):
+            return reason
+        if kind in ("linear", "llama3") and rope.get("factor") is None:
+            return f"rope type {kind!r} needs a factor."
+        size = int(head * float(str(rope["partial_rotary_factor"])))
+        if size < 2 or size % 2 or size > head:
+            return (
+                f"partial_rotary_factor rotates {size} of a head's {head} features; an even number is needed."
+            )
+        if kind == "longrope" and (reason := _bad_factors(rope, size // 2)):
+            return reason
+    return ""
+
+
+def _bad_number(values: Mapping[str, object], keys: Iterable[str]) -> str:
+    for key in keys:
+        value = values.get(key)
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if value is not None and not (number and 0 < float(str(value)) < float("inf")):
+            return f"{key} {value!r} is not a positive number."
+    return ""
+
+
+def _bad_factors(rope: Mapping[str, object], count: int) -> str:
+    for key in ("short_factor", "long_factor"):
+        factors = rope.get(key)
+        if not isinstance(factors, list) or len(factors) != count:
+            return f"longrope needs {key} with {count} numbers."
+        if reason := _bad_number(named := {f"{key}[{i}]": factor for i, factor in enumerate(factors)}, named):
+            return reason
     return ""

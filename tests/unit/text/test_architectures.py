@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
+from lathe.engine.spec import DecoderSpec
 from lathe.text.architectures import ARCHITECTURES, windows
 from lathe.text.families import describe
 from lathe.text.layout import tensor_shapes
@@ -126,6 +129,16 @@ def test_the_tensors_of_a_file_are_named() -> None:
         ("phi-2", {"qk_layernorm": True}, "qk_layernorm"),
         ("Phi-3-mini-4k", {"rope_scaling": {"type": "dynamic"}}, "'dynamic'"),
         ("Llama-3.2-1B", {"num_hidden_layers": 5000}, "at most 1024"),
+        ("Llama-3.2-1B", {"rope_scaling": {"rope_type": "linear"}}, "needs a factor"),
+        ("Llama-3.2-1B", {"rope_theta": "wide"}, "rope_theta 'wide'"),
+        ("Llama-3.2-1B", {"rms_norm_eps": [1]}, "rms_norm_eps"),
+        ("phi-2", {"partial_rotary_factor": 0.01}, "rotates 0 of a head's 80"),
+        ("Phi-3-mini-4k", {"rope_scaling": {"type": "su"}}, "short_factor with 48 numbers"),
+        (
+            "Phi-3-mini-4k",
+            {"rope_scaling": {"type": "longrope", "short_factor": [1.0] * 48, "long_factor": [-1.0] * 48}},
+            r"long_factor[0] -1.0",
+        ),
     ],
 )
 def test_what_a_family_cannot_do_is_said(name: str, change: dict[str, object], words: str) -> None:
@@ -133,3 +146,28 @@ def test_what_a_family_cannot_do_is_said(name: str, change: dict[str, object], w
     assert not family.supported
     assert words in family.reason
     assert (family.methods, family.target_modules) == ((), ())
+
+
+KEYS = sorted(
+    {key for config, _ in PUBLISHED.values() for key in config} | {"layer_types", "rope_parameters"}
+)
+VALUES = st.one_of(
+    st.none(), st.booleans(), st.integers(-2, 70), st.floats(allow_nan=False), st.text(max_size=3),
+    st.lists(st.sampled_from(["full_attention", "sliding_attention", 3]), max_size=3),
+    st.dictionaries(
+        st.sampled_from(["rope_type", "type", "rope_theta", "factor", "full_attention", "short_factor"]),
+        st.one_of(st.sampled_from(["linear", "yarn", "llama3", "longrope"]), st.integers(0, 3), st.none()),
+        max_size=3,
+    ),
+)  # fmt: skip
+
+
+@given(st.sampled_from(sorted(PUBLISHED)), st.dictionaries(st.sampled_from(KEYS), VALUES, max_size=4))
+def test_no_config_makes_it_fail_in_another_way_than_by_words(name: str, changes: dict[str, object]) -> None:
+    config = {**PUBLISHED[name][0], **changes}
+    family = describe(config)
+    assert family.supported == (family.reason == "")
+    if not family.supported:
+        return
+    assert family.parameter_count > 0
+    assert len(DecoderSpec.from_config(config).ropes) == family.layers
