@@ -11,7 +11,9 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
 
+from lathe.cli.main import app
 from lathe.common.errors import FailedPrecondition, InvalidArgument, LatheError, ResourceExhausted
 from lathe.engine.export.export import (
     Exported,
@@ -240,7 +242,7 @@ def bad_out(base: Path, adapter: Path) -> None:
     (base.parent / "out" / "theirs").touch()
 
 
-SAFETENSORS, GGUF = (export_safetensors,), (export_gguf,)
+GGUF = (export_gguf,)
 BAD: dict[str, tuple[Callable[[Path, Path], None], str, tuple[Callable[..., Exported], ...]]] = {
     "nan": (bad_nan, "NaN or infinity", (export_peft, export_safetensors, export_gguf)),
     "base": (bad_base, "cannot be put on this base model", (export_peft, export_safetensors, export_gguf)),
@@ -281,3 +283,33 @@ def test_a_full_disk_is_said_before_anything_is_written(
     with pytest.raises(ResourceExhausted, match="GB free"):
         export_safetensors(Source(base, None, LINEAGE), tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
+
+
+def command(*arguments: object) -> Any:
+    return CliRunner().invoke(app, ["models", "export", *map(str, arguments)])
+
+
+def test_the_command_exports_local_folders(base: Path, adapter: Path, tmp_path: Path) -> None:
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text(
+        '{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]}\n'
+    )
+    folders = ("--base-folder", base, "--adapter-folder", adapter)
+    done = command(*folders, "--format", "gguf", "--out", tmp_path / "out", "--texts", texts, "--json")
+    assert done.exit_code == 0, done.output
+    said = json.loads(done.stdout)
+    assert said["folder"] == str(tmp_path / "out")
+    assert said["measured"]["greedy tokens equal to ours"].endswith("of 1 answers")
+    assert command(*folders, "--format", "peft", "--out", tmp_path / "peft").exit_code == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "peft", "texts.jsonl"]
+
+
+def test_the_command_refuses_what_makes_no_sense(base: Path, tmp_path: Path) -> None:
+    wrong = command("--base-folder", base, "--format", "gguf", "--type", "bf16", "--out", tmp_path / "out")
+    assert wrong.exit_code == 2 and "choose from f16, q8_0" in wrong.output
+    unnamed = command("--out", tmp_path / "out")
+    assert isinstance(unnamed.exception, InvalidArgument)
+    (tmp_path / "texts").write_text('Plain text.\n{"messages": []}\n')
+    bad = command("--base-folder", base, "--out", tmp_path / "out", "--texts", tmp_path / "texts")
+    assert "texts, line 2: messages" in str(bad.exception)
+    assert not (tmp_path / "out").exists()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 
 from lathe.client import Client
@@ -42,6 +45,18 @@ def test_the_adapter_says_what_it_was_made_from(client: Client, tuned: jobs_pb2.
     assert adapter.lineage.dataset_sha256 == dataset.sha256
     assert adapter.lineage.base_digest == client.models.get(base_model).digest
     assert (adapter.lineage.step, adapter.lineage.seed) == (70, 1)
+
+
+def test_the_tuned_model_can_be_taken_away(
+    client: Client, tuned: jobs_pb2.Job, base_model: str, tiny_folder: Path, tmp_path: Path
+) -> None:
+    client.adapters.fetch(client.adapters.of_model(tuned.fine_tuned_model), tmp_path / "adapter")
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert config["peft_type"] == "LORA"
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").stat().st_size > 10_000
+    client.models.fetch(client.models.get(base_model), tmp_path / "base")
+    for path in (tmp_path / "base").iterdir():
+        assert path.read_bytes() == (tiny_folder / path.name).read_bytes()
 
 
 def test_tool_calls_are_learned(client: Client, tuned: jobs_pb2.Job) -> None:

@@ -178,7 +178,7 @@ class Owners(
 
     GetQuota = UploadDataset = GetDatasetUpload = DownloadDataset = ListDatasets = DeleteDataset = _unused
     EnsureAudit = CreateResultFile = CreateBaseModel = UploadModelFile = GetModelFileUpload = (
-        CommitBaseModel
-    ) = _unused
+        DownloadModelFile
+    ) = CommitBaseModel = _unused
     ListBaseModels = DeleteBaseModel = GetAdapter = ListAdapters = DeleteAdapter = _unused
     RegisterAdapter = LoadAdapter = GetEngineStatus = Drain = _unused

@@ -19,6 +19,7 @@ from lathe.cli import (
     doctor,
     engine,
     exits,
+    export,
     jobs,
     keys,
     login,
@@ -38,6 +39,7 @@ app = typer.Typer(
 )
 _USE = "Use a platform"
 _RUN = "Run a platform"
+models.app.command()(export.export)
 app.add_typer(models.app, name="models", rich_help_panel=_USE)
 app.add_typer(datasets.app, name="datasets", rich_help_panel=_USE)
 app.add_typer(jobs.app, name="jobs", rich_help_panel=_USE)

@@ -121,7 +121,7 @@ def send(
     client: Client, imported: "ImportedModel", model_id: str | None, display_name: str | None, *, quiet: bool
 ) -> pb.BaseModel:
     """Register a clean folder."""
-    with _bar(quiet) as progress:
+    with bar(quiet) as progress:
         return client.models.import_folder(
             imported.folder,
             model_id or imported.model_id,
@@ -214,15 +214,18 @@ def _parameters(model: pb.BaseModel) -> str:
 
 
 @contextmanager
-def _bar(quiet: bool) -> Iterator[ImportProgress | None]:
+def bar(quiet: bool, doing: str = "Sending", *, counts: bool = False) -> Iterator[ImportProgress | None]:
+    """A bar of bytes, or of things counted, on a terminal's standard error; None for none."""
     from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
+    from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn
 
     console = Console(stderr=True)
     if quiet or not console.is_terminal:
         yield None
         return
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn())
-    with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task("Sending", total=None)
-        yield lambda path, done, total: bar.update(task, description=path, completed=done, total=total)
+    amount = MofNCompleteColumn() if counts else DownloadColumn()
+    with Progress(
+        TextColumn("{task.description}"), BarColumn(), amount, console=console, transient=True
+    ) as shown:
+        task = shown.add_task(doing, total=None)
+        yield lambda path, done, total: shown.update(task, description=path, completed=done, total=total)

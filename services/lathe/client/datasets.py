@@ -96,18 +96,11 @@ class Datasets:
 
         Raises NotFound, FailedPrecondition while the dataset is not ready.
         """
-        name, offset = self._name(name), 0
-        deadline = time.monotonic() + self._transport.timeout
-        while True:
-            request = pb.DownloadDatasetRequest(name=name, read_offset=offset)
-            try:
-                for message in self._transport.stream(self._stub.DownloadDataset, request):
-                    offset += len(message.data)
-                    deadline = time.monotonic() + self._transport.timeout
-                    yield message.data
-                return
-            except Unavailable as error:
-                pause(error, deadline)
+        name = self._name(name)
+        return self._transport.download(
+            self._stub.DownloadDataset,
+            lambda offset: pb.DownloadDatasetRequest(name=name, read_offset=offset),
+        )
 
     def delete(self, name: str) -> None:
         """Raises NotFound."""

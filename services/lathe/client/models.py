@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from lathe.client.names import full_name
@@ -12,6 +14,7 @@ from lathe.client.paging import pages
 from lathe.client.transport import Transport, new_request_id, pause
 from lathe.common.errors import (
     Aborted,
+    DataLoss,
     InvalidArgument,
     NotFound,
     OutOfRange,
@@ -23,6 +26,9 @@ from lathe.v1.models_pb2_grpc import ModelsServiceStub
 
 CHUNK_BYTES = 1024 * 1024
 _COMMIT_S = 600.0
+_MANIFEST = "manifest.json"
+# A checkpoint's, for going on with; no part of the model.
+_OPTIMIZER = "optimizer.safetensors"
 # How long a file that cannot be sent is tried again.
 _PATIENCE_S = 120.0
 
@@ -86,6 +92,13 @@ class Models:
             self._stub.CommitBaseModel, pb.CommitBaseModelRequest(name=model.name), timeout=_COMMIT_S
         )
 
+    def fetch(
+        self, model: pb.BaseModel, folder: Path | str, *, progress: ImportProgress | None = None
+    ) -> None:
+        """The model's files into `folder`, which is made. Raises DataLoss for bytes that are not what was imported."""
+        files = [_Wanted(file.path, file.size_bytes, file.sha256) for file in model.files]
+        _Fetching(self._transport, self._stub, _id(model.name), Path(folder), progress).all(files)
+
 
 class Adapters:
     """What the jobs of the caller's project made."""
@@ -111,10 +124,77 @@ class Adapters:
                 return adapter
         raise NotFound(f"The model {model_id!r} was not found.", reason="MODEL_NOT_FOUND")
 
+    def fetch(
+        self, adapter: pb.Adapter, folder: Path | str, *, progress: ImportProgress | None = None
+    ) -> None:
+        """PEFT's files of an adapter into `folder`, which is made. Raises DataLoss for other bytes than were saved."""
+        fetching = _Fetching(self._transport, self._stub, adapter.model_id, Path(folder), progress)
+        manifest = b"".join(fetching.pieces(_MANIFEST))
+        if hashlib.sha256(manifest).hexdigest() != adapter.object.manifest_sha256:
+            raise DataLoss(f"The manifest of {adapter.model_id} is not the one that was registered.")
+        entries = json.loads(manifest)["files"]
+        fetching.all([_Wanted(e["path"], e["size"], e["sha256"]) for e in entries if e["path"] != _OPTIMIZER])
+
     def delete(self, name: str) -> None:
         """Raises NotFound."""
         full = full_name(self._project, "adapters", name)
         self._transport.call(self._stub.DeleteAdapter, pb.DeleteAdapterRequest(name=full))
+
+
+@dataclass(frozen=True, slots=True)
+class _Wanted:
+    """A file of a folder. sha256: lower-case hex."""
+
+    path: str
+    size: int
+    sha256: str
+
+
+class _Fetching:
+    """The files of one model on their way here."""
+
+    def __init__(
+        self,
+        transport: Transport,
+        stub: ModelsServiceStub,
+        model: str,
+        root: Path,
+        progress: ImportProgress | None,
+    ) -> None:
+        self._transport = transport
+        self._stub = stub
+        self._model = model
+        self._root = root
+        self._progress = progress
+
+    def pieces(self, path: str) -> Iterator[bytes]:
+        """The bytes of one file."""
+        return self._transport.download(
+            self._stub.DownloadModelFile,
+            lambda offset: pb.DownloadModelFileRequest(model=self._model, path=path, read_offset=offset),
+        )
+
+    def all(self, files: Sequence[_Wanted]) -> None:
+        """Write them; each has its name only when it is whole."""
+        total, done = sum(file.size for file in files), 0
+        for file in files:
+            target = self._root / file.path
+            if not target.resolve().is_relative_to(self._root.resolve()):
+                raise DataLoss(f"{self._model} names the file {file.path!r}, which is outside its folder.")
+            target.parent.mkdir(parents=True, exist_ok=True)
+            part = target.with_name(f".{target.name}.part")
+            digest = hashlib.sha256()
+            with part.open("wb") as out:
+                for data in self.pieces(file.path):
+                    out.write(data)
+                    digest.update(data)
+                    done += len(data)
+                    if self._progress is not None:
+                        self._progress(file.path, done, total)
+            if digest.hexdigest() != file.sha256:
+                part.unlink()
+                raise DataLoss(f"{file.path} of {self._model} did not come as it was stored; fetch it again.")
+            part.replace(target)
 
 
 class _Sending:
@@ -196,6 +276,10 @@ def _files(root: Path) -> list[pb.ModelFile]:
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
                 found.append(pb.ModelFile(path=inside.as_posix(), size_bytes=file.tell(), sha256=digest))
     return found
+
+
+def _id(name: str) -> str:
+    return name.rpartition("/")[2]
 
 
 def _base(model_id: str) -> str:

@@ -117,6 +117,23 @@ class Transport:
         finally:
             running.cancel()
 
+    def download(self, method: Callable[..., Any], request: Callable[[int], object]) -> Iterator[bytes]:
+        """The `data` of a server stream's messages; one that breaks is gone on with by the request for that offset.
+
+        Raises LatheErrors, Unavailable once nothing more has come for as long as a call may take.
+        """
+        offset = 0
+        deadline = time.monotonic() + self.timeout
+        while True:
+            try:
+                for message in self.stream(method, request(offset)):
+                    offset += len(message.data)
+                    deadline = time.monotonic() + self.timeout
+                    yield message.data
+                return
+            except Unavailable as error:
+                pause(error, deadline)
+
     def close(self) -> None:
         """Close the channel."""
         self.channel.close()

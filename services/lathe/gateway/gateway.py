@@ -11,6 +11,7 @@ from lathe.common.metrics import Metrics
 from lathe.gateway.auth import Authenticator
 from lathe.gateway.engines import EngineDirectory
 from lathe.gateway.inference import Inference
+from lathe.gateway.model_downloads import ModelDownloads
 from lathe.gateway.model_uploads import ModelUploads
 from lathe.gateway.peers import Peers
 from lathe.gateway.ports import IdempotencyStore
@@ -32,6 +33,7 @@ class Gateway:
     peers: Peers
     datasets: DatasetUploads[datasets_pb2.Dataset]
     models: ModelUploads[models_pb2.ModelFile]
+    model_downloads: ModelDownloads
     inference: Inference
     deployments: DeploymentService
     idempotency: IdempotencyStore

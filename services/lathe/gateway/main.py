@@ -32,6 +32,7 @@ from lathe.gateway.forward import Forwarder, methods_of
 from lathe.gateway.gateway import Gateway
 from lathe.gateway.http.app import create_app
 from lathe.gateway.inference import Inference
+from lathe.gateway.model_downloads import ModelDownloads
 from lathe.gateway.model_uploads import ModelUploads
 from lathe.gateway.peers import AccountsKeys, JobsEngines, PeerChannels, PeerDatasets, PeerModels, Peers
 from lathe.gateway.ports import IdempotencyStore
@@ -157,6 +158,7 @@ def _gateway(
         peers=peers,
         datasets=DatasetUploads(PeerDatasets(peers), store, clock, metrics),
         models=ModelUploads(models, store, ids, metrics),
+        model_downloads=ModelDownloads(models, store),
         inference=Inference(
             ModelDirectory(models, deployments, clock, settings.model_cache_s),
             TokenizerCache(store, settings.cache_folder),
@@ -195,7 +197,10 @@ def _server(gateway: Gateway, channels: PeerChannels, platform: PlatformServicer
         *methods_of(models_pb2.DESCRIPTOR, "ModelsService"),
         *methods_of(jobs_pb2.DESCRIPTOR, "JobsService"),
     ]
-    local = DatasetStreams(gateway.datasets).handlers() | ModelStreams(gateway.models).handlers()
+    local = (
+        DatasetStreams(gateway.datasets).handlers()
+        | ModelStreams(gateway.models, gateway.model_downloads).handlers()
+    )
     forwarder = Forwarder(
         channels.by_service(), methods, local, default_timeout_s=gateway.settings.forward_timeout_s
     )

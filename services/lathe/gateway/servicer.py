@@ -14,6 +14,7 @@ from lathe.common.names import BASE_MODEL, DATASET, PROJECT
 from lathe.common.rpc.context import ServicerContext
 from lathe.common.rpc.principal import Principal, current_caller, require_project
 from lathe.gateway.inference import Inference
+from lathe.gateway.model_downloads import ModelDownloads
 from lathe.gateway.model_uploads import ModelUploads
 from lathe.gateway.protos import chat_chunk, chat_completion, chat_request, deployment_pb
 from lathe.gateway.service import DeploymentService
@@ -158,8 +159,9 @@ class DatasetStreams:
 class ModelStreams:
     """The methods of lathe.v1.ModelsService that end in the gateway."""
 
-    def __init__(self, uploads: ModelUploads[models_pb2.ModelFile]) -> None:
+    def __init__(self, uploads: ModelUploads[models_pb2.ModelFile], downloads: ModelDownloads) -> None:
         self._uploads = uploads
+        self._downloads = downloads
 
     def handlers(self) -> dict[str, grpc.RpcMethodHandler[Any, Any]]:
         """Full path -> handler."""
@@ -174,6 +176,11 @@ class ModelStreams:
                 self.offset,
                 request_deserializer=models_pb2.GetModelFileUploadRequest.FromString,
                 response_serializer=models_pb2.ModelFileUpload.SerializeToString,
+            ),
+            f"{service}/DownloadModelFile": grpc.unary_stream_rpc_method_handler(
+                self.download,
+                request_deserializer=models_pb2.DownloadModelFileRequest.FromString,
+                response_serializer=models_pb2.DownloadModelFileResponse.SerializeToString,
             ),
         }
 
@@ -203,6 +210,15 @@ class ModelStreams:
         BASE_MODEL.parse(request.base_model, field="base_model")
         size = await self._uploads.offset(caller(), request.base_model, request.path)
         return models_pb2.ModelFileUpload(committed_size=size)
+
+    async def download(
+        self, request: models_pb2.DownloadModelFileRequest, context: ServicerContext
+    ) -> AsyncIterator[models_pb2.DownloadModelFileResponse]:
+        chunks = await self._downloads.download(
+            caller(), request.model, request.path, offset=request.read_offset
+        )
+        async for data in chunks:
+            yield models_pb2.DownloadModelFileResponse(data=data)
 
 
 def _chunk(message: datasets_pb2.UploadDatasetRequest) -> UploadChunk:

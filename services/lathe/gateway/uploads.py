@@ -175,12 +175,7 @@ class DatasetUploads(Generic[Committed]):
         Raises NotFound, FailedPrecondition while it is not ready, OutOfRange, Unavailable.
         """
         key = await self._owner.blob_key(principal, dataset_name)
-        found = await self._store.head(key)
-        if found is None:
-            raise NotFound(f"The bytes of {dataset_name} were not found.")
-        if not 0 <= offset <= found.size:
-            raise OutOfRange(f"read_offset {offset} is not within the {found.size} bytes of {dataset_name}.")
-        return self._store.stream(key, offset=offset)
+        return await opened(self._store, key, offset, dataset_name)
 
     async def _open_target(self, principal: Principal, dataset_name: str) -> str:
         target = await self._owner.target(principal, dataset_name)
@@ -200,6 +195,16 @@ class DatasetUploads(Generic[Committed]):
             except Unavailable:
                 await self._clock.sleep(wait)
         return await self._owner.commit(principal, name, upload)
+
+
+async def opened(store: ObjectStore, key: str, offset: int, named: str) -> AsyncIterator[bytes]:
+    """An object's bytes from `offset`; `named` says in errors what it is. Raises NotFound, OutOfRange, Unavailable."""
+    found = await store.head(key)
+    if found is None:
+        raise NotFound(f"The bytes of {named} were not found.")
+    if not 0 <= offset <= found.size:
+        raise OutOfRange(f"read_offset {offset} is not within the {found.size} bytes of {named}.")
+    return store.stream(key, offset=offset)
 
 
 class PartWriter:

@@ -19,7 +19,7 @@ from lathe.v1 import models_pb2_grpc as pb_grpc
 
 
 class ModelsServicer(pb_grpc.ModelsServiceServicer):
-    """The public methods. UploadModelFile and GetModelFileUpload end in the gateway."""
+    """The public methods. UploadModelFile, GetModelFileUpload and DownloadModelFile end in the gateway."""
 
     def __init__(self, service: ModelsService) -> None:
         self._service = service
@@ -42,6 +42,12 @@ class ModelsServicer(pb_grpc.ModelsServiceServicer):
         self, request: pb.GetModelFileUploadRequest, context: ServicerContext
     ) -> pb.ModelFileUpload:
         raise Unimplemented("GetModelFileUpload ends in the gateway; this service takes no bytes.")
+
+    async def DownloadModelFile(
+        self, request: pb.DownloadModelFileRequest, context: ServicerContext
+    ) -> AsyncIterator[pb.DownloadModelFileResponse]:
+        raise Unimplemented("DownloadModelFile ends in the gateway; this service sends no bytes.")
+        yield
 
     async def CommitBaseModel(
         self, request: pb.CommitBaseModelRequest, context: ServicerContext

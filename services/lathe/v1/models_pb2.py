@@ -26,15 +26,15 @@ from google.protobuf import empty_pb2 as google_dot_protobuf_dot_empty__pb2
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15lathe/v1/models.proto\x12\x08lathe.v1\x1a\x1bgoogle/protobuf/empty.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"Q\n\tModelFile\x12\x0c\n\x04path\x18\x01 \x01(\t\x12\x12\n\nsize_bytes\x18\x02 \x01(\x03\x12\x0e\n\x06sha256\x18\x03 \x01(\t\x12\x12\n\nobject_key\x18\x04 \x01(\t\"\xde\x03\n\tBaseModel\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x14\n\x0c\x64isplay_name\x18\x02 \x01(\t\x12\'\n\x05state\x18\x03 \x01(\x0e\x32\x18.lathe.v1.BaseModelState\x12\x0e\n\x06\x64igest\x18\x04 \x01(\t\x12\x18\n\x10tokenizer_digest\x18\x05 \x01(\t\x12\x17\n\x0ftemplate_digest\x18\x06 \x01(\t\x12\"\n\x05\x66iles\x18\x07 \x03(\x0b\x32\x13.lathe.v1.ModelFile\x12\x14\n\x0c\x61rchitecture\x18\x08 \x01(\t\x12\x17\n\x0fparameter_count\x18\t \x01(\x03\x12\x16\n\x0e\x63ontext_length\x18\n \x01(\x05\x12\x0f\n\x07tunable\x18\x0b \x01(\x08\x12\x1a\n\x12not_tunable_reason\x18\x0c \x01(\t\x12\x0f\n\x07methods\x18\r \x03(\t\x12\x16\n\x0etarget_modules\x18\x0e \x03(\t\x12\x15\n\rchat_template\x18\x0f \x01(\t\x12\x0f\n\x07license\x18\x10 \x01(\t\x12\x17\n\x0ftraining_cutoff\x18\x11 \x01(\t\x12\x0e\n\x06source\x18\x12 \x01(\t\x12/\n\x0b\x63reate_time\x18\x13 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\xcd\x01\n\x07\x41\x64\x61pter\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x10\n\x08model_id\x18\x02 \x01(\t\x12\x12\n\nbase_model\x18\x03 \x01(\t\x12\'\n\x06object\x18\x04 \x01(\x0b\x32\x17.lathe.v1.AdapterObject\x12\"\n\x07lineage\x18\x05 \x01(\x0b\x32\x11.lathe.v1.Lineage\x12/\n\x0b\x63reate_time\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x10\n\x08is_final\x18\x07 \x01(\x08\"8\n\rAdapterObject\x12\x0e\n\x06prefix\x18\x01 \x01(\t\x12\x17\n\x0fmanifest_sha256\x18\x02 \x01(\t\"\x80\x02\n\x07Lineage\x12\x0b\n\x03job\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\t\x12\x0c\n\x04step\x18\x03 \x01(\x05\x12\x16\n\x0e\x64\x61taset_sha256\x18\x04 \x01(\t\x12\x11\n\taudit_key\x18\x05 \x01(\t\x12\x13\n\x0b\x62\x61se_digest\x18\x06 \x01(\t\x12\x1c\n\x14hyperparameters_json\x18\x07 \x01(\t\x12\x0c\n\x04seed\x18\x08 \x01(\x03\x12\x14\n\x0c\x63ode_version\x18\t \x01(\t\x12\x17\n\x0fparent_model_id\x18\n \x01(\t\x12\x1e\n\x16parent_manifest_sha256\x18\x0b \x01(\t\x12\x0e\n\x06method\x18\x0c \x01(\t\"l\n\x16\x43reateBaseModelRequest\x12\'\n\nbase_model\x18\x01 \x01(\x0b\x32\x13.lathe.v1.BaseModel\x12\x15\n\rbase_model_id\x18\x02 \x01(\t\x12\x12\n\nrequest_id\x18\x03 \x01(\t\"^\n\x16UploadModelFileRequest\x12\x12\n\nbase_model\x18\x01 \x01(\t\x12\x0c\n\x04path\x18\x02 \x01(\t\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\x12\x14\n\x0cwrite_offset\x18\x04 \x01(\x03\"=\n\x19GetModelFileUploadRequest\x12\x12\n\nbase_model\x18\x01 \x01(\t\x12\x0c\n\x04path\x18\x02 \x01(\t\")\n\x0fModelFileUpload\x12\x16\n\x0e\x63ommitted_size\x18\x01 \x01(\x03\"<\n\x17UploadModelFileResponse\x12!\n\x04\x66ile\x18\x01 \x01(\x0b\x32\x13.lathe.v1.ModelFile\"&\n\x16\x43ommitBaseModelRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"#\n\x13GetBaseModelRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\">\n\x15ListBaseModelsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\"[\n\x16ListBaseModelsResponse\x12(\n\x0b\x62\x61se_models\x18\x01 \x03(\x0b\x32\x13.lathe.v1.BaseModel\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"&\n\x16\x44\x65leteBaseModelRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"!\n\x11GetAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"L\n\x13ListAdaptersRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12\x11\n\tpage_size\x18\x02 \x01(\x05\x12\x12\n\npage_token\x18\x03 \x01(\t\"T\n\x14ListAdaptersResponse\x12#\n\x08\x61\x64\x61pters\x18\x01 \x03(\x0b\x32\x11.lathe.v1.Adapter\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"$\n\x14\x44\x65leteAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"s\n\x16\x43ommitModelFileRequest\x12\x12\n\nbase_model\x18\x01 \x01(\t\x12\x0c\n\x04path\x18\x02 \x01(\t\x12\x13\n\x0bstaging_key\x18\x03 \x01(\t\x12\x12\n\nsize_bytes\x18\x04 \x01(\x03\x12\x0e\n\x06sha256\x18\x05 \x01(\t\"8\n\x13ResolveModelRequest\x12\x0f\n\x07project\x18\x01 \x01(\t\x12\x10\n\x08model_id\x18\x02 \x01(\t\"\\\n\rResolvedModel\x12\'\n\nbase_model\x18\x01 \x01(\x0b\x32\x13.lathe.v1.BaseModel\x12\"\n\x07\x61\x64\x61pter\x18\x02 \x01(\x0b\x32\x11.lathe.v1.Adapter\"L\n\x16RegisterAdapterRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12\"\n\x07\x61\x64\x61pter\x18\x02 \x01(\x0b\x32\x11.lathe.v1.Adapter*n\n\x0e\x42\x61seModelState\x12 \n\x1c\x42\x41SE_MODEL_STATE_UNSPECIFIED\x10\x00\x12\x1e\n\x1a\x42\x41SE_MODEL_STATE_UPLOADING\x10\x01\x12\x1a\n\x16\x42\x41SE_MODEL_STATE_READY\x10\x02\x32\x8f\x06\n\rModelsService\x12H\n\x0f\x43reateBaseModel\x12 .lathe.v1.CreateBaseModelRequest\x1a\x13.lathe.v1.BaseModel\x12X\n\x0fUploadModelFile\x12 .lathe.v1.UploadModelFileRequest\x1a!.lathe.v1.UploadModelFileResponse(\x01\x12T\n\x12GetModelFileUpload\x12#.lathe.v1.GetModelFileUploadRequest\x1a\x19.lathe.v1.ModelFileUpload\x12H\n\x0f\x43ommitBaseModel\x12 .lathe.v1.CommitBaseModelRequest\x1a\x13.lathe.v1.BaseModel\x12\x42\n\x0cGetBaseModel\x12\x1d.lathe.v1.GetBaseModelRequest\x1a\x13.lathe.v1.BaseModel\x12S\n\x0eListBaseModels\x12\x1f.lathe.v1.ListBaseModelsRequest\x1a .lathe.v1.ListBaseModelsResponse\x12K\n\x0f\x44\x65leteBaseModel\x12 .lathe.v1.DeleteBaseModelRequest\x1a\x16.google.protobuf.Empty\x12<\n\nGetAdapter\x12\x1b.lathe.v1.GetAdapterRequest\x1a\x11.lathe.v1.Adapter\x12M\n\x0cListAdapters\x12\x1d.lathe.v1.ListAdaptersRequest\x1a\x1e.lathe.v1.ListAdaptersResponse\x12G\n\rDeleteAdapter\x12\x1e.lathe.v1.DeleteAdapterRequest\x1a\x16.google.protobuf.Empty2\xf1\x01\n\x15ModelsInternalService\x12H\n\x0f\x43ommitModelFile\x12 .lathe.v1.CommitModelFileRequest\x1a\x13.lathe.v1.ModelFile\x12\x46\n\x0cResolveModel\x12\x1d.lathe.v1.ResolveModelRequest\x1a\x17.lathe.v1.ResolvedModel\x12\x46\n\x0fRegisterAdapter\x12 .lathe.v1.RegisterAdapterRequest\x1a\x11.lathe.v1.Adapterb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15lathe/v1/models.proto\x12\x08lathe.v1\x1a\x1bgoogle/protobuf/empty.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"Q\n\tModelFile\x12\x0c\n\x04path\x18\x01 \x01(\t\x12\x12\n\nsize_bytes\x18\x02 \x01(\x03\x12\x0e\n\x06sha256\x18\x03 \x01(\t\x12\x12\n\nobject_key\x18\x04 \x01(\t\"\xde\x03\n\tBaseModel\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x14\n\x0c\x64isplay_name\x18\x02 \x01(\t\x12\'\n\x05state\x18\x03 \x01(\x0e\x32\x18.lathe.v1.BaseModelState\x12\x0e\n\x06\x64igest\x18\x04 \x01(\t\x12\x18\n\x10tokenizer_digest\x18\x05 \x01(\t\x12\x17\n\x0ftemplate_digest\x18\x06 \x01(\t\x12\"\n\x05\x66iles\x18\x07 \x03(\x0b\x32\x13.lathe.v1.ModelFile\x12\x14\n\x0c\x61rchitecture\x18\x08 \x01(\t\x12\x17\n\x0fparameter_count\x18\t \x01(\x03\x12\x16\n\x0e\x63ontext_length\x18\n \x01(\x05\x12\x0f\n\x07tunable\x18\x0b \x01(\x08\x12\x1a\n\x12not_tunable_reason\x18\x0c \x01(\t\x12\x0f\n\x07methods\x18\r \x03(\t\x12\x16\n\x0etarget_modules\x18\x0e \x03(\t\x12\x15\n\rchat_template\x18\x0f \x01(\t\x12\x0f\n\x07license\x18\x10 \x01(\t\x12\x17\n\x0ftraining_cutoff\x18\x11 \x01(\t\x12\x0e\n\x06source\x18\x12 \x01(\t\x12/\n\x0b\x63reate_time\x18\x13 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\xcd\x01\n\x07\x41\x64\x61pter\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x10\n\x08model_id\x18\x02 \x01(\t\x12\x12\n\nbase_model\x18\x03 \x01(\t\x12\'\n\x06object\x18\x04 \x01(\x0b\x32\x17.lathe.v1.AdapterObject\x12\"\n\x07lineage\x18\x05 \x01(\x0b\x32\x11.lathe.v1.Lineage\x12/\n\x0b\x63reate_time\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x10\n\x08is_final\x18\x07 \x01(\x08\"8\n\rAdapterObject\x12\x0e\n\x06prefix\x18\x01 \x01(\t\x12\x17\n\x0fmanifest_sha256\x18\x02 \x01(\t\"\x80\x02\n\x07Lineage\x12\x0b\n\x03job\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\t\x12\x0c\n\x04step\x18\x03 \x01(\x05\x12\x16\n\x0e\x64\x61taset_sha256\x18\x04 \x01(\t\x12\x11\n\taudit_key\x18\x05 \x01(\t\x12\x13\n\x0b\x62\x61se_digest\x18\x06 \x01(\t\x12\x1c\n\x14hyperparameters_json\x18\x07 \x01(\t\x12\x0c\n\x04seed\x18\x08 \x01(\x03\x12\x14\n\x0c\x63ode_version\x18\t \x01(\t\x12\x17\n\x0fparent_model_id\x18\n \x01(\t\x12\x1e\n\x16parent_manifest_sha256\x18\x0b \x01(\t\x12\x0e\n\x06method\x18\x0c \x01(\t\"l\n\x16\x43reateBaseModelRequest\x12\'\n\nbase_model\x18\x01 \x01(\x0b\x32\x13.lathe.v1.BaseModel\x12\x15\n\rbase_model_id\x18\x02 \x01(\t\x12\x12\n\nrequest_id\x18\x03 \x01(\t\"^\n\x16UploadModelFileRequest\x12\x12\n\nbase_model\x18\x01 \x01(\t\x12\x0c\n\x04path\x18\x02 \x01(\t\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\x12\x14\n\x0cwrite_offset\x18\x04 \x01(\x03\"=\n\x19GetModelFileUploadRequest\x12\x12\n\nbase_model\x18\x01 \x01(\t\x12\x0c\n\x04path\x18\x02 \x01(\t\")\n\x0fModelFileUpload\x12\x16\n\x0e\x63ommitted_size\x18\x01 \x01(\x03\"<\n\x17UploadModelFileResponse\x12!\n\x04\x66ile\x18\x01 \x01(\x0b\x32\x13.lathe.v1.ModelFile\"L\n\x18\x44ownloadModelFileRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0c\n\x04path\x18\x02 \x01(\t\x12\x13\n\x0bread_offset\x18\x03 \x01(\x03\")\n\x19\x44ownloadModelFileResponse\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\"&\n\x16\x43ommitBaseModelRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"#\n\x13GetBaseModelRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\">\n\x15ListBaseModelsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\"[\n\x16ListBaseModelsResponse\x12(\n\x0b\x62\x61se_models\x18\x01 \x03(\x0b\x32\x13.lathe.v1.BaseModel\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"&\n\x16\x44\x65leteBaseModelRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"!\n\x11GetAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"L\n\x13ListAdaptersRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12\x11\n\tpage_size\x18\x02 \x01(\x05\x12\x12\n\npage_token\x18\x03 \x01(\t\"T\n\x14ListAdaptersResponse\x12#\n\x08\x61\x64\x61pters\x18\x01 \x03(\x0b\x32\x11.lathe.v1.Adapter\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"$\n\x14\x44\x65leteAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"s\n\x16\x43ommitModelFileRequest\x12\x12\n\nbase_model\x18\x01 \x01(\t\x12\x0c\n\x04path\x18\x02 \x01(\t\x12\x13\n\x0bstaging_key\x18\x03 \x01(\t\x12\x12\n\nsize_bytes\x18\x04 \x01(\x03\x12\x0e\n\x06sha256\x18\x05 \x01(\t\"8\n\x13ResolveModelRequest\x12\x0f\n\x07project\x18\x01 \x01(\t\x12\x10\n\x08model_id\x18\x02 \x01(\t\"\\\n\rResolvedModel\x12\'\n\nbase_model\x18\x01 \x01(\x0b\x32\x13.lathe.v1.BaseModel\x12\"\n\x07\x61\x64\x61pter\x18\x02 \x01(\x0b\x32\x11.lathe.v1.Adapter\"L\n\x16RegisterAdapterRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12\"\n\x07\x61\x64\x61pter\x18\x02 \x01(\x0b\x32\x11.lathe.v1.Adapter*n\n\x0e\x42\x61seModelState\x12 \n\x1c\x42\x41SE_MODEL_STATE_UNSPECIFIED\x10\x00\x12\x1e\n\x1a\x42\x41SE_MODEL_STATE_UPLOADING\x10\x01\x12\x1a\n\x16\x42\x41SE_MODEL_STATE_READY\x10\x02\x32\xef\x06\n\rModelsService\x12H\n\x0f\x43reateBaseModel\x12 .lathe.v1.CreateBaseModelRequest\x1a\x13.lathe.v1.BaseModel\x12X\n\x0fUploadModelFile\x12 .lathe.v1.UploadModelFileRequest\x1a!.lathe.v1.UploadModelFileResponse(\x01\x12T\n\x12GetModelFileUpload\x12#.lathe.v1.GetModelFileUploadRequest\x1a\x19.lathe.v1.ModelFileUpload\x12^\n\x11\x44ownloadModelFile\x12\".lathe.v1.DownloadModelFileRequest\x1a#.lathe.v1.DownloadModelFileResponse0\x01\x12H\n\x0f\x43ommitBaseModel\x12 .lathe.v1.CommitBaseModelRequest\x1a\x13.lathe.v1.BaseModel\x12\x42\n\x0cGetBaseModel\x12\x1d.lathe.v1.GetBaseModelRequest\x1a\x13.lathe.v1.BaseModel\x12S\n\x0eListBaseModels\x12\x1f.lathe.v1.ListBaseModelsRequest\x1a .lathe.v1.ListBaseModelsResponse\x12K\n\x0f\x44\x65leteBaseModel\x12 .lathe.v1.DeleteBaseModelRequest\x1a\x16.google.protobuf.Empty\x12<\n\nGetAdapter\x12\x1b.lathe.v1.GetAdapterRequest\x1a\x11.lathe.v1.Adapter\x12M\n\x0cListAdapters\x12\x1d.lathe.v1.ListAdaptersRequest\x1a\x1e.lathe.v1.ListAdaptersResponse\x12G\n\rDeleteAdapter\x12\x1e.lathe.v1.DeleteAdapterRequest\x1a\x16.google.protobuf.Empty2\xf1\x01\n\x15ModelsInternalService\x12H\n\x0f\x43ommitModelFile\x12 .lathe.v1.CommitModelFileRequest\x1a\x13.lathe.v1.ModelFile\x12\x46\n\x0cResolveModel\x12\x1d.lathe.v1.ResolveModelRequest\x1a\x17.lathe.v1.ResolvedModel\x12\x46\n\x0fRegisterAdapter\x12 .lathe.v1.RegisterAdapterRequest\x1a\x11.lathe.v1.Adapterb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'lathe.v1.models_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_BASEMODELSTATE']._serialized_start=2418
-  _globals['_BASEMODELSTATE']._serialized_end=2528
+  _globals['_BASEMODELSTATE']._serialized_start=2539
+  _globals['_BASEMODELSTATE']._serialized_end=2649
   _globals['_MODELFILE']._serialized_start=97
   _globals['_MODELFILE']._serialized_end=178
   _globals['_BASEMODEL']._serialized_start=181
@@ -55,34 +55,38 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_MODELFILEUPLOAD']._serialized_end=1496
   _globals['_UPLOADMODELFILERESPONSE']._serialized_start=1498
   _globals['_UPLOADMODELFILERESPONSE']._serialized_end=1558
-  _globals['_COMMITBASEMODELREQUEST']._serialized_start=1560
-  _globals['_COMMITBASEMODELREQUEST']._serialized_end=1598
-  _globals['_GETBASEMODELREQUEST']._serialized_start=1600
-  _globals['_GETBASEMODELREQUEST']._serialized_end=1635
-  _globals['_LISTBASEMODELSREQUEST']._serialized_start=1637
-  _globals['_LISTBASEMODELSREQUEST']._serialized_end=1699
-  _globals['_LISTBASEMODELSRESPONSE']._serialized_start=1701
-  _globals['_LISTBASEMODELSRESPONSE']._serialized_end=1792
-  _globals['_DELETEBASEMODELREQUEST']._serialized_start=1794
-  _globals['_DELETEBASEMODELREQUEST']._serialized_end=1832
-  _globals['_GETADAPTERREQUEST']._serialized_start=1834
-  _globals['_GETADAPTERREQUEST']._serialized_end=1867
-  _globals['_LISTADAPTERSREQUEST']._serialized_start=1869
-  _globals['_LISTADAPTERSREQUEST']._serialized_end=1945
-  _globals['_LISTADAPTERSRESPONSE']._serialized_start=1947
-  _globals['_LISTADAPTERSRESPONSE']._serialized_end=2031
-  _globals['_DELETEADAPTERREQUEST']._serialized_start=2033
-  _globals['_DELETEADAPTERREQUEST']._serialized_end=2069
-  _globals['_COMMITMODELFILEREQUEST']._serialized_start=2071
-  _globals['_COMMITMODELFILEREQUEST']._serialized_end=2186
-  _globals['_RESOLVEMODELREQUEST']._serialized_start=2188
-  _globals['_RESOLVEMODELREQUEST']._serialized_end=2244
-  _globals['_RESOLVEDMODEL']._serialized_start=2246
-  _globals['_RESOLVEDMODEL']._serialized_end=2338
-  _globals['_REGISTERADAPTERREQUEST']._serialized_start=2340
-  _globals['_REGISTERADAPTERREQUEST']._serialized_end=2416
-  _globals['_MODELSSERVICE']._serialized_start=2531
-  _globals['_MODELSSERVICE']._serialized_end=3314
-  _globals['_MODELSINTERNALSERVICE']._serialized_start=3317
-  _globals['_MODELSINTERNALSERVICE']._serialized_end=3558
+  _globals['_DOWNLOADMODELFILEREQUEST']._serialized_start=1560
+  _globals['_DOWNLOADMODELFILEREQUEST']._serialized_end=1636
+  _globals['_DOWNLOADMODELFILERESPONSE']._serialized_start=1638
+  _globals['_DOWNLOADMODELFILERESPONSE']._serialized_end=1679
+  _globals['_COMMITBASEMODELREQUEST']._serialized_start=1681
+  _globals['_COMMITBASEMODELREQUEST']._serialized_end=1719
+  _globals['_GETBASEMODELREQUEST']._serialized_start=1721
+  _globals['_GETBASEMODELREQUEST']._serialized_end=1756
+  _globals['_LISTBASEMODELSREQUEST']._serialized_start=1758
+  _globals['_LISTBASEMODELSREQUEST']._serialized_end=1820
+  _globals['_LISTBASEMODELSRESPONSE']._serialized_start=1822
+  _globals['_LISTBASEMODELSRESPONSE']._serialized_end=1913
+  _globals['_DELETEBASEMODELREQUEST']._serialized_start=1915
+  _globals['_DELETEBASEMODELREQUEST']._serialized_end=1953
+  _globals['_GETADAPTERREQUEST']._serialized_start=1955
+  _globals['_GETADAPTERREQUEST']._serialized_end=1988
+  _globals['_LISTADAPTERSREQUEST']._serialized_start=1990
+  _globals['_LISTADAPTERSREQUEST']._serialized_end=2066
+  _globals['_LISTADAPTERSRESPONSE']._serialized_start=2068
+  _globals['_LISTADAPTERSRESPONSE']._serialized_end=2152
+  _globals['_DELETEADAPTERREQUEST']._serialized_start=2154
+  _globals['_DELETEADAPTERREQUEST']._serialized_end=2190
+  _globals['_COMMITMODELFILEREQUEST']._serialized_start=2192
+  _globals['_COMMITMODELFILEREQUEST']._serialized_end=2307
+  _globals['_RESOLVEMODELREQUEST']._serialized_start=2309
+  _globals['_RESOLVEMODELREQUEST']._serialized_end=2365
+  _globals['_RESOLVEDMODEL']._serialized_start=2367
+  _globals['_RESOLVEDMODEL']._serialized_end=2459
+  _globals['_REGISTERADAPTERREQUEST']._serialized_start=2461
+  _globals['_REGISTERADAPTERREQUEST']._serialized_end=2537
+  _globals['_MODELSSERVICE']._serialized_start=2652
+  _globals['_MODELSSERVICE']._serialized_end=3531
+  _globals['_MODELSINTERNALSERVICE']._serialized_start=3534
+  _globals['_MODELSINTERNALSERVICE']._serialized_end=3775
 # @@protoc_insertion_point(module_scope)

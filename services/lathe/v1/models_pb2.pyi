@@ -386,6 +386,49 @@ class UploadModelFileResponse(message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 @typing.final
+class DownloadModelFileRequest(message.Message):
+    DESCRIPTOR: descriptor.Descriptor
+
+    MODEL_FIELD_NUMBER: builtins.int
+    PATH_FIELD_NUMBER: builtins.int
+    READ_OFFSET_FIELD_NUMBER: builtins.int
+    model: builtins.str
+    """As clients write `model`: a base model's id for its files, a tuned model's for its adapter's."""
+    path: builtins.str
+    """Inside the folder; of an adapter, manifest.json names the others with their digests."""
+    read_offset: builtins.int
+    """Where to begin; a stream that broke is gone on with here."""
+    def __init__(
+        self,
+        *,
+        model: builtins.str = ...,
+        path: builtins.str = ...,
+        read_offset: builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["model", b"model", "path", b"path", "read_offset", b"read_offset"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class DownloadModelFileResponse(message.Message):
+    DESCRIPTOR: descriptor.Descriptor
+
+    DATA_FIELD_NUMBER: builtins.int
+    data: builtins.bytes
+    def __init__(
+        self,
+        *,
+        data: builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["data", b"data"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
 class CommitBaseModelRequest(message.Message):
     DESCRIPTOR: descriptor.Descriptor
 

@@ -51,6 +51,11 @@ class ModelsServiceStub:
                 request_serializer=lathe_dot_v1_dot_models__pb2.GetModelFileUploadRequest.SerializeToString,
                 response_deserializer=lathe_dot_v1_dot_models__pb2.ModelFileUpload.FromString,
                 _registered_method=True)
+        self.DownloadModelFile = channel.unary_stream(
+                '/lathe.v1.ModelsService/DownloadModelFile',
+                request_serializer=lathe_dot_v1_dot_models__pb2.DownloadModelFileRequest.SerializeToString,
+                response_deserializer=lathe_dot_v1_dot_models__pb2.DownloadModelFileResponse.FromString,
+                _registered_method=True)
         self.CommitBaseModel = channel.unary_unary(
                 '/lathe.v1.ModelsService/CommitBaseModel',
                 request_serializer=lathe_dot_v1_dot_models__pb2.CommitBaseModelRequest.SerializeToString,
@@ -109,6 +114,13 @@ class ModelsServiceServicer:
 
     def GetModelFileUpload(self, request, context):
         """How much of a file is stored already: where another stream goes on. Ends in the gateway.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DownloadModelFile(self, request, context):
+        """The bytes of one file of a base model or of an adapter. Ends in the gateway.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -175,6 +187,11 @@ def add_ModelsServiceServicer_to_server(servicer, server):
                     servicer.GetModelFileUpload,
                     request_deserializer=lathe_dot_v1_dot_models__pb2.GetModelFileUploadRequest.FromString,
                     response_serializer=lathe_dot_v1_dot_models__pb2.ModelFileUpload.SerializeToString,
+            ),
+            'DownloadModelFile': grpc.unary_stream_rpc_method_handler(
+                    servicer.DownloadModelFile,
+                    request_deserializer=lathe_dot_v1_dot_models__pb2.DownloadModelFileRequest.FromString,
+                    response_serializer=lathe_dot_v1_dot_models__pb2.DownloadModelFileResponse.SerializeToString,
             ),
             'CommitBaseModel': grpc.unary_unary_rpc_method_handler(
                     servicer.CommitBaseModel,
@@ -294,6 +311,33 @@ class ModelsService:
             '/lathe.v1.ModelsService/GetModelFileUpload',
             lathe_dot_v1_dot_models__pb2.GetModelFileUploadRequest.SerializeToString,
             lathe_dot_v1_dot_models__pb2.ModelFileUpload.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DownloadModelFile(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/lathe.v1.ModelsService/DownloadModelFile',
+            lathe_dot_v1_dot_models__pb2.DownloadModelFileRequest.SerializeToString,
+            lathe_dot_v1_dot_models__pb2.DownloadModelFileResponse.FromString,
             options,
             channel_credentials,
             insecure,

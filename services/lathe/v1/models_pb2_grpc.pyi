@@ -42,6 +42,8 @@ class ModelsServiceStub:
     """One file of an import; a stream that broke is gone on with at what is stored. Ends in the gateway."""
     GetModelFileUpload: _grpc.UnaryUnaryMultiCallable[_models_pb2.GetModelFileUploadRequest, _models_pb2.ModelFileUpload]
     """How much of a file is stored already: where another stream goes on. Ends in the gateway."""
+    DownloadModelFile: _grpc.UnaryStreamMultiCallable[_models_pb2.DownloadModelFileRequest, _models_pb2.DownloadModelFileResponse]
+    """The bytes of one file of a base model or of an adapter. Ends in the gateway."""
     CommitBaseModel: _grpc.UnaryUnaryMultiCallable[_models_pb2.CommitBaseModelRequest, _models_pb2.BaseModel]
     """Checks the uploaded folder (safetensors only, known architecture, tokenizer, template) and makes it usable."""
     GetBaseModel: _grpc.UnaryUnaryMultiCallable[_models_pb2.GetBaseModelRequest, _models_pb2.BaseModel]
@@ -65,6 +67,8 @@ class ModelsServiceAsyncStub(ModelsServiceStub):
     """One file of an import; a stream that broke is gone on with at what is stored. Ends in the gateway."""
     GetModelFileUpload: _aio.UnaryUnaryMultiCallable[_models_pb2.GetModelFileUploadRequest, _models_pb2.ModelFileUpload]  # type: ignore[assignment]
     """How much of a file is stored already: where another stream goes on. Ends in the gateway."""
+    DownloadModelFile: _aio.UnaryStreamMultiCallable[_models_pb2.DownloadModelFileRequest, _models_pb2.DownloadModelFileResponse]  # type: ignore[assignment]
+    """The bytes of one file of a base model or of an adapter. Ends in the gateway."""
     CommitBaseModel: _aio.UnaryUnaryMultiCallable[_models_pb2.CommitBaseModelRequest, _models_pb2.BaseModel]  # type: ignore[assignment]
     """Checks the uploaded folder (safetensors only, known architecture, tokenizer, template) and makes it usable."""
     GetBaseModel: _aio.UnaryUnaryMultiCallable[_models_pb2.GetBaseModelRequest, _models_pb2.BaseModel]  # type: ignore[assignment]
@@ -103,6 +107,14 @@ class ModelsServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_models_pb2.ModelFileUpload, _abc.Awaitable[_models_pb2.ModelFileUpload]]:
         """How much of a file is stored already: where another stream goes on. Ends in the gateway."""
+
+    @_abc_1.abstractmethod
+    def DownloadModelFile(
+        self,
+        request: _models_pb2.DownloadModelFileRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_models_pb2.DownloadModelFileResponse], _abc.AsyncIterator[_models_pb2.DownloadModelFileResponse]]:
+        """The bytes of one file of a base model or of an adapter. Ends in the gateway."""
 
     @_abc_1.abstractmethod
     def CommitBaseModel(

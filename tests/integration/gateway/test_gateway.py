@@ -242,6 +242,13 @@ async def test_a_model_file_goes_in(channel: grpc.aio.Channel, owners: Owners) -
     assert done.file.object_key == f"blobs/{sha256}"
     assert [info.key async for info in owners.store.list("staging/")] == []
 
+    request = models_pb2.DownloadModelFileRequest(model="tiny", path="model.safetensors", read_offset=5)
+    got = b"".join([m.data async for m in stub.DownloadModelFile(request, metadata=KEY)])
+    assert got == weights[5:]
+    request.model = "ft:tiny:other::1"
+    error = await refused(stub.DownloadModelFile(request, metadata=KEY).read())
+    assert error.reason == "NOT_FOUND"
+
 
 async def test_a_large_model_file_is_gone_on_with_where_its_stream_broke(
     channel: grpc.aio.Channel, owners: Owners
