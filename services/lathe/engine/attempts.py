@@ -68,6 +68,7 @@ from lathe.engine.receipt import compare
 from lathe.engine.recipes.methods import recipe_of
 from lathe.engine.recipes.recipe import TrainData
 from lathe.engine.recipes.run import Run
+from lathe.engine.recipes.samples import Speech
 from lathe.engine.recipes.saving import Start
 
 logger = logging.getLogger(__name__)
@@ -85,6 +86,7 @@ class AttemptSettings:
     """work: a local folder of this engine's own. cache: verified adapters. plan: for jobs without one yet.
 
     read_rows: the rows of an Arrow object in a file; may block. environment: what this process computes with.
+    speech: for the answers to held-out prompts, None for none.
     """
 
     work: Path
@@ -96,6 +98,7 @@ class AttemptSettings:
     checkpoint_interval_s: float = 60.0
     retry_max_s: float = 15.0
     report_rows: int = REPORT_ROWS
+    speech: Speech | None = None
 
 
 class AttemptRunner:
@@ -257,6 +260,7 @@ class AttemptRunner:
             initial_adapter=initial,
             halvings=attempt.halvings,
             checkpoint_interval_s=self._settings.checkpoint_interval_s,
+            speech=self._settings.speech,
         )
         self._first = Progress(slice_plan=self._plan, total_steps=recipe.total_steps)
         if found is not None:

@@ -17,7 +17,7 @@ from threading import Thread
 
 from lathe import __version__
 from lathe.common.clock import Clock, SystemClock
-from lathe.common.errors import Unavailable
+from lathe.common.errors import LatheError, Unavailable
 from lathe.common.metrics import Metrics
 from lathe.common.objectstore.base import ObjectStore
 from lathe.common.objectstore.factory import open_store
@@ -34,10 +34,12 @@ from lathe.engine.loop import LoopLimits, ModelLoop
 from lathe.engine.model import Registration as EngineRegistration
 from lathe.engine.model import SlicePlan
 from lathe.engine.receipt import environment
+from lathe.engine.recipes.samples import Speech
 from lathe.engine.rows import read_rows
 from lathe.engine.servicer import EngineServicer, Serving
 from lathe.engine.settings import EngineSettings
 from lathe.engine.worker import Worker, WorkerSettings
+from lathe.text.tokenizer import Tokenizer
 from lathe.v1.engine_pb2_grpc import add_EngineServiceServicer_to_server
 
 logger = logging.getLogger(__name__)
@@ -119,7 +121,12 @@ async def _running(
     server = _server(settings, servicer, metrics)
     await server.start()
     await server.set_serving(False)
-    limits = LoopLimits(settings.max_sequences, settings.max_waiting)
+    limits = LoopLimits(
+        settings.max_sequences,
+        settings.max_waiting,
+        fused_tokens=settings.pass_tokens(),
+        decode_steps=settings.decode_steps_per_pass,
+    )
     try:
         folder = await _base_folder(settings, store, clock)
         thread = ModelThread(
@@ -139,6 +146,7 @@ async def _running(
         clock=clock,
         port=server.port,
         work=work,
+        speech=_speech(folder),
     )
     servicer.attach(_serving(settings, engine, loop, store, worker))
     await server.set_serving(True)
@@ -226,6 +234,16 @@ def _load(settings: EngineSettings, folder: Path) -> Engine:
     )
 
 
+def _speech(folder: Path) -> Speech | None:
+    """What turns a job's answers to held-out prompts into text."""
+    try:
+        tokenizer = Tokenizer.from_folder(folder)
+    except LatheError as error:
+        logger.warning("jobs will show no answers to held-out prompts: %s", error)
+        return None
+    return Speech(tokenizer.decode, frozenset(tokenizer.eos_ids))
+
+
 def _server(settings: EngineSettings, servicer: EngineServicer, metrics: Metrics) -> RpcServer:
     credentials = ServiceCredentials.from_files(
         settings.rpc.service_token_file, settings.rpc.engine_token_file
@@ -244,6 +262,7 @@ def _worker(
     clock: Clock,
     port: int,
     work: Path,
+    speech: Speech | None,
 ) -> Worker:
     dtype = str(engine.dtype).removeprefix("torch.")
     quantization = "" if settings.base_quantization == "none" else f"+{settings.base_quantization}"
@@ -269,6 +288,7 @@ def _worker(
         plan=plan,
         environment=environment(plan),
         checkpoint_interval_s=settings.checkpoint_interval_s,
+        speech=speech,
     )
     return Worker(
         registration=registration,

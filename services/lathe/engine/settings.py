@@ -52,6 +52,14 @@ class EngineSettings(ProcessSettings, service="engine"):
     )
     nice: int = Field(0, ge=0, le=19, description="lets other processes on the machine go first")
     train_tokens_per_slice: int | None = Field(None, ge=1, description="320 on a CPU, 8192 on a GPU if unset")
+    fused_tokens: int | None = Field(
+        None, ge=1, description="of several jobs' slices in one pass; train_tokens_per_slice if unset"
+    )
+    decode_steps_per_pass: int = Field(
+        1,
+        ge=1,
+        description="sampling's share: its steps between two training passes, while there is both to do",
+    )
     checkpoint_interval_s: float = Field(60.0, gt=0, description="how much training a kill may lose")
 
     max_attempts: int = Field(1, ge=1, le=4)
@@ -67,6 +75,10 @@ class EngineSettings(ProcessSettings, service="engine"):
     def slice_tokens(self) -> int:
         """What train_tokens_per_slice means."""
         return self.train_tokens_per_slice or DEFAULT_SLICE_TOKENS[self.device]
+
+    def pass_tokens(self) -> int:
+        """What fused_tokens means."""
+        return self.fused_tokens or self.slice_tokens()
 
     def model_threads(self) -> int:
         """What threads means."""

@@ -96,6 +96,22 @@ def test_training_and_sampling_take_turns(loop: ModelLoop, engine: FakeEngine) -
     assert engine.calls == ["sample 1", "train a"] * 3 + ["train a"] * 3
 
 
+def test_samplings_share_is_a_setting(engine: FakeEngine, clock: FakeClock) -> None:
+    loop = ModelLoop(engine, clock, LoopLimits(decode_steps=3))  # type: ignore[arg-type]
+    loop.start("att-1", Slices(engine, "a", 4), lambda event: None)
+    opened(loop, 7)
+    while loop.run_once():
+        pass
+    assert engine.calls == [
+        *["sample 1"] * 3,
+        "train a",
+        *["sample 1"] * 3,
+        "train a",
+        "sample 1",
+        *["train a"] * 2,
+    ]
+
+
 def test_a_full_stream_suspends_its_sequence_alone_and_cancels_it_after_30_seconds(
     loop: ModelLoop, clock: FakeClock, engine: FakeEngine
 ) -> None:

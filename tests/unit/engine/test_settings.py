@@ -46,6 +46,16 @@ def test_a_gpu_takes_larger_slices(monkeypatch: pytest.MonkeyPatch) -> None:
     assert EngineSettings.load().slice_tokens() == 100
 
 
+def test_a_joined_pass_is_no_longer_than_a_slice_if_nothing_else_is_said(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert EngineSettings.load().pass_tokens() == 320
+    monkeypatch.setenv("LATHE_ENGINE_FUSED_TOKENS", "640")
+    monkeypatch.setenv("LATHE_ENGINE_DECODE_STEPS_PER_PASS", "4")
+    settings = EngineSettings.load()
+    assert (settings.pass_tokens(), settings.slice_tokens(), settings.decode_steps_per_pass) == (640, 320, 4)
+
+
 def test_a_typo_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LATHE_ENGINE_TREADS", "2")
     with pytest.raises(InvalidArgument, match="TREADS"):

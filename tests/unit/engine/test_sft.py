@@ -17,9 +17,11 @@ from lathe.engine.batch import CrossEntropy, SliceResult, TrainRow, TrainSlice, 
 from lathe.engine.model import Note, SlicePlan, Snapshot, SnapshotKind, StepMetrics, TrainingConfig
 from lathe.engine.recipes.recipe import TrainData
 from lathe.engine.recipes.run import Run
+from lathe.engine.recipes.samples import Speech, held_out
 from lathe.engine.recipes.saving import Start
 from lathe.engine.recipes.sft import SupervisedRecipe
 from lathe.engine.recipes.turns import Blocked, Forward, Turn
+from lathe.text.formats import Role
 from tests.fakes.clock import FakeClock
 from tests.fakes.engine import FakeEngine
 from tests.fixtures.turns import served
@@ -58,6 +60,7 @@ class Bench:
         start: Start | None = None,
         initial: Path | None = None,
         halvings: tuple[tuple[int, int], ...] = (),
+        speech: Speech | None = None,
     ) -> Run:
         return Run(
             SupervisedRecipe,
@@ -71,6 +74,7 @@ class Bench:
             start=start,
             initial_adapter=initial,
             halvings=halvings,
+            speech=speech,
         )
 
 
@@ -385,3 +389,50 @@ def test_training_a_tuned_model_begins_with_its_weights(bench: Bench) -> None:
     bench.engine.save("b", bench.folder / "seen", with_optimizer=True)
     assert (bench.folder / "seen" / "adapter_model.safetensors").read_bytes() == weights(final)
     assert (bench.folder / "seen" / "optimizer.safetensors").read_text() == "0"
+
+
+def test_held_out_prompts_are_answered_at_each_checkpoint(bench: Bench) -> None:
+    speech = Speech(lambda tokens: " ".join(map(str, tokens)), frozenset())
+    config = replace(CONFIG, sample_prompts=2)
+    events = list(bench.turns(validation=4, config=config, speech=speech))
+    notes = [event for event in events if isinstance(event, Note)]
+    assert [(note.step, note.data["line"], note.data["prompt"]) for note in notes] == [
+        (3, "1", "0 0"), (3, "2", "1 1"), (6, "1", "0 0"), (6, "2", "1 1"),
+    ]  # fmt: skip
+    assert all(note.message.endswith(note.data["text"]) and note.kind == "generation" for note in notes)
+    assert not bench.engine.open
+    # It is only looked at: the weights are those of a run that shows nothing.
+    quiet = Bench(bench.folder / "quiet")
+    assert weights(snapshots_of(events)[-1]) == weights(snapshots_of(list(quiet.turns(validation=4)))[-1])
+
+
+def test_a_prompt_that_cannot_be_answered_stops_no_training(bench: Bench) -> None:
+    config = replace(CONFIG, sample_prompts=2)
+    long = TrainRow([1] * 70, [False] * 69 + [True], line=8)
+    run = Run(
+        SupervisedRecipe,
+        engine=bench.engine,  # type: ignore[arg-type]
+        key="a",
+        data=TrainData(rows(10), [long]),
+        config=config,
+        plan=PLAN,
+        folder=lambda kind, step: bench.folder / f"{kind}-{step}",
+        clock=bench.clock,
+        speech=Speech(str, frozenset()),
+    )
+    events = list(served(run.turns(), bench.engine))
+    said = [event.message for event in events if isinstance(event, Note)]
+    assert said == ["The held-out prompts could not be answered: the prompt is too long."] * 2
+    assert snapshots_of(events)[-1].kind is SnapshotKind.FINAL
+
+
+def test_held_out_prompts_are_what_comes_before_the_first_target_each_once() -> None:
+    made = [
+        TrainRow([1, 2, 3, 4], [False, False, True, True], Role.CHOSEN, 1),
+        TrainRow([1, 2, 5, 6], [False, False, True, True], Role.REJECTED, 1),
+        TrainRow([7, 8], [True, True], Role.EXAMPLE, 2),
+        TrainRow([1, 2, 9], [False, False, True], Role.CHOSEN, 3),
+        TrainRow([4, 2, 9], [False, True, True], Role.CHOSEN, 4),
+    ]
+    assert [(item.line, item.tokens) for item in held_out(made, 8)] == [(1, (1, 2)), (4, (4,))]
+    assert len(held_out(made, 1)) == 1

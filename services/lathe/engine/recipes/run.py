@@ -28,6 +28,7 @@ from lathe.engine.packing import Slice, Step, cut, halve, slice_plan
 from lathe.engine.passes import is_out_of_memory
 from lathe.engine.ports import TrainVerbs
 from lathe.engine.recipes.recipe import Batch, Job, Recipe, TrainData
+from lathe.engine.recipes.samples import Speech, held_out, sampled
 from lathe.engine.recipes.saving import Saver, Start
 from lathe.engine.recipes.turns import Turns, forward
 from lathe.engine.watch import offenders
@@ -54,10 +55,12 @@ class Run:
         initial_adapter: Path | None = None,
         halvings: Sequence[tuple[int, int]] = (),
         checkpoint_interval_s: float = 60.0,
+        speech: Speech | None = None,
     ) -> None:
         """folder(kind, step): where a snapshot goes. initial_adapter: PEFT's folder that the job begins from.
 
-        halvings: (step index, times) of an earlier run that is repeated, for the same slices.
+        halvings: (step index, times) of an earlier run that is repeated, for the same slices. speech: for the
+        answers to held-out prompts; without it there are none.
 
         Raises InvalidArgument for data or a configuration that cannot be trained.
         """
@@ -67,6 +70,7 @@ class Run:
         self._clock = clock
         self._recipe = recipe(Job(engine, key, data, config, plan.train_tokens_per_slice, initial_adapter))
         self._budget, self._unit = plan.train_tokens_per_slice, self._recipe.unit
+        self._joins = not config.full_parameter
         self.plan = slice_plan(
             [len(row.tokens) for row in data.training],
             n_epochs=config.n_epochs,
@@ -94,6 +98,8 @@ class Run:
         self._halvings: dict[int, int] = dict(start.halvings if start is not None else halvings)
         self._state = start.state if start is not None else RunState()
         self._metrics: StepMetrics | None = None
+        self._speech = speech
+        self._prompts = held_out(data.validation, config.sample_prompts)
 
     def turns(self) -> Turns[None]:
         """The whole attempt, a turn at a time. Raises FailedPrecondition when the loss has diverged."""
@@ -171,9 +177,8 @@ class Run:
         for piece in pieces:
             places = range(done, done + len(piece.rows))
             rows = tuple(batch.rows[place] for place in places)
-            results += yield from forward(
-                [TrainSlice(self._key, rows, objectives(places))], training=batch.training
-            )
+            slice_ = TrainSlice(self._key, rows, objectives(places))
+            results += yield from forward([slice_], training=batch.training, joins=self._joins)
             done += len(places)
         return total(results)
 
@@ -238,6 +243,8 @@ class Run:
         if step.ends_epoch:
             yield from self._saver.saved(lambda: self._snapshot(SnapshotKind.EPOCH, state))
             self._state = state
+            if self._speech is not None:
+                yield from sampled(self._key, self.step, self._prompts, self._speech)
         else:
             self._state = state
             if self._saver.is_due():

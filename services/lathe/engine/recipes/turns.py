@@ -19,10 +19,14 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Forward:
-    """Slices in one pass; answered by a list of SliceResult. training: add to the gradients."""
+    """Slices in one pass; answered by a list of SliceResult. training: add to the gradients.
+
+    joins: training slices may share their pass with other attempts'; those of a whole model may not.
+    """
 
     pieces: tuple[TrainSlice, ...]
     training: bool = True
+    joins: bool = True
 
     @property
     def input_tokens(self) -> int:
@@ -65,9 +69,11 @@ Turn = Request | Blocked | RecipeEvent
 Turns = Generator[Turn, Any, T]
 
 
-def forward(pieces: Sequence[TrainSlice], *, training: bool = True) -> Turns[list[SliceResult]]:
+def forward(
+    pieces: Sequence[TrainSlice], *, training: bool = True, joins: bool = True
+) -> Turns[list[SliceResult]]:
     """The slices' results; see Engine.forward_backward and Engine.evaluate."""
-    results: list[SliceResult] = yield Forward(tuple(pieces), training)
+    results: list[SliceResult] = yield Forward(tuple(pieces), training, joins)
     return results
 
 
