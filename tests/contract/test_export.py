@@ -15,6 +15,8 @@ from typer.testing import CliRunner
 
 from lathe.cli.main import app
 from lathe.common.errors import FailedPrecondition, InvalidArgument, LatheError, ResourceExhausted
+from lathe.engine.batch import CrossEntropy, TrainRow, TrainSlice
+from lathe.engine.engine import Engine
 from lathe.engine.export.export import (
     Exported,
     MergedType,
@@ -28,6 +30,7 @@ from lathe.engine.export.reference import Reference
 from lathe.engine.export.source import Lineage, Source
 from lathe.engine.export.texts import default_probes
 from lathe.engine.export.verify import MEAN_KL, check_gguf
+from lathe.engine.full import FullSpec
 from tests.fixtures.tiny_families import build_tiny
 from tests.fixtures.tiny_llama import build_tiny_llama
 
@@ -274,6 +277,27 @@ def test_bad_input_is_refused_and_nothing_is_left(
 def test_a_base_model_has_no_adapter_to_export(base: Path, tmp_path: Path) -> None:
     with pytest.raises(InvalidArgument, match="no adapter; export it as safetensors or gguf"):
         export_peft(Source(base, None, LINEAGE), tmp_path / "out")
+
+
+def test_a_model_of_which_every_weight_was_tuned(base: Path, tmp_path: Path) -> None:
+    (tuned := tmp_path / "tuned").mkdir()
+    engine = Engine.load(base, dtype="float32")
+    engine.create_adapter("a", FullSpec(), seed=0)
+    rows = (TrainRow(ROW, [True] * len(ROW)),)
+    engine.forward_backward([TrainSlice("a", rows, CrossEntropy(len(ROW) - 1))])
+    engine.optim_step("a", 0.01)
+    engine.save("a", tuned, with_optimizer=False)
+    source = Source(base, tuned, LINEAGE)
+    done = export_safetensors(source, tmp_path / "out", MergedType.F32)
+    torch.testing.assert_close(logits(load(done.folder), ROW), logits(load(tuned), ROW), atol=1e-5, rtol=0)
+    assert (logits(load(base), ROW) - logits(load(tuned), ROW)).abs().max() > 0.1
+    probes = default_probes(source.tokenizer())[:1]
+    assert export_gguf(source, tmp_path / "gguf", probes=probes, threads=1).measured
+    with pytest.raises(InvalidArgument, match="Every weight of this model was tuned"):
+        export_peft(source, tmp_path / "peft")
+    other = build_tiny_llama(tmp_path / "other", hidden_size=32, intermediate_size=64)
+    with pytest.raises(InvalidArgument, match="another architecture"):
+        export_safetensors(Source(other, tuned, LINEAGE), tmp_path / "wrong")
 
 
 def test_a_full_disk_is_said_before_anything_is_written(

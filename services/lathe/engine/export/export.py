@@ -25,7 +25,7 @@ from lathe.engine.export.shards import SHARD_BYTES, write_model
 from lathe.engine.export.source import Source
 from lathe.engine.export.texts import Probe, default_probes, rows_of
 from lathe.engine.export.verify import GgufCheck, check_gguf
-from lathe.engine.hf_folder import legal_files, write_json
+from lathe.engine.hf_folder import clean_config, legal_files, write_json
 from lathe.engine.lora_config import CONFIG_FILE
 from lathe.engine.model import is_disk_full
 from lathe.engine.sources import building
@@ -79,7 +79,8 @@ def export_peft(source: Source, out: Path) -> Exported:
     """
     adapter = source.adapter
     if adapter is None:
-        raise InvalidArgument("A base model has no adapter; export it as safetensors or gguf.")
+        what = "Every weight of this model was tuned: it" if source.is_full else "A base model"
+        raise InvalidArgument(f"{what} has no adapter; export it as safetensors or gguf.")
     with source.tensors() as tensors:
         model = MergedModel(source.config(), tensors, adapter)
         for name in model.changed:
@@ -115,15 +116,14 @@ def export_safetensors(
     with source.tensors() as tensors:
         model = MergedModel(source.config(), tensors, source.adapter)
         infos = model.infos()
-        ours = Reference(source.base, source.adapter)
+        ours = Reference(source.weights, source.adapter)
         expected = [ours.logits(row) for row in rows]
         del ours
         size = sum(math.prod(info.shape) for info in infos) * kind.dtype.itemsize
         with _folder(out, size) as work:
             write_model(work, infos, kind.dtype, _told(model, len(infos), progress), shard_bytes=shard_bytes)
-            write_json(
-                work / "config.json", {**model.config, "dtype": str(kind.dtype).removeprefix("torch.")}
-            )
+            dtype = str(kind.dtype).removeprefix("torch.")
+            write_json(work / "config.json", {**clean_config(model.config), "dtype": dtype})
             _copy_beside(source, work)
             found = logit_difference(expected, Reference(work), rows)
             check_difference(found, kind)
@@ -175,7 +175,7 @@ def export_gguf(
             if checked:
                 found = check_gguf(
                     files[GgufType.F16],
-                    Reference(source.base, source.adapter),
+                    Reference(source.weights, source.adapter),
                     tokenizer,
                     probes or default_probes(tokenizer),
                     q8_0=files.get(GgufType.Q8_0),

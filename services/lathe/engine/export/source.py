@@ -15,7 +15,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lathe.common.errors import InvalidArgument
-from lathe.engine.weights import weight_files
+from lathe.engine.full import check_same_architecture, is_full
+from lathe.engine.weights import read_spec, weight_files
 from lathe.text.errors import TemplateError, TokenizerError
 from lathe.text.tokenizer import Tokenizer
 
@@ -86,20 +87,37 @@ class Lineage:
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """base: a Hugging Face folder (config.json, safetensors, tokenizer.json); adapter: a PEFT folder, or None for the
-    base model itself."""
+    """base: a Hugging Face folder (config.json, safetensors, tokenizer.json); tuned: what a job made of it, an adapter
+    in PEFT's folder or every weight in a folder with config.json, or None for the base model itself."""
 
     base: Path
-    adapter: Path | None
+    tuned: Path | None
     lineage: Lineage
 
+    @property
+    def adapter(self) -> Path | None:
+        """The LoRA to merge, where there is one."""
+        return None if self.is_full else self.tuned
+
+    @property
+    def weights(self) -> Path:
+        """The folder with config.json and the weights that an adapter goes onto."""
+        return self.tuned if self.tuned is not None and self.is_full else self.base
+
+    @property
+    def is_full(self) -> bool:
+        """Whether every weight was tuned."""
+        return self.tuned is not None and is_full(self.tuned)
+
     def config(self) -> dict[str, Any]:
-        """config.json. Raises InvalidArgument."""
-        return read_json(self.base / "config.json")
+        """config.json. Raises InvalidArgument, also where every weight of another architecture was tuned."""
+        if self.is_full:
+            check_same_architecture(read_spec(self.base), self.weights)
+        return read_json(self.weights / "config.json")
 
     def tensors(self) -> Tensors:
         """The base's. Raises InvalidArgument for a folder without safetensors."""
-        return Tensors(weight_files(self.base))
+        return Tensors(weight_files(self.weights))
 
     def tokenizer(self) -> Tokenizer:
         """Raises InvalidArgument naming the file that is missing or wrong."""
