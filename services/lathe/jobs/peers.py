@@ -195,6 +195,7 @@ def _lora(hyperparameters_json: str) -> TrainingSpec | None:
             lora_dropout=float(values.get("lora_dropout", 0.0)),
             use_rslora=bool(values.get("use_rslora", False)),
             use_dora=bool(values.get("use_dora", False)),
+            full_parameter=bool(values.get("full_parameter", False)),
         )
     except (ValueError, KeyError, TypeError):
         return None

@@ -205,9 +205,12 @@ def check_format(spec: TrainingSpec, format_: str, path: str, file: str) -> None
 def inherit(spec: TrainingSpec, parent: TrainingSpec) -> TrainingSpec:
     """A job on a tuned model goes on with that adapter, so what the adapter computes is given: `parent`'s LoRA.
 
-    Only dropout, which training alone has, may be another. Raises InvalidArgument if another shape was asked for.
+    Only dropout, which training alone has, may be another. Weights that were trained whole are trained whole again.
+    Raises InvalidArgument if another shape was asked for.
     """
     path = f"{spec.path}.lora"
+    if parent.full_parameter:
+        return _whole_again(spec)
     if spec.full_parameter:
         where = f"{OPTIONS}.full_parameter"
         text = f"{where}: an adapter cannot be gone on with by full-parameter training; start from the base model."
@@ -234,3 +237,11 @@ def inherit(spec: TrainingSpec, parent: TrainingSpec) -> TrainingSpec:
         use_rslora=parent.use_rslora,
         use_dora=parent.use_dora,
     )
+
+
+def _whole_again(spec: TrainingSpec) -> TrainingSpec:
+    if spec.full_parameter is False or _has_lora(spec):
+        path = f"{spec.path}.lora" if _has_lora(spec) else f"{OPTIONS}.full_parameter"
+        text = f"{path}: all weights of the model to start from were trained, and are trained again; leave it out."
+        raise InvalidArgument(text, violations=[FieldViolation(path, text)])
+    return replace(spec, full_parameter=True)

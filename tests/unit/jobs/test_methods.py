@@ -170,6 +170,14 @@ def test_an_adapter_hands_its_lora_on() -> None:
     assert inherit(replace(PARENT), PARENT) == PARENT
 
 
+def test_whole_weights_are_trained_whole_again() -> None:
+    parent = TrainingSpec(full_parameter=True)
+    assert inherit(DPO, parent) == replace(DPO, full_parameter=True)
+    for spec in (TrainingSpec(full_parameter=False), TrainingSpec(lora_r=4)):
+        with pytest.raises(InvalidArgument, match="are trained again"):
+            inherit(spec, parent)
+
+
 @pytest.mark.parametrize(
     ("spec", "path"),
     [
