@@ -63,6 +63,20 @@ def test_save_and_restore_go_on_as_if_nothing_had_happened(
             assert (tmp_path / key / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
+def test_measuring_a_pass_leaves_no_trace(engine: FakeEngine | Engine, tmp_path: Path) -> None:
+    for key in ("a", "b"):
+        engine.create_adapter(key, LoraSpec(r=4, lora_dropout=0.1), seed=1)
+    taken = engine.measure("b", _slice("b", 5).rows)
+    assert taken is not None and taken >= 0
+    for key in ("a", "b"):
+        _train(engine, key, range(2))
+        engine.save(key, tmp_path / key, with_optimizer=False)
+    weights = [(tmp_path / key / "adapter_model.safetensors").read_bytes() for key in ("a", "b")]
+    assert weights[0] == weights[1]
+    with pytest.raises(NotFound):
+        engine.measure("nobody", _slice("b", 5).rows)
+
+
 def test_a_forgotten_gradient_leaves_no_trace(engine: FakeEngine | Engine, tmp_path: Path) -> None:
     for key in ("a", "b"):
         engine.create_adapter(key, LoraSpec(r=4), seed=1)

@@ -59,8 +59,11 @@ class FakeEngine:
     """calls: what was done, in order: `train <keys>`, `optim <key>`, `eval <keys>`,
     `score <key>`, `sample <n>`.
 
-    before_pass: called with each training pass's slices; may raise, as torch does out of memory.
+    before_pass: called with each training pass's slices; may raise, as torch does out of memory. bytes_per_token: what
+    measure says that a pass takes.
     """
+
+    bytes_per_token = 1000
 
     def __init__(self, before_pass: Callable[[Sequence[TrainSlice]], None] | None = None) -> None:
         self.calls: list[str] = []
@@ -84,6 +87,11 @@ class FakeEngine:
 
     def joins(self, key: str) -> bool:
         return "full" not in self._adapter(key).config
+
+    def measure(self, key: str, rows: Sequence[TrainRow]) -> int | None:
+        self._trainable(key)
+        self.calls.append(f"measure {key} {sum(len(row.tokens) for row in rows)}")
+        return sum(len(row.tokens) for row in rows) * self.bytes_per_token
 
     def load_adapter(self, key: str, folder: Path) -> None:
         self._new(key)

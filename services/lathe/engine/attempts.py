@@ -59,6 +59,7 @@ from lathe.engine.model import (
     SnapshotKind,
     StepMetrics,
     TokenRef,
+    TrainingConfig,
     WeightComparison,
     is_disk_full,
     outcome_of,
@@ -66,6 +67,7 @@ from lathe.engine.model import (
 from lathe.engine.ports import Jobs, TrainVerbs
 from lathe.engine.receipt import compare
 from lathe.engine.recipes.methods import recipe_of
+from lathe.engine.recipes.preflight import Memory
 from lathe.engine.recipes.recipe import TrainData
 from lathe.engine.recipes.run import Run
 from lathe.engine.recipes.samples import Speech
@@ -85,8 +87,8 @@ T = TypeVar("T")
 class AttemptSettings:
     """work: a local folder of this engine's own. cache: verified adapters. plan: for jobs without one yet.
 
-    read_rows: the rows of an Arrow object in a file; may block. environment: what this process computes with.
-    speech: for the answers to held-out prompts, None for none.
+    read_rows: the rows of an Arrow object in a file; may block. environment: what this process computes with. memory:
+    for a job's preflight, None for none. speech: for the answers to held-out prompts, None for none.
     """
 
     work: Path
@@ -94,6 +96,7 @@ class AttemptSettings:
     plan: SlicePlan
     read_rows: Callable[[Path], Sequence[TrainRow]]
     environment: Environment = field(default_factory=Environment)
+    memory: Callable[[TrainingConfig], Memory] | None = None
     report_interval_s: float = 0.5
     checkpoint_interval_s: float = 60.0
     retry_max_s: float = 15.0
@@ -247,6 +250,7 @@ class AttemptRunner:
         if attempt.initial_adapter is not None and (found is None or method.needs_initial):
             ref = attempt.initial_adapter
             initial = await self._patiently(lambda: ensure_adapter(self._store, ref, self._settings.cache))
+        memory = self._settings.memory
         recipe = Run(
             method,
             engine=self._engine,
@@ -259,6 +263,7 @@ class AttemptRunner:
             start=_start(found),
             initial_adapter=initial,
             halvings=attempt.halvings,
+            memory=memory(attempt.config) if memory is not None else None,
             checkpoint_interval_s=self._settings.checkpoint_interval_s,
             speech=self._settings.speech,
         )

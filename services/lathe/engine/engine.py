@@ -28,6 +28,7 @@ from lathe.engine.full import FullModel, FullSpec, ServedModel, check_same_archi
 from lathe.engine.kv import KVCache, common_prefix
 from lathe.engine.lora_config import LoraSpec
 from lathe.engine.losses import token_logprobs
+from lathe.engine.memory import free_bytes, peak_bytes
 from lathe.engine.optim import AdamW
 from lathe.engine.passes import check_rows, pack, rows_pass, run_slices
 from lathe.engine.sampling import Sampler, SamplingParams, sample_batch
@@ -206,6 +207,33 @@ class Engine:
         return [
             RowScore(-loss, trained_tokens(row)) for loss, row in zip(result.row_losses, rows, strict=True)
         ]
+
+    def measure(self, key: str, rows: Sequence[TrainRow]) -> int | None:
+        """The bytes that a training pass over the rows takes at its worst moment, beyond what is held now; None where
+        that cannot be measured. The adapter's gradients are forgotten. Raises as forward_backward."""
+        self._trainable(key)
+        piece = TrainSlice(key, tuple(rows), CrossEntropy(1))
+
+        def work() -> None:
+            self._run([piece], training=True)
+
+        try:
+            return peak_bytes(self.decoder.device, work)
+        finally:
+            self.zero_grad(key)
+
+    def free_bytes(self) -> int | None:
+        """What a pass may still take, with sampling's cache at its full size and every optimizer's state in use; None
+        where nobody knows."""
+        free, memory = free_bytes(self.decoder.device), self.memory()
+        if free is None:
+            return None
+        promised = max(0, memory.kv_budget_bytes - memory.kv_bytes)
+        if self.decoder.device.type == "cpu":
+            # An optimizer's state takes no memory before its first step writes to it.
+            optimizers = [held.optimizer for held in self._held.values() if held.optimizer is not None]
+            promised += sum(optimizer.nbytes for optimizer in optimizers if not optimizer.steps)
+        return max(0, free - promised)
 
     def optim_step(self, key: str, lr: float, *, clip: float = 1.0, weight_decay: float = 0.0) -> float:
         """One AdamW step; answers the gradients' norm before clipping and zeroes them. Sampling sees it at once.

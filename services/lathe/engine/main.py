@@ -31,10 +31,13 @@ from lathe.engine.basecache import ensure_base, work_folder
 from lathe.engine.engine import Engine
 from lathe.engine.jobs_client import GrpcJobs
 from lathe.engine.loop import LoopLimits, ModelLoop
+from lathe.engine.memory import MemoryBook
 from lathe.engine.model import Registration as EngineRegistration
-from lathe.engine.model import SlicePlan
+from lathe.engine.model import SlicePlan, TrainingConfig
 from lathe.engine.receipt import environment
+from lathe.engine.recipes.preflight import Memory
 from lathe.engine.recipes.samples import Speech
+from lathe.engine.recipes.saving import spec_of
 from lathe.engine.rows import read_rows
 from lathe.engine.servicer import EngineServicer, Serving
 from lathe.engine.settings import EngineSettings
@@ -287,6 +290,7 @@ def _worker(
         read_rows=read_rows,
         plan=plan,
         environment=environment(plan),
+        memory=partial(_memory, settings, engine, plan),
         checkpoint_interval_s=settings.checkpoint_interval_s,
         speech=speech,
     )
@@ -300,6 +304,14 @@ def _worker(
         attempts=attempts,
         settings=WorkerSettings(settings.orphan_timeout_s, partial(parent_died, settings.parent_pid)),
     )
+
+
+def _memory(settings: EngineSettings, engine: Engine, plan: SlicePlan, config: TrainingConfig) -> Memory:
+    """What a job's preflight asks: of this engine, and of the cache that keeps what was measured."""
+    book = MemoryBook(settings.cache_folder / "memory.jsonl")
+    about = (__version__, settings.base_digest, plan.dtype, plan.device, plan.threads, spec_of(config))
+    profile = " ".join(map(str, about))
+    return Memory(engine.free_bytes, partial(book.known, profile), partial(book.learn, profile))
 
 
 def _serving(

@@ -16,7 +16,7 @@ from lathe.common.metrics import Metrics
 from lathe.engine.model import AttemptEvent, Ended, Outcome, Share, Snapshot, StepMetrics, join, outcome_of
 from lathe.engine.passes import is_out_of_memory
 from lathe.engine.ports import ModelVerbs
-from lathe.engine.recipes.turns import Blocked, Forward, Generate, Request, Score, Turns
+from lathe.engine.recipes.turns import Blocked, Forward, Generate, Measure, Request, Score, Turns
 from lathe.engine.sampling import SamplingParams
 from lathe.engine.sequences import SequenceState
 
@@ -117,7 +117,7 @@ class Trainer:
             return True
         for item in self._attempts:
             self._look_at_sequences(item)
-        waiting = [item for item in self._runnable() if isinstance(item.request, Forward | Score)]
+        waiting = [item for item in self._runnable() if isinstance(item.request, Forward | Score | Measure)]
         if waiting:
             chosen = join([self._share(item) for item in waiting], self._room)
             self._serve([waiting[index] for index in chosen])
@@ -144,7 +144,7 @@ class Trainer:
                 logger.warning("attempt %s waits: %s", item.attempt_id, turn.reason)
                 item.blocked_until = self._clock.monotonic() + turn.seconds
                 return False
-            if isinstance(turn, Forward | Score | Generate):
+            if isinstance(turn, Forward | Score | Measure | Generate):
                 item.request = turn
                 if isinstance(turn, Generate):
                     self._open_sequences(item, turn)
@@ -198,18 +198,20 @@ class Trainer:
     def _pass(self, request: Request | None) -> Any:
         if isinstance(request, Score):
             return self._engine.score(request.key, request.rows)
+        if isinstance(request, Measure):
+            return self._engine.measure(request.key, request.rows)
         assert isinstance(request, Forward)
         verb = self._engine.forward_backward if request.training else self._engine.evaluate
         return verb(request.pieces)
 
     def _count(self, item: _Training) -> None:
-        assert isinstance(item.request, Forward | Score)
+        assert isinstance(item.request, Forward | Score | Measure)
         item.consumed += item.request.input_tokens
         self._metrics.engine_tokens.labels("train").inc(item.request.input_tokens)
 
     def _share(self, item: _Training) -> Share:
         request = item.request
-        assert isinstance(request, Forward | Score)
+        assert isinstance(request, Forward | Score | Measure)
         joins = (
             isinstance(request, Forward)
             and request.training

@@ -27,6 +27,7 @@ from lathe.engine.optim import Schedule
 from lathe.engine.packing import Slice, Step, cut, halve, slice_plan
 from lathe.engine.passes import is_out_of_memory
 from lathe.engine.ports import TrainVerbs
+from lathe.engine.recipes.preflight import Memory, Room, find_room
 from lathe.engine.recipes.recipe import Batch, Job, Recipe, TrainData
 from lathe.engine.recipes.samples import Speech, held_out, sampled
 from lathe.engine.recipes.saving import Saver, Start
@@ -54,13 +55,14 @@ class Run:
         start: Start | None = None,
         initial_adapter: Path | None = None,
         halvings: Sequence[tuple[int, int]] = (),
+        memory: Memory | None = None,
         checkpoint_interval_s: float = 60.0,
         speech: Speech | None = None,
     ) -> None:
         """folder(kind, step): where a snapshot goes. initial_adapter: PEFT's folder that the job begins from.
 
-        halvings: (step index, times) of an earlier run that is repeated, for the same slices. speech: for the
-        answers to held-out prompts; without it there are none.
+        halvings: (step index, times) of an earlier run that is repeated, for the same slices. memory: for the
+        preflight; without it there is none. speech: for the answers to held-out prompts; without it there are none.
 
         Raises InvalidArgument for data or a configuration that cannot be trained.
         """
@@ -100,11 +102,13 @@ class Run:
         self._metrics: StepMetrics | None = None
         self._speech = speech
         self._prompts = held_out(data.validation, config.sample_prompts)
+        self._memory, self._room = memory, Room()
 
     def turns(self) -> Turns[None]:
         """The whole attempt, a turn at a time. Raises FailedPrecondition when the loss has diverged."""
         self._saver.begin()
         yield from self._recipe.begin()
+        yield from self._preflight()
         if self._state.unfinished is not None:
             yield from self._finish(self.plan.step(self.step - 1), self._state.unfinished)
         while self.step < self.total_steps and not self._enough():
@@ -125,6 +129,20 @@ class Run:
         if self._key in self._engine.adapter_keys():
             self._engine.drop_adapter(self._key)
 
+    def _preflight(self) -> Turns[None]:
+        if self._memory is None or self.step == self.total_steps:
+            return
+        self._room = yield from find_room(
+            self._memory,
+            self._key,
+            self._data.training,
+            unit=self._unit,
+            batch_size=self._config.batch_size,
+            slice_tokens=self._budget,
+        )
+        if self._room.note is not None and not self.step:
+            yield self._room.note
+
     # One step.
 
     def _train(self, step: Step) -> Turns[StepMetrics]:
@@ -132,6 +150,7 @@ class Run:
         batch = self._batch(self._data.training, step.rows, training=True)
         if not any(trained_tokens(row) for row in batch.rows):
             raise InvalidArgument(f"No token of step {step.index + 1}'s rows is trained.")
+        self._fit(step)
         while True:
             try:
                 sums = yield from self._pass(batch, self._pieces(step))
@@ -184,6 +203,15 @@ class Run:
 
     def _batch(self, rows: Sequence[TrainRow], indices: Sequence[int], *, training: bool) -> Batch:
         return Batch(tuple(rows[index] for index in indices), tuple(indices), training)
+
+    def _fit(self, step: Step) -> None:
+        """Halves the step's slices until each has room, as far as its units let it."""
+        room = self._room.tokens
+        while room is not None and any(
+            len(piece.rows) > self._unit and sum(self.plan.lengths[row] for row in piece.rows) > room
+            for piece in self._pieces(step)
+        ):
+            self._halvings[step.index] = self._halvings.get(step.index, 0) + 1
 
     def _pieces(self, step: Step) -> tuple[Slice, ...]:
         pieces = step.slices
@@ -295,7 +323,8 @@ class Run:
 
     def _evaluate(self, chosen: range) -> Turns[SliceResult]:
         rows = self._data.validation
-        pieces = cut(chosen, [len(row.tokens) for row in rows], self._budget, self._unit)
+        budget = min(self._budget, self._room.tokens or self._budget)
+        pieces = cut(chosen, [len(row.tokens) for row in rows], budget, self._unit)
         return (yield from self._pass(self._batch(rows, chosen, training=False), pieces))
 
     def _snapshot(self, kind: SnapshotKind, state: RunState) -> Snapshot:

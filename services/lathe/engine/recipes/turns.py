@@ -46,6 +46,18 @@ class Score:
 
 
 @dataclass(frozen=True, slots=True)
+class Measure:
+    """How much memory a training pass over the rows takes; answered in bytes, or None. Changes nothing else."""
+
+    rows: tuple[TrainRow, ...]
+    key: str
+
+    @property
+    def input_tokens(self) -> int:
+        return sum(len(row.tokens) for row in self.rows)
+
+
+@dataclass(frozen=True, slots=True)
 class Generate:
     """Greedy answers to prompts, between the passes of others; answered by a list of token lists."""
 
@@ -63,7 +75,7 @@ class Blocked:
     reason: str
 
 
-Request = Forward | Score | Generate
+Request = Forward | Score | Measure | Generate
 RecipeEvent = StepMetrics | Snapshot | Note
 Turn = Request | Blocked | RecipeEvent
 Turns = Generator[Turn, Any, T]
@@ -81,6 +93,12 @@ def score(rows: Sequence[TrainRow], key: str) -> Turns[list[RowScore]]:
     """The rows' log-probabilities in one pass; see Engine.score."""
     scores: list[RowScore] = yield Score(tuple(rows), key)
     return scores
+
+
+def measure(key: str, rows: Sequence[TrainRow]) -> Turns[int | None]:
+    """The pass's memory; see Engine.measure."""
+    taken: int | None = yield Measure(tuple(rows), key)
+    return taken
 
 
 def generate(
