@@ -39,6 +39,7 @@ from lathe.engine.recipes.turns import Score, Turn
 from lathe.engine.training import Trainer
 from lathe.text.formats import Role
 from tests.fakes.clock import FakeClock
+from tests.fixtures.tiny_chat import write_tiny_chat
 from tests.fixtures.turns import served
 from tests.unit.engine.conftest import MakeEngine
 
@@ -267,6 +268,16 @@ def test_on_top_of_a_tuned_model_that_model_is_the_reference(bench: Bench, name:
     start = Start(epoch.folder, epoch.step, epoch.trained_tokens, state=epoch.state)
     again = bench.run(METHODS[name], rows, "c", initial=tuned.folder, config=config, start=start)
     assert weights(last_snapshot(list(served(again.turns(), bench.engine)))) == weights(last_snapshot(told))
+
+
+def test_where_every_weight_is_trained_the_reference_stays_the_base(tmp_path: Path) -> None:
+    bench = Bench(tmp_path / "run", Engine.load(write_tiny_chat(tmp_path / "base"), dtype="float32"))
+    config = replace(CONFIG, full_parameter=True, learning_rate=1e-3, n_epochs=2, batch_size=8)
+    before = [score.sum for score in bench.engine.score("", pairs(4))]
+    first, second = steps_of(bench.told(METHODS["dpo"], pairs(4), config=config))
+    assert first.train_loss == pytest.approx(math.log(2), abs=1e-6)
+    assert second.figures["rewards/margins"] > 0
+    assert [score.sum for score in bench.engine.score("", pairs(4))] == before
 
 
 def test_validation_has_the_methods_own_loss_and_figures(bench: Bench) -> None:
