@@ -41,7 +41,7 @@ BAD_LINES = {
     "not JSON": (b'{"messages": [}\n', "", "invalid_json"),
     "no object": (b"[1, 2]\n", "", "data_type"),
     "not UTF-8": (line([USER, HELLO]).replace(b"Hello!", b"H\xe9llo"), "", "invalid_utf8"),
-    "no messages": (b'{"prompt": "a"}\n', "messages", "missing_messages_list"),
+    "no messages": (b'{"question": "a"}\n', "messages", "missing_messages_list"),
     "an unknown role": (
         line([{"role": "boss", "content": "x"}, HELLO]),
         "messages[0].role",
@@ -220,7 +220,7 @@ def test_an_unknown_path_answers_in_the_same_form(platform: Platform) -> None:
             {"method": {"type": "supervised", "supervised": {"hyperparameters": {"n_epochs": 0}}}},
             f"{HYPERPARAMETERS}.n_epochs",
         ),
-        ({"method": {"type": "dpo", "dpo": {}}}, "method.type"),
+        ({"method": {"type": "dpo", "dpo": {}}}, "training_file"),
         ({"method": {"type": "reinforcement", "reinforcement": {}}}, "method.type"),
         ({"integrations": [{"type": "wandb", "wandb": {"project": "p"}}]}, "integrations"),
         ({"suffix": "a:b"}, "suffix"),
