@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 
 import httpx
 import openai
@@ -119,3 +122,18 @@ def test_a_rerun_gives_the_same_bits(
     answer = httpx.get(f"{platform.http}/v1/fine_tuning/jobs/{id_}/receipt", headers=key)
     assert answer.json()["adapter"]["weights_sha256"] == receipt["adapter"]["weights_sha256"]
     assert answer.json()["comparison"]["bit_identical"] is True
+    shown = lathe(platform, "jobs", "show", id_)
+    assert "bit-identical to the first's" in shown and first.name.rsplit("/", 1)[-1] in shown
+    assert json.loads(lathe(platform, "jobs", "receipt", id_)) == answer.json()
+
+
+def lathe(platform: Platform, *arguments: str) -> str:
+    """What the command prints."""
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("LATHE_")}
+    place = {"LATHE_ADDRESS": platform.grpc, "LATHE_API_KEY": platform.api_key}
+    command = [sys.executable, "-m", "lathe.cli.main", *arguments]
+    done = subprocess.run(
+        command, env=inherited | place, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout

@@ -175,6 +175,12 @@ def test_wrong_usage_ends_with_2() -> None:
     assert CliRunner().invoke(main.app, ["models", "import"]).exit_code == exits.USAGE
 
 
+def test_a_setting_that_a_method_has_not_is_wrong_input() -> None:
+    create = ["jobs", "create", "--model", "m", "--train", "t", "--set", "beta=0.2"]
+    error = CliRunner().invoke(main.app, create).exception
+    assert isinstance(error, errors.InvalidArgument) and "supervised has no setting 'beta'" in error.message
+
+
 # --- what is printed ---
 
 
