@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +14,7 @@ from lathe.client import Client
 from lathe.common.errors import NotFound
 from lathe.v1 import jobs_pb2
 from tests.e2e.data import LESSONS, WEATHER, WEATHER_QUESTION, ask
+from tests.fixtures.platforms import Platform
 
 
 def answer(client: Client, model: str, question: str) -> str:
@@ -57,6 +61,26 @@ def test_the_tuned_model_can_be_taken_away(
     client.models.fetch(client.models.get(base_model), tmp_path / "base")
     for path in (tmp_path / "base").iterdir():
         assert path.read_bytes() == (tiny_folder / path.name).read_bytes()
+
+
+@pytest.mark.embedded_only
+def test_the_tuned_model_answers_in_llama_cpp(
+    platform: Platform, tuned: jobs_pb2.Job, tmp_path: Path
+) -> None:
+    command = [sys.executable, "-m", "lathe.cli.main", "models", "export", tuned.fine_tuned_model]
+    done = subprocess.run(
+        [*command, "--format", "gguf", "--type", "q8_0", "--out", str(tmp_path / "out"), "--json"],
+        env={**os.environ, "LATHE_ADDRESS": platform.grpc, "LATHE_API_KEY": platform.api_key},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    said = json.loads(done.stdout)
+    assert said["warnings"] == []
+    assert said["measured"]["greedy tokens equal to ours"]
+    assert f"| job | {tuned.name.rpartition('/')[2]} |" in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_tool_calls_are_learned(client: Client, tuned: jobs_pb2.Job) -> None:
