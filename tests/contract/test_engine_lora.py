@@ -236,8 +236,9 @@ def test_dropout_is_the_same_after_a_resume_and_however_the_batch_is_cut(
     torch.testing.assert_close(masters["cut"], masters["whole"], atol=1e-4, rtol=0)
 
 
-def test_every_kind_in_one_batch_is_each_alone(folders: Mapping[str, Path]) -> None:
-    engine = Engine.load(folders["untied-biases"], dtype="float32")
+@pytest.mark.parametrize(("dtype", "bound"), [("float32", 2e-4), ("bfloat16", 0.15)])
+def test_every_kind_in_one_batch_is_each_alone(folders: Mapping[str, Path], dtype: str, bound: float) -> None:
+    engine = Engine.load(folders["untied-biases"], dtype=dtype)
     for i, (kind, spec) in enumerate(SPECS.items()):
         engine.create_adapter(kind, spec, seed=i)
         for _ in range(3):
@@ -253,7 +254,9 @@ def test_every_kind_in_one_batch_is_each_alone(folders: Mapping[str, Path]) -> N
             logprobs[id(out.state)].append(out.sampled.logprob)
     for key, prompt, state in zip(keys, prompts, mixed, strict=True):
         scored = engine.logprobs(key, [*prompt, *state.tokens])[len(prompt) - 1 :]
-        assert scored == pytest.approx(logprobs[id(state)], abs=2e-4), key
+        assert scored == pytest.approx(logprobs[id(state)], abs=bound), key
+        if dtype == "bfloat16":
+            continue  # two tokens may be as likely as each other
         with torch.no_grad():
             row = [*prompt, *state.tokens[:-1]]
             best = our_logits(engine, [row], key)[0][len(prompt) - 1 :].argmax(-1)

@@ -11,8 +11,12 @@ from pathlib import Path
 from lathe.common.errors import FailedPrecondition, ResourceExhausted
 from lathe.common.objectstore.base import ObjectStore
 from lathe.engine.basecache import ensure_adapter
+from lathe.engine.full import is_full
 from lathe.engine.loop import ModelLoop
 from lathe.engine.model import AdapterRef
+
+# A whole tuned model takes the place of so large a part of the adapters: memory for at most four of them.
+WHOLE_MODEL = 4
 
 
 class AdapterCache:
@@ -22,6 +26,7 @@ class AdapterCache:
         self._store, self._loop, self._folder, self._limit = store, loop, folder, max_adapters
         # Key -> how many calls use it; the least recently used first.
         self._users: OrderedDict[str, int] = OrderedDict()
+        self._places: dict[str, int] = {}
         self._fetching: dict[str, asyncio.Lock] = {}
         self._residence = asyncio.Lock()
 
@@ -48,9 +53,11 @@ class AdapterCache:
             # One at a time decides who stays in memory; those who are there already do not wait for it.
             async with self._residence:
                 if key not in self._users:
-                    await self._make_room()
+                    whole = await asyncio.to_thread(is_full, folder)
+                    places = max(1, self._limit // WHOLE_MODEL) if whole else 1
+                    await self._make_room(places)
                     await asyncio.wrap_future(self._loop.load_adapter(key, folder))
-                    self._users[key] = 0
+                    self._users[key], self._places[key] = 0, places
                 self._users[key] += 1
         else:
             self._users[key] += 1
@@ -60,8 +67,8 @@ class AdapterCache:
         finally:
             self._users[key] -= 1
 
-    async def _make_room(self) -> None:
-        while len(self._users) >= self._limit:
+    async def _make_room(self, places: int) -> None:
+        while sum(self._places[key] for key in self._users) + places > self._limit:
             idle = [key for key, users in self._users.items() if users == 0]
             for key in idle:
                 del self._users[key]

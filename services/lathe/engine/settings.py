@@ -65,7 +65,9 @@ class EngineSettings(ProcessSettings, service="engine"):
     max_attempts: int = Field(1, ge=1, le=4)
     max_sequences: int = Field(32, ge=1)
     max_waiting: int = Field(64, ge=0)
-    max_adapters: int = Field(16, ge=1, description="in memory for sampling; the least recently used goes")
+    max_adapters: int = Field(
+        16, ge=1, description="in memory for sampling; a whole model counts for a quarter"
+    )
     kv_budget_mb: int = Field(1024, ge=1)
 
     parent_pid: int | None = Field(None, description="leave when this process has died")

@@ -23,6 +23,7 @@ from lathe.common.objectstore.base import local_disk
 from lathe.engine.adaptercache import AdapterCache
 from lathe.engine.basecache import ensure_base, parse_base_manifest, work_folder
 from lathe.engine.checkpoints import describe, upload
+from lathe.engine.full import FullSpec
 from lathe.engine.loop import LoopLimits, ModelLoop
 from lathe.engine.lora_config import LoraSpec
 from lathe.engine.model import AdapterRef, SlicePlan, Snapshot, SnapshotKind
@@ -119,9 +120,9 @@ class Bench:
         self.loop = ModelLoop(self.engine, FakeClock(), LoopLimits())  # type: ignore[arg-type]
         self.cache = AdapterCache(self.store, self.loop, folder / "cache", limit)
 
-    async def adapter(self, number: int) -> AdapterRef:
+    async def adapter(self, number: int, *, whole: bool = False) -> AdapterRef:
         maker, folder = FakeEngine(), self.folder / str(number)
-        maker.create_adapter("a", LoraSpec(r=2), number)
+        maker.create_adapter("a", FullSpec() if whole else LoraSpec(r=2), number)
         files = maker.save("a", folder, with_optimizer=True)
         item = Snapshot(SnapshotKind.EPOCH, number, 1, 9, 1, folder, files, None)
         prefix = f"jobs/j/att-{number}/checkpoints/step-{number:08d}"
@@ -163,6 +164,19 @@ async def test_the_least_recently_used_goes_and_those_in_use_stay(bench: Bench) 
             with pytest.raises(ResourceExhausted):
                 await bench.cache.load(second)
     assert await bench.cache.load(second)
+
+
+async def test_a_whole_model_takes_the_place_of_several_adapters(bench: Bench, tmp_path: Path) -> None:
+    bench.cache = AdapterCache(bench.store, bench.loop, tmp_path / "cache", 8)
+    whole = [await bench.adapter(number, whole=True) for number in range(4)]
+    adapters = [await bench.adapter(number) for number in range(4, 7)]
+    for ref in (*whole, *adapters[:2]):
+        await bench.cache.load(ref)
+    held = set(bench.engine.adapter_keys())
+    assert held == {ref.manifest_sha256 for ref in (*whole[1:], *adapters[:2])}
+    async with bench.cache.using(whole[1]):
+        await bench.cache.load(adapters[2])
+        assert whole[2].manifest_sha256 not in bench.engine.adapter_keys()
 
 
 async def test_many_calls_for_one_adapter_load_it_once(bench: Bench) -> None:
