@@ -106,12 +106,11 @@ test-charts: $(VENV)/.dev ## test what deploys Lathe: chart, alerts, dashboard, 
 
 # --- benchmarks: the last line of each is one JSON object -----------------------------------------------------
 
-.PHONY: bench-engine bench-interleave
-bench-engine: $(VENV)/.dev ## training and sampling beside PEFT and transformers, at SmolLM2's shape
-	PYTHONPATH=services:. $(BIN)/python tests/benchmarks/bench_engine.py
+# ARGS        --only sft,fused,sampling,adapters,interleave,warm_start (all of them if left out), --rounds, --threads
 
-bench-interleave: $(VENV)/.dev ## how long a chat beside a running job waits for its next token
-	PYTHONPATH=services:. $(BIN)/python tests/benchmarks/bench_interleave.py
+.PHONY: bench-engine
+bench-engine: $(VENV)/.dev ## the engine beside TRL, transformers, PEFT and llama.cpp on SmolLM2 (ARGS="--only sampling")
+	PYTHONPATH=services:. $(BIN)/python -m tests.benchmarks.engine $(ARGS)
 
 # --- images: docker/README.md ------------------------------------------------------------------------------
 #
