@@ -9,6 +9,7 @@ import grpc
 
 from lathe.common.errors import Unavailable, Unimplemented
 from lathe.common.rpc.channel import call
+from lathe.common.trainingconfig import CONFIG_VERSION
 from lathe.engine.model import (
     Action,
     AdapterRef,
@@ -105,6 +106,7 @@ class GrpcJobs:
             active_sequences=active_sequences,
             memory_bytes=memory_bytes,
             draining=draining,
+            config_version=CONFIG_VERSION,
         )
         answer = await call(self._stub.Heartbeat, request, timeout=HEARTBEAT_TIMEOUT_S)
         directives = tuple(
@@ -113,7 +115,8 @@ class GrpcJobs:
         return HeartbeatReply(directives, answer.reregister, answer.shut_down)
 
     async def lease(self, engine_id: str) -> Attempt | None:
-        answer = await call(self._stub.LeaseAttempt, worker_pb2.LeaseAttemptRequest(engine_id=engine_id))
+        request = worker_pb2.LeaseAttemptRequest(engine_id=engine_id, config_version=CONFIG_VERSION)
+        answer = await call(self._stub.LeaseAttempt, request)
         if not answer.HasField("attempt"):
             return None
         try:

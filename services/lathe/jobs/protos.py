@@ -227,6 +227,7 @@ def beat(request: worker_pb2.HeartbeatRequest) -> workers.Beat:
         active_sequences=request.active_sequences,
         memory_bytes=request.memory_bytes,
         draining=request.draining,
+        config_version=request.config_version,
     )
 
 

@@ -178,7 +178,7 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
     async def LeaseAttempt(
         self, request: worker_pb2.LeaseAttemptRequest, context: ServicerContext
     ) -> worker_pb2.LeaseAttemptResponse:
-        lease = await self._workers.lease(request.engine_id)
+        lease = await self._workers.lease(request.engine_id, request.config_version)
         return worker_pb2.LeaseAttemptResponse(
             attempt=protos.attempt_pb(lease) if lease is not None else None
         )

@@ -11,6 +11,7 @@ from lathe.common.clock import Clock
 from lathe.common.errors import Aborted, FailedPrecondition, FieldViolation, InvalidArgument
 from lathe.common.ids import IdFactory
 from lathe.common.metrics import Metrics
+from lathe.common.trainingconfig import CONFIG_VERSION
 from lathe.jobs import lifecycle, messages, policy, transitions
 from lathe.jobs.changes import Changes
 from lathe.jobs.contact import Contact
@@ -76,6 +77,7 @@ class Beat:
     active_sequences: int = 0
     memory_bytes: int = 0
     draining: bool = False
+    config_version: int = CONFIG_VERSION
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,6 +164,7 @@ class WorkersService:
                     directives.append((attempt_id, action))
             if engine is not None:
                 busy = bool(beat.leases) or beat.active_sequences > 0
+                engine = _of_this_version(engine, beat.config_version, now)
                 await session.put_engine(
                     replace(
                         engine,
@@ -181,8 +184,8 @@ class WorkersService:
         stop = lost or (engine is not None and engine.state is EngineState.STOPPING)
         return BeatAnswer(directives, reregister=engine is None and not lost, shut_down=stop)
 
-    async def lease(self, engine_id: str) -> Lease | None:
-        """The next attempt for this engine; None when there is nothing to do.
+    async def lease(self, engine_id: str, config_version: int = CONFIG_VERSION) -> Lease | None:
+        """The next attempt for this engine; None when there is nothing that it can do.
 
         Raises FailedPrecondition for an engine that is not registered.
         """
@@ -190,6 +193,8 @@ class WorkersService:
             engine = await _registered(session, engine_id)
             waiting = [job for job in await session.jobs_in([JobState.QUEUED]) if job.place == engine.place]
         if not waiting or engine.draining or engine.state is not EngineState.READY:
+            return None
+        if config_version != CONFIG_VERSION:
             return None
         quotas = await self.quotas.running(job.project for job in waiting)
         async with self.store.write() as session:
@@ -425,6 +430,14 @@ def _record(
         engine_class=old.engine_class,
         job_id=old.job_id,
     )
+
+
+def _of_this_version(engine: EngineRecord, config_version: int, now: datetime) -> EngineRecord:
+    """The engine, told to end if it would train without settings that it does not know."""
+    if config_version == CONFIG_VERSION or engine.state is EngineState.STOPPING:
+        return engine
+    log.info("Engine %s is of another version of the training configuration; it is told to end.", engine.id)
+    return replace(engine, state=EngineState.STOPPING, stop_time=now)
 
 
 async def _registered(session: JobSession, engine_id: str) -> EngineRecord:

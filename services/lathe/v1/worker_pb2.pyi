@@ -201,10 +201,13 @@ class HeartbeatRequest(message.Message):
     ACTIVE_SEQUENCES_FIELD_NUMBER: builtins.int
     MEMORY_BYTES_FIELD_NUMBER: builtins.int
     DRAINING_FIELD_NUMBER: builtins.int
+    CONFIG_VERSION_FIELD_NUMBER: builtins.int
     engine_id: builtins.str
     active_sequences: builtins.int
     memory_bytes: builtins.int
     draining: builtins.bool
+    config_version: builtins.int
+    """As of LeaseAttemptRequest."""
     @builtins.property
     def leases(self) -> containers.RepeatedCompositeFieldContainer[HeldLease]: ...
     def __init__(
@@ -215,10 +218,11 @@ class HeartbeatRequest(message.Message):
         active_sequences: builtins.int = ...,
         memory_bytes: builtins.int = ...,
         draining: builtins.bool = ...,
+        config_version: builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["active_sequences", b"active_sequences", "draining", b"draining", "engine_id", b"engine_id", "leases", b"leases", "memory_bytes", b"memory_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["active_sequences", b"active_sequences", "config_version", b"config_version", "draining", b"draining", "engine_id", b"engine_id", "leases", b"leases", "memory_bytes", b"memory_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -273,15 +277,21 @@ class LeaseAttemptRequest(message.Message):
     DESCRIPTOR: descriptor.Descriptor
 
     ENGINE_ID_FIELD_NUMBER: builtins.int
+    CONFIG_VERSION_FIELD_NUMBER: builtins.int
     engine_id: builtins.str
+    config_version: builtins.int
+    """Which fields of TrainingConfig the engine heeds; 0 from one of before there were methods. One of another version
+    than jobs' own gets no attempts and is told to end, since it would train without what it does not know.
+    """
     def __init__(
         self,
         *,
         engine_id: builtins.str = ...,
+        config_version: builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["engine_id", b"engine_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["config_version", b"config_version", "engine_id", b"engine_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -19,6 +19,7 @@ from lathe.common.metrics import Metrics
 from lathe.common.rpc.channel import call, connect, stream
 from lathe.common.rpc.principal import Principal
 from lathe.common.settings import DatabaseSettings, RpcSettings
+from lathe.common.trainingconfig import CONFIG_VERSION
 from lathe.jobs.main import running
 from lathe.jobs.settings import JobsSettings
 from lathe.v1 import jobs_pb2, worker_pb2
@@ -90,15 +91,22 @@ async def test_an_engine_registers_and_is_told_to_the_gateway(doors: Doors) -> N
         jobs_pb2.EnsureEngineRequest(base_model="baseModels/tiny"),
     )
     assert ensured.ready
-    nothing = await call(workers.LeaseAttempt, worker_pb2.LeaseAttemptRequest(engine_id="eng-1"))
+    nothing = await call(
+        workers.LeaseAttempt, worker_pb2.LeaseAttemptRequest(engine_id="eng-1", config_version=CONFIG_VERSION)
+    )
     assert not nothing.HasField("attempt")
-    beat = await call(workers.Heartbeat, worker_pb2.HeartbeatRequest(engine_id="eng-1"))
+    beat = await call(
+        workers.Heartbeat, worker_pb2.HeartbeatRequest(engine_id="eng-1", config_version=CONFIG_VERSION)
+    )
     assert not beat.reregister
     with pytest.raises(Aborted):
         await call(workers.ReportProgress, worker_pb2.ReportProgressRequest(attempt_id="a", lease_token="b"))
     await call(workers.Deregister, worker_pb2.DeregisterRequest(engine_id="eng-1"))
     with pytest.raises(FailedPrecondition):
-        await call(workers.LeaseAttempt, worker_pb2.LeaseAttemptRequest(engine_id="eng-1"))
+        await call(
+            workers.LeaseAttempt,
+            worker_pb2.LeaseAttemptRequest(engine_id="eng-1", config_version=CONFIG_VERSION),
+        )
 
 
 async def test_an_engine_may_not_call_what_users_call(doors: Doors) -> None:

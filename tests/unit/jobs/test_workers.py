@@ -237,3 +237,18 @@ async def test_an_engine_that_leaves_gives_its_job_back(world: World) -> None:
     await world.workers.deregister("eng-a")
     assert (await world.job(lease.job.id)).state is JobState.QUEUED
     assert (await world.workers.heartbeat(beat(lease))).reregister
+
+
+async def test_an_engine_of_another_version_gets_no_work_and_is_replaced(world: World) -> None:
+    """It would train without the settings that it does not know."""
+    await world.queued()
+    await world.register("eng-old")
+    assert await world.workers.lease("eng-old", 0) is None
+    answer = await world.workers.heartbeat(Beat("eng-old", config_version=0))
+    assert answer.shut_down
+    assert await world.workers.lease("eng-old") is None
+    await world.workers.deregister("eng-old")
+    await world.reconciler.run_once()
+    assert len(world.launcher.launches) == 1
+    await world.register("eng-new")
+    assert await world.workers.lease("eng-new") is not None
