@@ -292,7 +292,9 @@ async def test_refused_jobs_name_the_field(door: Door) -> None:
         await param(method={"type": "supervised", "supervised": supervised})
         == "method.supervised.hyperparameters.n_epochs"
     )
-    assert await param(method={"type": "dpo"}) == "method.type"
+    beta = {"hyperparameters": {"beta": 3.0}}
+    assert await param(method={"type": "dpo", "dpo": beta}) == "method.dpo.hyperparameters.beta"
+    assert await param(method={"type": "reinforcement"}) == "method.type"
     assert await param(integrations=[{"type": "wandb", "wandb": {"project": "p"}}]) == "integrations"
     assert await param(extra_body={"epochs": 3}) == "epochs"
     assert await param(seed=-1) == "seed"
