@@ -16,6 +16,7 @@ from lathe.engine.model import (
     EngineReceipt,
     HeartbeatReply,
     HeldLease,
+    Note,
     Outcome,
     Progress,
     Registration,
@@ -40,6 +41,7 @@ class FakeJob:
     prefixes: list[str] = field(default_factory=list)
     # Steps and checkpoints in the order in which a user's events tell them.
     told: list[int | str] = field(default_factory=list)
+    notes: list[Note] = field(default_factory=list)
 
     def tell(self, progress: Progress) -> None:
         """As jobs does it: a checkpoint's own metrics count as its step's; within a report all go by step."""
@@ -49,6 +51,7 @@ class FakeJob:
         for step in sorted(fresh | saved):
             self.told += [step] if step in fresh else []
             self.told += [f"checkpoint {step}"] if step in saved else []
+        self.notes += [note for note in progress.notes if note not in self.notes]
         self.metrics |= {row.step: row for row in rows}
         self.checkpoints |= {item.step: item for item in progress.checkpoints}
 

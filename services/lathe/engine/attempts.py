@@ -244,7 +244,16 @@ class AttemptRunner:
             wanted = attempt.validation
             validation = await self._patiently(lambda: self._rows(wanted))
         prefixes = (attempt.output_prefix, *attempt.earlier_prefixes)
-        found = await self._patiently(lambda: newest_complete(self._store, prefixes, self._folder))
+        damaged: dict[str, Note] = {}
+        found = await self._patiently(
+            lambda: newest_complete(
+                self._store,
+                prefixes,
+                self._folder,
+                lambda prefix, error: damaged.update({prefix: _damage(prefix, error)}),
+            )
+        )
+        self._notes.extend(damaged.values())
         self._choose_plan(found)
         method, initial = recipe_of(attempt.config.method), None
         if attempt.initial_adapter is not None and (found is None or method.needs_initial):
@@ -460,6 +469,16 @@ class AttemptRunner:
             error=ended.error,
             receipt=self._receipt if ended.outcome is Outcome.SUCCEEDED else None,
         )
+
+
+def _damage(prefix: str, error: DataLoss) -> Note:
+    """What the user hears of a checkpoint that cannot be gone on from."""
+    name = prefix.rpartition("/")[2]
+    return Note(
+        int(name.removeprefix("step-")),
+        "checkpoint_damaged",
+        f"The checkpoint {name} cannot be used: {error.message} The job goes on from the one before it.",
+    )
 
 
 def _start(found: Found | None) -> Start | None:

@@ -11,7 +11,7 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from shutil import rmtree
@@ -191,19 +191,31 @@ async def fetch_files(store: ObjectStore, prefix: str, entries: Sequence[FileEnt
             raise DataLoss(f"{key} does not have the SHA-256 that its manifest states.")
 
 
-async def newest_complete(store: ObjectStore, prefixes: Sequence[str], scratch: Path) -> Found | None:
+async def newest_complete(
+    store: ObjectStore,
+    prefixes: Sequence[str],
+    scratch: Path,
+    damaged: Callable[[str, DataLoss], None] | None = None,
+) -> Found | None:
     """The complete checkpoint with the most steps under `prefixes` (newest attempt first), files verified.
 
-    Whether it was ever reported does not matter. A damaged one is passed over with a line in the log.
-    scratch: a folder for the files. Raises Unavailable while the store is away.
+    Whether it was ever reported does not matter. A damaged one is passed over with a line in the log; `damaged` hears
+    of it too: its prefix, and what is wrong. scratch: a folder for the files. Raises Unavailable while the store is
+    away.
     """
-    candidates = await _candidates(store, prefixes)
+
+    def pass_over(prefix: str, error: DataLoss) -> None:
+        logger.warning("checkpoint %s is damaged and passed over: %s", prefix, error)
+        if damaged is not None:
+            damaged(prefix, error)
+
+    candidates = await _candidates(store, prefixes, pass_over)
     for prefix, manifest, digest in candidates:
         folder = scratch / f"from-{manifest.step:08d}-{digest[:12]}"
         try:
             await fetch_files(store, prefix, manifest.files, folder)
         except DataLoss as error:
-            logger.warning("checkpoint %s is damaged and passed over: %s", prefix, error)
+            pass_over(prefix, error)
             await asyncio.to_thread(rmtree, folder, ignore_errors=True)
         else:
             epochs = {
@@ -216,7 +228,9 @@ async def newest_complete(store: ObjectStore, prefixes: Sequence[str], scratch: 
     return None
 
 
-async def _candidates(store: ObjectStore, prefixes: Sequence[str]) -> list[tuple[str, Manifest, str]]:
+async def _candidates(
+    store: ObjectStore, prefixes: Sequence[str], pass_over: Callable[[str, DataLoss], None]
+) -> list[tuple[str, Manifest, str]]:
     found: list[tuple[int, int, str, Manifest, str]] = []
     for age, attempt in enumerate(prefixes):
         async for item in store.list(attempt.rstrip("/") + "/checkpoints/"):
@@ -226,8 +240,10 @@ async def _candidates(store: ObjectStore, prefixes: Sequence[str]) -> list[tuple
             try:
                 data = await store.get(item.key)
                 manifest = Manifest.from_bytes(data)
-            except (NotFound, DataLoss) as error:
-                logger.warning("checkpoint %s is passed over: %s", prefix, error)
+            except NotFound:
+                continue  # it is just being deleted
+            except DataLoss as error:
+                pass_over(prefix, error)
                 continue
             if any(entry.path == OPTIMIZER for entry in manifest.files):
                 found.append((-manifest.step, age, prefix, manifest, hashlib.sha256(data).hexdigest()))

@@ -163,7 +163,8 @@ class StepMetrics:
 
 @dataclass(frozen=True, slots=True)
 class Note:
-    """A sentence for the job's user. kind: `out_of_memory`, `early_stopping`, `generation`; data: its parts."""
+    """A sentence for the job's user. kind: `out_of_memory`, `early_stopping`, `generation`,
+    `checkpoint_damaged`; data: its parts."""
 
     step: int
     kind: str

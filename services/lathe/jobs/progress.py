@@ -24,7 +24,7 @@ from lathe.jobs.transitions import Trigger
 
 # A longer sentence is cut: an event is for reading.
 MAX_NOTE = 4000
-_WARNINGS = frozenset({"out_of_memory"})
+_WARNINGS = frozenset({"checkpoint_damaged", "out_of_memory"})
 
 
 @dataclass(frozen=True, slots=True)

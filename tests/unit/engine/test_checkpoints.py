@@ -91,9 +91,20 @@ async def test_a_damaged_one_is_passed_over(
         await store.delete(f"{damaged}/{name}")
     else:
         await store.put(f"{damaged}/{name}", b"{}")
-    found = await newest_complete(store, ["jobs/j/a/"], tmp_path / "scratch")
+    heard: list[tuple[str, str]] = []
+    found = await newest_complete(
+        store,
+        ["jobs/j/a/"],
+        tmp_path / "scratch",
+        lambda prefix, error: heard.append((prefix, error.message)),
+    )
     assert found is not None
     assert found.manifest.step == 3
+    if gone and name == "manifest.json":
+        assert not heard  # without a manifest it never was one
+    else:
+        assert [prefix for prefix, _ in heard] == [damaged]
+        assert (f"{damaged}/{name}" if name != "manifest.json" else "manifest cannot be read") in heard[0][1]
 
 
 async def test_an_outage_is_no_damage(store: MemoryObjectStore, tmp_path: Path) -> None:

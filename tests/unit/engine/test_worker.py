@@ -172,6 +172,25 @@ async def test_a_job_from_lease_to_success(bench: Bench) -> None:
     assert bench.worker.attempts == ()
 
 
+async def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_the_start(
+    bench: Bench, expected: bytes
+) -> None:
+    bench.jobs.offer(attempt(1))
+    bench.start()
+    await bench.until(lambda: _stored(bench, 3))
+    await bench.kill()
+    (torn,) = [
+        key for key in sorted(bench.store.keys()) if key.endswith("step-00000003/optimizer.safetensors")
+    ]
+    await bench.store.put(torn, b"torn")
+    bench.jobs.offer(attempt(2))
+    bench.start()
+    await bench.until(lambda: bool(bench.jobs.job.outcomes))
+    assert bench.weights() == expected
+    (note,) = [note for note in bench.jobs.job.notes if note.kind == "checkpoint_damaged"]
+    assert note.step == 3 and torn in note.message
+
+
 async def test_a_receipt_says_what_the_weights_were_computed_with(bench: Bench) -> None:
     bench.jobs.offer(attempt())
     bench.start()
