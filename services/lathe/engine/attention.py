@@ -163,17 +163,14 @@ class RowAttention:
         spec, n, length = self._spec, self._rows, self._length
         heads, kv, d = spec.heads, spec.kv_heads, spec.head_dim
         q, k, v = self._split(layer, qkv)
-        window = spec.windows[layer]
-        mask = None if window is None or window >= length else self._band(window)
-        o = F.scaled_dot_product_attention(
-            q.reshape(n, heads, length, d),
-            k.view(n, kv, length, d),
-            v.view(n, kv, length, d),
-            attn_mask=mask,
-            is_causal=mask is None,
-            scale=spec.attention_scale,
-            enable_gqa=True,
-        )
+        q, k, v = q.reshape(n, heads, length, d), k.view(n, kv, length, d), v.view(n, kv, length, d)
+        window, scale = spec.windows[layer], spec.attention_scale
+        if window is None or window >= length:
+            o = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
+        else:
+            # On CUDA no kernel takes a mask together with grouped heads but the one that keeps all the scores.
+            k, v = (x.repeat_interleave(heads // kv, dim=1) for x in (k, v))
+            o = F.scaled_dot_product_attention(q, k, v, attn_mask=self._band(window), scale=scale)
         return self._merge(o.reshape(n * kv, -1, length, d))
 
     def _band(self, window: int) -> Tensor:
