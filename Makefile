@@ -46,6 +46,10 @@ acceptance-kill: $(VENV)/.dev ## kill each process ten times during a job; the a
 acceptance-resume: $(VENV)/.dev ## kill engines at 20 random steps of a job; losses and weights must be the same, bit for bit (ARGS="--method dpo")
 	PYTHONPATH=services:. $(BIN)/python -m tests.acceptance.kill_engine $(ARGS)
 
+.PHONY: acceptance-export
+acceptance-export: $(VENV)/.dev ## export a tuned SmolLM2 in each way, checked by logits and by llama.cpp (minutes)
+	PYTHONPATH=services:. $(BIN)/python -m tests.acceptance.export_smollm2
+
 lint: $(VENV)/.dev proto-check docs-check ## ruff, mypy, import rules, buf
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
