@@ -51,6 +51,8 @@ JOBS = {
         2, 4, 5e-3, 4, lora_r=16, target_modules=("gate_proj", "lm_head", "embed_tokens"), use_rslora=True
     ),
 }
+# A rate that no loss survives.
+BROKEN = TrainingConfig(2, 1, 1e308, 5, lora_r=16, target_modules=("lm_head",))
 SLICE_TOKENS = 40
 
 
@@ -60,6 +62,7 @@ class RecordingEngine(Engine):
     def __init__(self, decoder: Decoder) -> None:
         super().__init__(decoder)
         self.joined: list[int] = []
+        self.errors: dict[str, str] = {}
         self.gradients: dict[str, list[Tensor]] = {}
 
     def forward_backward(self, pieces: Sequence[TrainSlice]) -> list[SliceResult]:
@@ -89,7 +92,7 @@ def engine_of(dtype: torch.dtype) -> RecordingEngine:
 
 
 def rows_of(name: str) -> list[TrainRow]:
-    seed = ord(name)
+    seed = ord(name[0])
     lengths = [5 + (7 * i * seed) % 19 for i in range(4)]
     return [
         TrainRow(
@@ -104,7 +107,7 @@ def rows_of(name: str) -> list[TrainRow]:
 def trained(
     names: Sequence[str], dtype: torch.dtype, folder: Path
 ) -> tuple[dict[str, Outcome], RecordingEngine]:
-    """The jobs on one engine, through the loop, to their ends."""
+    """The jobs on one engine, through the loop, to their ends. A failed one's error is in `engine.errors`."""
     engine, clock = engine_of(dtype), FakeClock()
     loop = ModelLoop(engine, clock, LoopLimits(fused_tokens=4 * SLICE_TOKENS))
     events: dict[str, list[AttemptEvent]] = {name: [] for name in names}
@@ -114,7 +117,7 @@ def trained(
             engine=engine,
             key=name,
             data=TrainData(rows_of(name)),
-            config=JOBS[name],
+            config=JOBS.get(name, BROKEN),
             plan=SlicePlan(SLICE_TOKENS, 1, str(dtype), "cpu"),
             folder=lambda kind, step, name=name: folder / f"{name}-{kind}-{step}",
             clock=clock,
@@ -124,7 +127,11 @@ def trained(
         pass
     outcomes = {}
     for name, said in events.items():
-        assert isinstance(said[-1], Ended) and said[-1].error is None, said[-1]
+        end = said[-1]
+        assert isinstance(end, Ended)
+        if end.error is not None:
+            engine.errors[name] = end.error.message
+            continue
         final = [event for event in said if isinstance(event, Snapshot)][-1]
         tensors = load_file(final.folder / "adapter_model.safetensors")
         outcomes[name] = Outcome(
@@ -167,3 +174,13 @@ def test_in_bfloat16_fusing_moves_a_job_no_further_than_rounding_did(tmp_path: P
             moved,
             rounded,
         )
+
+
+def test_a_job_whose_loss_is_no_number_takes_nobody_along(tmp_path: Path) -> None:
+    fused, engine = trained(["nan", "a", "c"], torch.float64, tmp_path / "fused")
+    assert max(engine.joined) == 3
+    assert set(engine.errors) == {"nan"}
+    assert "not a number any more at step 2 of 8; look at lines" in engine.errors["nan"]
+    for name in ("a", "c"):
+        alone, _ = trained([name], torch.float64, tmp_path / "alone")
+        torch.testing.assert_close(fused[name].weights, alone[name].weights, rtol=1e-10, atol=1e-10)
