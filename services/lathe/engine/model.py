@@ -88,8 +88,8 @@ class TrainingConfig:
     eval_every: steps between validations of one batch; 0: about 20 times a job. The whole validation file is gone
     through at each epoch's end. early_stopping_patience: 0 is off; else the job ends after so many evaluations in a
     row without a lower validation loss, each of them of the whole file, and its result is the best one.
-    keep_checkpoints: 0 keeps every epoch's, k the last k and the best. sample_prompts: how many held-out prompts are
-    answered at each checkpoint.
+    sample_prompts: how many held-out prompts are answered at each checkpoint. keep_checkpoints: how many of the
+    epochs' checkpoints jobs keeps beside the best one; an engine reports them all.
     """
 
     n_epochs: int
@@ -347,17 +347,13 @@ class Terms:
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """One report. slice_plan and total_steps go with the first one.
-
-    dropped_checkpoints: steps whose checkpoints are given up.
-    """
+    """One report. slice_plan and total_steps go with the first one."""
 
     metrics: tuple[StepMetrics, ...] = ()
     checkpoints: tuple[CheckpointReport, ...] = ()
     slice_plan: SlicePlan | None = None
     total_steps: int = 0
     notes: tuple[Note, ...] = ()
-    dropped_checkpoints: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
