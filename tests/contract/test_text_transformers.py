@@ -12,9 +12,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as Backend
-from tokenizers.processors import ByteLevel
+from tokenizers.processors import ByteLevel, TemplateProcessing
 
 from lathe.text.errors import TemplateError
+from lathe.text.render import Example, RenderOptions
+from lathe.text.rows import parse_line
+from lathe.text.sequences import Tokenised, tokenise_rows
 from lathe.text.tokenizer import Tokenizer
 from tests.fixtures.templates import BOS, EOS, REAL, SPECIAL
 from tests.fixtures.tiny import tiny_tokenizer_json
@@ -49,6 +52,7 @@ SNIPPETS = [
 TEXTS = st.lists(st.one_of(st.sampled_from(SNIPPETS), st.text(max_size=12)), min_size=1, max_size=4).map(
     "".join
 )
+WORDS = TEXTS.filter(bool)
 CALL = st.fixed_dictionaries(
     {
         "type": st.just("function"),
@@ -149,3 +153,74 @@ def test_the_date_is_todays(pair: tuple[Tokenizer, Any]) -> None:
     messages = [{"role": "user", "content": "hi"}]
     text = ours.template.render(messages, now=datetime(2031, 2, 3))
     assert ("03 Feb 2031" in text) == ("strftime_now" in ours.template.source)
+
+
+def _examples(tokenizer: Tokenizer, row: dict[str, Any]) -> list[Example]:
+    (found,) = tokenise_rows(tokenizer, [parse_line(json.dumps(row).encode())], RenderOptions(4096))
+    assert isinstance(found, Tokenised)
+    return [example for _, example in found.sequences]
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["plain", "bos"])
+def documents(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Tokenizer, Any]:
+    """A tokenizer that puts a bos before a text, as Llama's does, and one that does not, as Qwen's."""
+    from transformers import AutoTokenizer
+
+    folder = _folder(tmp_path_factory.mktemp("documents"), "llama3")
+    if request.param:
+        backend = Backend.from_file(str(folder / "tokenizer.json"))
+        bos = BOS["llama3"]
+        backend.post_processor = TemplateProcessing(
+            single=f"{bos} $A", special_tokens=[(bos, backend.token_to_id(bos))]
+        )
+        backend.save(str(folder / "tokenizer.json"))
+    return Tokenizer.from_folder(folder), AutoTokenizer.from_pretrained(str(folder))
+
+
+@given(text=WORDS)
+@settings(max_examples=50, deadline=None, derandomize=True)
+def test_a_text_is_what_transformers_tokenises_with_its_end(
+    documents: tuple[Tokenizer, Any], text: str
+) -> None:
+    ours, theirs = documents
+    ids = theirs(text)["input_ids"]
+    (example,) = _examples(ours, {"text": text})
+    assert example.tokens == (ids if ids[-1] == theirs.eos_token_id else [*ids, theirs.eos_token_id])
+    trained = [index for index, mark in enumerate(example.mask) if mark]
+    assert trained == list(range(max(1, len(ours.document_prefix)), len(example.tokens)))
+
+
+@given(prompt=TEXTS, completion=WORDS)
+@settings(max_examples=50, deadline=None, derandomize=True)
+def test_a_completion_follows_the_prompt_as_transformers_tokenises_it(
+    documents: tuple[Tokenizer, Any], prompt: str, completion: str
+) -> None:
+    ours, theirs = documents
+    ids = theirs(prompt)["input_ids"]
+    (example,) = _examples(ours, {"prompt": prompt, "completion": completion})
+    assert example.tokens[: len(ids)] == ids
+    first = max(1, len(ids))  # nothing precedes a text's first token
+    assert example.mask == bytes(first) + b"\1" * (len(example.tokens) - first)
+    text = theirs.decode(example.tokens, skip_special_tokens=False)
+    assert text in (theirs.decode(ids) + completion, theirs.decode(ids) + completion + theirs.eos_token)
+
+
+@given(user=WORDS, chosen=WORDS, rejected=WORDS)
+@settings(max_examples=30, deadline=None, derandomize=True)
+def test_a_pair_is_the_prompt_and_what_the_template_writes_behind_it(
+    pair: tuple[Tokenizer, Any], user: str, chosen: str, rejected: str
+) -> None:
+    ours, theirs = pair
+    prompt = [{"role": "user", "content": user}]
+    outputs = [[{"role": "assistant", "content": text}] for text in (chosen, rejected)]
+    row = {"input": {"messages": prompt}, "preferred_output": outputs[0], "non_preferred_output": outputs[1]}
+    texts = [theirs.apply_chat_template([*prompt, *output], tokenize=False) for output in outputs]
+    if texts[0] == texts[1]:
+        return
+    ids = theirs.apply_chat_template(prompt, add_generation_prompt=True)["input_ids"]
+    for example, text in zip(_examples(ours, row), texts, strict=True):
+        assert example.tokens[: len(ids)] == ids and not any(example.mask[: len(ids)])
+        assert example.mask[len(ids)]
+        assert theirs.decode(example.tokens, skip_special_tokens=False) == text
