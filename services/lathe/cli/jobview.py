@@ -43,6 +43,8 @@ def metrics_line(metrics: pb.StepMetrics) -> str:
         parts.append(f"validation loss {metrics.full_valid_loss:.3f}")
     elif metrics.HasField("valid_loss"):
         parts.append(f"validation loss {metrics.valid_loss:.3f}")
+    if "rewards/margins" in metrics.figures:
+        parts.append(f"margin {metrics.figures['rewards/margins']:.3f}")
     parts.append(f"{metrics.tokens_per_second:,.0f} tokens/s")
     return ", ".join(parts)
 

@@ -164,7 +164,7 @@ class WorkersService:
                     directives.append((attempt_id, action))
             if engine is not None:
                 busy = bool(beat.leases) or beat.active_sequences > 0
-                engine = _of_this_version(engine, beat.config_version, now)
+                engine = _of_this_version(engine, beat, now)
                 await session.put_engine(
                     replace(
                         engine,
@@ -432,9 +432,12 @@ def _record(
     )
 
 
-def _of_this_version(engine: EngineRecord, config_version: int, now: datetime) -> EngineRecord:
-    """The engine, told to end if it would train without settings that it does not know."""
-    if config_version == CONFIG_VERSION or engine.state is EngineState.STOPPING:
+def _of_this_version(engine: EngineRecord, beat: Beat, now: datetime) -> EngineRecord:
+    """The engine, told to end if it would train without settings that it does not know.
+
+    What it trains already it was given by a jobs of its own version: that it ends first.
+    """
+    if beat.config_version == CONFIG_VERSION or beat.leases or engine.state is EngineState.STOPPING:
         return engine
     log.info("Engine %s is of another version of the training configuration; it is told to end.", engine.id)
     return replace(engine, state=EngineState.STOPPING, stop_time=now)

@@ -281,7 +281,8 @@ class LeaseAttemptRequest(message.Message):
     engine_id: builtins.str
     config_version: builtins.int
     """Which fields of TrainingConfig the engine heeds; 0 from one of before there were methods. One of another version
-    than jobs' own gets no attempts and is told to end, since it would train without what it does not know.
+    than jobs' own gets no attempts and is told to end when it trains none, since it would train without what it does
+    not know.
     """
     def __init__(
         self,

@@ -234,6 +234,11 @@ def test_a_job_is_shown_on_a_terminal_and_off_it(terminal: bool) -> None:
     assert "1,234 tokens/s" in text
 
 
+def test_a_preference_step_shows_its_margin() -> None:
+    metrics = jobs_pb2.StepMetrics(step=1, total_steps=2, figures={"rewards/margins": 0.25})
+    assert "margin 0.250" in metrics_line(metrics)
+
+
 def test_a_step_in_words_has_the_validation_loss_when_there_is_one() -> None:
     metrics = jobs_pb2.StepMetrics(step=1, total_steps=2, train_loss=1, full_valid_loss=0.5)
     assert "validation loss 0.500" in metrics_line(metrics)

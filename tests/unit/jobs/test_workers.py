@@ -239,6 +239,14 @@ async def test_an_engine_that_leaves_gives_its_job_back(world: World) -> None:
     assert (await world.workers.heartbeat(beat(lease))).reregister
 
 
+async def test_an_engine_of_another_version_ends_what_it_trains(world: World) -> None:
+    lease = await world.leased()
+    held = replace(beat(lease), config_version=0)
+    assert not (await world.workers.heartbeat(held)).shut_down
+    await world.complete(lease, Outcome.SUCCEEDED)
+    assert (await world.workers.heartbeat(replace(held, leases=()))).shut_down
+
+
 async def test_an_engine_of_another_version_gets_no_work_and_is_replaced(world: World) -> None:
     """It would train without the settings that it does not know."""
     await world.queued()
