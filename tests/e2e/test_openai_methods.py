@@ -140,6 +140,7 @@ def test_every_option_at_once(
                     "eval_every": 2,
                     "keep_checkpoints": 1,
                     "early_stopping_patience": 50,
+                    "sample_prompts": 2,
                 },
             },
         ),
@@ -150,6 +151,10 @@ def test_every_option_at_once(
     happened = events(sdk, job)
     rates = [event.data["learning_rate"] for event in happened if event.type == "metrics"]
     assert len(rates) == 15 and rates[-1] == max(rates) == rates[5]
+    samples = [event for event in happened if event.type == "message" and event.data]
+    assert {event.data["kind"] for event in samples} == {"generation"}
+    # Two prompts at each of three checkpoints.
+    assert len(samples) == 6 and all(event.data["prompt"] for event in samples)
     assert 1 <= len(list(sdk.fine_tuning.jobs.checkpoints.list(job.id))) <= 2
     said = sdk.chat.completions.create(
         model=str(job.fine_tuned_model),

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
-from sqlalchemy import text
+from sqlalchemy import select, text, update
 
 from lathe.common.clock import SystemClock
 from lathe.common.db import Database, migrate, schema_state
@@ -37,7 +37,7 @@ from lathe.jobs.model import (
     WeightComparison,
 )
 from lathe.jobs.ports import Quota
-from lathe.jobs.store import SqlJobStore
+from lathe.jobs.store import SqlJobStore, tables
 from lathe.jobs.store.tables import metadata
 from lathe.jobs.training import Hyperparameters, Method, TrainingSpec
 from tests.fakes.clock import FakeClock
@@ -143,6 +143,30 @@ async def test_a_job_comes_back_as_it_went_in(world: World) -> None:
         assert list(await session.list_jobs("acme", metadata=[('a"b.c', "x\u00e9")], limit=5)) == [expected]
         assert not await session.list_jobs("acme", metadata=[('a"b.c', "y")], limit=5)
         assert (await session.count_by_state())[JobState.RUNNING] == 1
+
+
+async def test_the_version_before_finds_what_it_knows(world: World, db: Database) -> None:
+    """It reads each member of the body as the whole of a class, and never names the columns that came later."""
+    job = full_job(world.clock)
+    async with world.store.write() as session:
+        await session.add_job(job, "r", [])
+    async with db.write() as connection:
+        [body] = (await connection.execute(select(tables.jobs.c.body))).scalars()
+        await connection.execute(update(tables.jobs).values(extra=None))
+    assert set(body["spec"]) == {
+        *("n_epochs", "batch_size", "learning_rate_multiplier", "lora_r", "lora_alpha", "target_modules")
+    }
+    assert set(body["compute"]) == {"engine_class", "dedicated"}
+    assert not {"parent_model", "rerun_of", "halvings", "compare_with", "comparison"} & set(body)
+    async with world.store.read() as session:
+        found = await session.job(job.id)
+    assert found is not None and found.hyperparameters is not None
+    assert (found.spec.method, found.spec.n_epochs, found.hyperparameters.schedule) == (
+        "supervised",
+        1,
+        "cosine",
+    )
+    assert (found.parent_model, found.comparison, found.compute) == ("", None, ComputeSpec("gpu", True))
 
 
 async def test_a_request_id_is_used_once_per_project(world: World) -> None:

@@ -160,6 +160,14 @@ def test_a_method_left_out_is_supervised() -> None:
     assert protos.job_request(given).spec.method is Method.SUPERVISED
 
 
+def test_a_method_of_a_later_version_is_not_taken_for_supervised() -> None:
+    request = request_of()
+    # Field 15, which this version does not know.
+    request.job.method.MergeFromString(b"\x7a\x00")
+    with pytest.raises(InvalidArgument, match=r"job\.method is none of supervised, dpo"):
+        protos.job_request(request)
+
+
 # --- continued tuning ---
 
 
