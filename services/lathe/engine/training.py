@@ -110,13 +110,13 @@ class Trainer:
 
     def turn(self) -> bool:
         """Let every attempt go on to its next request, then serve some in one pass. False: nothing to be done."""
+        for item in self._attempts:
+            self._look_at_sequences(item)
         idle = [item for item in self._runnable() if item.request is None]
         wrote = [self._go_on(item) for item in idle]
         if any(wrote):
             # A snapshot may have taken as long as a pass: sampling comes first.
             return True
-        for item in self._attempts:
-            self._look_at_sequences(item)
         waiting = [item for item in self._runnable() if isinstance(item.request, Forward | Score | Measure)]
         if waiting:
             chosen = join([self._share(item) for item in waiting], self._room)

@@ -216,6 +216,17 @@ def test_what_a_run_asks_for_is_answered(bench: Bench) -> None:
     assert isinstance(bench.events["a"][-1], Ended)
 
 
+def test_an_attempt_goes_on_in_the_turn_that_finds_its_answers_whole(bench: Bench) -> None:
+    asks = bench.start("a", run=Asks)
+    bench.trainer.turn()
+    bench.trainer.turn()
+    while bench.trainer.sequences:
+        bench.engine.step(bench.trainer.sequences)  # type: ignore[arg-type]
+    # The loop sleeps when a turn had nothing to do: this one must not say so.
+    assert bench.trainer.turn()
+    assert asks.answers
+
+
 def test_sampling_that_fails_is_heard_by_the_run(bench: Bench) -> None:
     asks = bench.start("a", run=Asks)
     bench.trainer.turn()
