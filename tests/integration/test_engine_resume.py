@@ -5,10 +5,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 from pathlib import Path
 
-from lathe.engine.model import TrainingConfig
+from lathe.engine.model import TrainingConfig, WeightComparison
 from tests.fixtures.engine_kills import job_of, killed, ragged_rows, undisturbed
 from tests.fixtures.engine_process import engine_place
 
@@ -32,7 +33,15 @@ async def test_killed_at_random_steps_nothing_is_different(tmp_path: Path) -> No
         rows = ragged_rows(100, 1)
         whole = await undisturbed(place, await job_of(place, "whole", config, rows))
         parts, at = await killed(place, await job_of(place, "parts", config, rows), KILLS, random.Random(3))
+        receipt = place.jobs.job.receipt
+        measured = (place.folder / "cache" / "memory.jsonl").read_text().splitlines()
     print("killed after steps", at)
     assert parts.losses == whole.losses
     assert parts.checkpoints == whole.checkpoints
     assert parts.weights == whole.weights
+    assert receipt is not None
+    assert receipt.comparison == WeightComparison(bit_identical=True)
+    assert receipt.weights_sha256 == hashlib.sha256(whole.weights).hexdigest()
+    assert receipt.environment.flags["num_threads"] == "1" and not receipt.fused
+    # A trial and the heaviest slice, by the first engine; the others knew.
+    assert len(measured) == 2
