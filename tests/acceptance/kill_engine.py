@@ -30,7 +30,7 @@ EXAMPLES = 200
 
 def config_of(method: Method) -> TrainingConfig:
     return TrainingConfig(
-        n_epochs=40,
+        n_epochs=20,
         batch_size=8,
         learning_rate=5e-3,
         seed=5,
