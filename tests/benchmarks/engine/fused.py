@@ -20,7 +20,7 @@ from lathe.engine.loop import LoopLimits, ModelLoop
 from lathe.engine.model import AttemptEvent, Ended, Outcome
 from tests.benchmarks.engine import model
 from tests.benchmarks.engine.rounds import Setting, Turns, alternate, clock
-from tests.benchmarks.engine.verbs import SLICE_TOKENS, supervised, until
+from tests.benchmarks.engine.verbs import supervised, until
 
 JOBS = 4
 SMALL_STEPS, LARGE_STEPS = 12, 2
@@ -74,7 +74,7 @@ def at_once(
 ) -> list[float]:
     """Seconds until each of these jobs, begun together, had ended."""
     ends: dict[int, float] = {}
-    loop = ModelLoop(engine, SystemClock(), LoopLimits(fused_tokens=SLICE_TOKENS))
+    loop = ModelLoop(engine, SystemClock(), LoopLimits())
 
     def listener(number: int) -> Callable[[AttemptEvent], None]:
         def emit(event: AttemptEvent) -> None:

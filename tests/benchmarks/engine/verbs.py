@@ -72,7 +72,7 @@ def supervised(
 @contextmanager
 def model_thread(engine: Engine) -> Iterator[ModelLoop]:
     """The loop in a thread of its own, as in an engine's process."""
-    loop = ModelLoop(engine, SystemClock(), LoopLimits(fused_tokens=SLICE_TOKENS))
+    loop = ModelLoop(engine, SystemClock(), LoopLimits())
     threads = torch.get_num_threads()
     thread = threading.Thread(target=lambda: (torch.set_num_threads(threads), loop.run()))
     thread.start()
