@@ -32,6 +32,7 @@ ENGINES: dict[str, Case] = {
             ("min", 1, "MIN_ENGINES"),
             ("maxPerBase", 3, "MAX_ENGINES_PER_BASE"),
             ("max", 7, "MAX_ENGINES"),
+            ("maxWorkers", 3, "MAX_WORKERS"),
             ("idleTimeoutSeconds", 77, "ENGINE_IDLE_TIMEOUT_S"),
         )
     },

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from lathe.jobs.launchers.manifests import GANG_LABEL
 from tests.charts.chart import EXTERNAL, Object, Rendered, component, render
 
 Edge = tuple[str, str, int]
@@ -36,6 +37,8 @@ COMPONENTS = (
     "postgres",
     "seaweedfs",
 )
+# Engine pods that are workers of one job have this besides.
+GANG = {"lathe.internal/gang": "true"}
 SCRAPED = ("accounts", "datasets", "engine", "gateway", "jobs", "models")
 
 
@@ -43,7 +46,7 @@ def opened(rendered: Rendered, direction: str, of: str) -> Iterator[tuple[Any, i
     """(peer, port) of every rule of a component; peer is its component, or the peer as it stands, None for anyone."""
     for policy in rendered.of("NetworkPolicy"):
         selector = policy["spec"]["podSelector"]["matchLabels"]
-        if selector.get("app.kubernetes.io/component") != of:
+        if selector.get("app.kubernetes.io/component") != of or GANG.items() <= selector.items():
             continue
         assert selector["app.kubernetes.io/instance"] == "lathe"
         for rule in policy["spec"].get(direction) or []:
@@ -129,7 +132,7 @@ def test_everything_is_closed_first() -> None:
     )
     for one in render().of("NetworkPolicy"):
         assert one["spec"]["policyTypes"] == ["Ingress", "Egress"]
-        assert component(one) in (*COMPONENTS, "default-deny")
+        assert component(one) in (*COMPONENTS, "default-deny", "gang")
 
 
 def test_anyone_reaches_the_gateway_and_nothing_else() -> None:
@@ -190,6 +193,23 @@ def test_only_the_operator_of_ray_reaches_ray() -> None:
     for one in COMPONENTS:
         if one != "engine":
             assert not {8265, 6379, 10001} & {port for _, port in opened(rendered, "ingress", one)}
+
+
+def test_the_workers_of_a_job_reach_each_other_and_no_other_engine_does() -> None:
+    rendered = render()
+    policy = rendered.one("NetworkPolicy", "gang")["spec"]
+    selected = policy["podSelector"]["matchLabels"]
+    peer = {"podSelector": {"matchLabels": selected}}
+    assert (policy["ingress"], policy["egress"]) == ([{"from": [peer]}], [{"to": [peer]}])
+    # The launcher's label, on engine pods of this release.
+    assert selected == GANG | {
+        "app.kubernetes.io/name": "lathe",
+        "app.kubernetes.io/instance": "lathe",
+        "app.kubernetes.io/component": "engine",
+    }
+    assert set(GANG) == {GANG_LABEL}
+    labels = rendered.pod("engine:cpu")["metadata"]["labels"]
+    assert GANG_LABEL not in labels and (selected.items() - GANG.items()) <= labels.items()
 
 
 @pytest.mark.parametrize("upgrade", [False, True])

@@ -30,6 +30,10 @@ def launch(engine_id: str = "eng-1") -> EngineLaunch:
     return EngineLaunch(engine_id, "baseModels/tiny", "d" * 64, "default")
 
 
+def of_two_workers() -> EngineLaunch:
+    return EngineLaunch("eng-1", "baseModels/tiny", "d" * 64, "default", "job-1", workers=2)
+
+
 async def one(launcher: Launcher, engine_id: str = "eng-1") -> LaunchedEngine | None:
     return next((engine for engine in await launcher.list() if engine.engine_id == engine_id), None)
 
@@ -163,3 +167,20 @@ async def test_a_launcher_tells_the_doctor_whether_it_can_start_engines(
     assert all(finding.ok for finding in await launcher.check())
     [finding] = await subprocesses(tmp_path, (str(tmp_path / "missing"),)).check()
     assert not finding.ok and "missing" in finding.message and finding.advice
+
+
+async def test_several_workers_are_started_or_refused_as_was_said(launcher: Launcher) -> None:
+    why = await launcher.why_one_worker()
+    assert bool(why) == (type(launcher) is SubprocessLauncher or _on_deployments(launcher))
+    if not why:
+        await launcher.start(of_two_workers())
+        assert await one(launcher) is not None
+        return
+    with pytest.raises(FailedPrecondition) as caught:
+        await launcher.start(of_two_workers())
+    assert caught.value.message == why
+    assert await one(launcher) is None
+
+
+def _on_deployments(launcher: Launcher) -> bool:
+    return isinstance(launcher, KubernetesLauncher) and not launcher.api.serves("ray.io/v1")

@@ -10,11 +10,12 @@ from pathlib import Path
 
 from lathe.common.db import Database
 from lathe.common.diagnosis import Finding
-from lathe.common.errors import LatheError, NotFound
+from lathe.common.errors import FailedPrecondition, LatheError, NotFound
 from lathe.common.metrics import Metrics
 from lathe.jobs.changes import Changes
 from lathe.jobs.contact import Contact
 from lathe.jobs.directory import EngineDirectory
+from lathe.jobs.gangs import Gangs
 from lathe.jobs.model import (
     ONE_CLASS,
     AdapterObject,
@@ -149,6 +150,8 @@ class FakeLauncher:
     launches: dict[str, EngineLaunch] = dataclasses.field(default_factory=dict)
     fails: LatheError | None = None
     down: LatheError | None = None
+    # Why it starts no engine of several workers.
+    one_worker: str = ""
     # Calls to start and stop never answer.
     hangs: bool = False
 
@@ -156,6 +159,8 @@ class FakeLauncher:
         await self._answer()
         if self.fails is not None:
             raise self.fails
+        if launch.workers > 1 and self.one_worker:
+            raise FailedPrecondition(self.one_worker)
         self.launches[launch.engine_id] = launch
         self.processes.setdefault(launch.engine_id, LaunchedEngine(launch.engine_id, running=True))
 
@@ -171,6 +176,11 @@ class FakeLauncher:
     async def _answer(self) -> None:
         if self.hangs:
             await asyncio.Event().wait()
+
+    async def why_one_worker(self) -> str:
+        if self.down is not None:
+            raise self.down
+        return self.one_worker
 
     async def check(self) -> Sequence[Finding]:
         if self.down is not None:
@@ -214,8 +224,18 @@ class World:
         self.metrics = metrics = Metrics()
         self.contact = Contact(self.clock, 15.0)
         quotas = Quotas(self.accounts, self.clock, ttl_s=0.0)
+        gangs = Gangs()
+        gangs.launcher = self.launcher
         self.service = JobsService(
-            self.store, self.accounts, self.models, self.datasets, changes, self.clock, self.ids, self.classes
+            self.store,
+            self.accounts,
+            self.models,
+            self.datasets,
+            changes,
+            self.clock,
+            self.ids,
+            self.classes,
+            gangs,
         )
         self.workers = WorkersService(
             self.store, quotas, changes, self.contact, self.clock, self.ids, metrics, classes=self.classes

@@ -69,6 +69,7 @@ LATHE_JOBS_JOBS_ADDRESS: {{ include "lathe.address" (list .root "jobs") }}
 LATHE_JOBS_MIN_ENGINES: {{ $engines.min | int64 | quote }}
 LATHE_JOBS_MAX_ENGINES_PER_BASE: {{ $engines.maxPerBase | int64 | quote }}
 LATHE_JOBS_MAX_ENGINES: {{ $engines.max | int64 | quote }}
+LATHE_JOBS_MAX_WORKERS: {{ $engines.maxWorkers | int64 | quote }}
 LATHE_JOBS_ENGINE_IDLE_TIMEOUT_S: {{ $engines.idleTimeoutSeconds | int64 | quote }}
 LATHE_JOBS_ENGINE_CLASSES: {{ keys $engines.classes | sortAlpha | toJson | quote }}
 LATHE_JOBS_DEFAULT_ENGINE_CLASS: {{ $engines.defaultClass | quote }}

@@ -52,6 +52,9 @@ def create(
     dedicated: Annotated[
         bool, typer.Option("--dedicated", help="On an engine of its own, which ends with the job.")
     ] = False,
+    workers: Annotated[
+        int, typer.Option(help="Processes that train it together, on an engine of its own.")
+    ] = 1,
     watch: Annotated[bool, typer.Option("--watch", help="Watch it until it ends.")] = False,
     as_json: JSON = False,
 ) -> None:
@@ -72,6 +75,7 @@ def create(
             settings=others,
             engine_class=engine_class,
             dedicated=dedicated,
+            workers=workers,
         )
         if watch:
             if not as_json:
@@ -142,7 +146,7 @@ def show(context: typer.Context, job: JOB, as_json: JSON = False) -> None:
             ("learning rate", f"x {chosen.hyperparameters.learning_rate_multiplier or 'auto'}"),
             ("LoRA", _lora(chosen.lora, full_parameter=found.training.full_parameter)),
             ("seed", str(found.seed)),
-            ("engine", f"{found.compute.engine_class}{', its own' if found.compute.dedicated else ''}"),
+            ("engine", _engine(found.compute)),
             ("training file", found.training_dataset.rsplit("/", 1)[-1]),
             ("validation file", found.validation_dataset.rsplit("/", 1)[-1]),
             ("result files", ", ".join(name.rsplit("/", 1)[-1] for name in found.result_files)),
@@ -223,6 +227,12 @@ def _lora(given: pb.LoraConfig, *, full_parameter: bool) -> str:
     parts += [f"dropout {given.lora_dropout}"] if given.lora_dropout else []
     parts += [word for word, on in (("rsLoRA", given.use_rslora), ("DoRA", given.use_dora)) if on]
     return ", ".join(parts)
+
+
+def _engine(compute: pb.ComputeSpec) -> str:
+    if compute.workers > 1:
+        return f"{compute.engine_class}, its own, of {compute.workers} workers"
+    return f"{compute.engine_class}{', its own' if compute.dedicated else ''}"
 
 
 def _compared(job: pb.Job) -> str:

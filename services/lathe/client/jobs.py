@@ -44,6 +44,7 @@ class Jobs:
         settings: Mapping[str, Any] | None = None,
         engine_class: str = "",
         dedicated: bool = False,
+        workers: int = 1,
         metadata: Mapping[str, str] | None = None,
     ) -> pb.Job:
         """Ask for `model` (a base or a tuned one, with which it goes on) to be tuned. What is None is chosen (`auto`).
@@ -51,6 +52,7 @@ class Jobs:
         method: supervised, dpo, orpo or kto. settings: whatever else it takes by its name in the contract, such as
         `{"beta": 0.2, "use_dora": True, "schedule": "linear"}` (docs/hyperparameters.md).
         engine_class: one of those that the operator offers; the default if empty. dedicated: on an engine of its own.
+        workers: processes that train it together, on an engine of its own.
 
         Raises NotFound for the model or a dataset, InvalidArgument naming the field or setting,
         ResourceExhausted for a quota.
@@ -73,7 +75,7 @@ class Jobs:
             seed=seed,
             method=chosen,
             training=options,
-            compute=pb.ComputeSpec(engine_class=engine_class, dedicated=dedicated),
+            compute=pb.ComputeSpec(engine_class=engine_class, dedicated=dedicated, workers=workers),
             metadata=metadata or {},
         )
         request = pb.CreateJobRequest(parent=self._project, job=job, request_id=new_request_id())

@@ -48,6 +48,7 @@ _OUTCOMES = {
     Outcome.RELEASED: worker_pb2.ATTEMPT_OUTCOME_RELEASED,
     Outcome.CANCELLED: worker_pb2.ATTEMPT_OUTCOME_CANCELLED,
     Outcome.RETRYABLE: worker_pb2.ATTEMPT_OUTCOME_RETRYABLE,
+    Outcome.WORKER_LOST: worker_pb2.ATTEMPT_OUTCOME_WORKER_LOST,
 }
 _SCHEDULES: dict[str, Literal["cosine", "linear", "constant"]] = {
     "cosine": "cosine",

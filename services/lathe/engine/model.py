@@ -226,6 +226,7 @@ class Outcome(StrEnum):
     RELEASED = "released"
     CANCELLED = "cancelled"
     RETRYABLE = "retryable"
+    WORKER_LOST = "worker_lost"
 
 
 @dataclass(frozen=True, slots=True)

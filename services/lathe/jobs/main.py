@@ -22,6 +22,7 @@ from lathe.jobs.changes import Changes
 from lathe.jobs.contact import Contact
 from lathe.jobs.diagnosis import EngineProbe
 from lathe.jobs.directory import EngineDirectory
+from lathe.jobs.gangs import Gangs
 from lathe.jobs.launchers.processes import ENGINE_MODULE
 from lathe.jobs.launchers.ray import RayLauncher
 from lathe.jobs.launchers.subprocess import SubprocessLauncher
@@ -82,7 +83,8 @@ async def running(
         limits = _limits(settings)
         terms = LeaseTerms(settings.lease_term_s, settings.heartbeat_s)
         classes = settings.classes
-        service = JobsService(store, accounts, models, datasets, changes, clock, ids, classes)
+        gangs = Gangs(settings.max_workers, starts_engines=limits.can_launch)
+        service = JobsService(store, accounts, models, datasets, changes, clock, ids, classes, gangs)
         workers = WorkersService(store, quotas, changes, contact, clock, ids, metrics, terms, classes)
         directory = EngineDirectory(store, models, changes, contact, clock, limits, classes)
 
@@ -110,7 +112,7 @@ async def running(
         if launcher is not None:
             # Engines end before the server does, so that they can still say how far they came.
             stack.push_async_callback(launcher.close)
-        engines.launcher = launcher
+        engines.launcher = gangs.launcher = launcher
         pace = settings.reconcile_interval_s
         reconciler = Reconciler(
             store, launcher, quotas, changes, contact, clock, ids, metrics, limits, pace, classes

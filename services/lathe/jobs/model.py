@@ -40,7 +40,7 @@ LEASED_STATES = frozenset(
 
 
 class Outcome(StrEnum):
-    """How an attempt ended; LOST means that its lease ran out or its engine died."""
+    """How an attempt ended; LOST means that its lease ran out, or that its engine died or lost a worker."""
 
     SUCCEEDED = "succeeded"
     FAILED = "failed"
@@ -167,7 +167,7 @@ class BaseRef:
 class ComputeSpec:
     """Where a job runs. engine_class: one of the operator's. dedicated: on an engine that serves nobody else.
 
-    workers: processes that train it together.
+    workers: processes that train it together; with more than one, dedicated is set.
     """
 
     engine_class: str = DEFAULT_CLASS

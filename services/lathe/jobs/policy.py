@@ -64,6 +64,7 @@ class Snapshot:
 class Launch:
     base: BaseRef
     place: Place
+    workers: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,11 +196,11 @@ def _has_room(project: str, counts: Mapping[str, int], quotas: Mapping[str, int]
     return limit == 0 or counts.get(project, 0) < limit
 
 
-def _wanted(picture: Snapshot) -> dict[Place, BaseRef]:
+def _wanted(picture: Snapshot) -> dict[Place, Launch]:
     """Engines that somebody waits for, oldest wish first."""
     counts = _counts(picture.running)
     wanted = {
-        job.place: job.base
+        job.place: Launch(job.base, job.place, job.compute.workers)
         for job in line(picture.queued, picture.running)
         if _has_room(job.project, counts, picture.quotas)
     }
@@ -207,7 +208,7 @@ def _wanted(picture: Snapshot) -> dict[Place, BaseRef]:
         if pool.demand_time is not None:
             age = (picture.now - pool.demand_time).total_seconds()
             if age <= picture.limits.demand_s or picture.limits.min_engines:
-                wanted.setdefault(pool.place, pool.base)
+                wanted.setdefault(pool.place, Launch(pool.base, pool.place))
     return wanted
 
 
@@ -218,12 +219,12 @@ def _launches(picture: Snapshot) -> list[Decision]:
     pools = {pool.place: pool for pool in picture.pools}
     total = sum(engine.launched for engine in picture.engines)
     decisions: list[Decision] = []
-    for place, base in _wanted(picture).items():
+    for place, launch in _wanted(picture).items():
         pool = pools.get(place.shared)
         held = pool is not None and pool.next_launch_time is not None and pool.next_launch_time > picture.now
         if held or total >= limits.max_engines or not _needs_another(picture, place):
             continue
-        decisions.append(Launch(base, place))
+        decisions.append(launch)
         total += 1
     return decisions
 

@@ -175,6 +175,7 @@ class EngineLaunch:
 
     base_model: `baseModels/<id>`. engine_class: one of the operator's. job_id: set if it is for that job alone.
     avoid: engines that were lost or died lately; where they ran may be lost too, though nobody has noticed.
+    workers: processes that train together; the engine itself is the first of them.
     """
 
     engine_id: str
@@ -183,6 +184,7 @@ class EngineLaunch:
     engine_class: str
     job_id: str = ""
     avoid: tuple[str, ...] = ()
+    workers: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,6 +219,10 @@ class Launcher(Protocol):
 
     async def stop(self, engine_id: str) -> None:
         """End it if it runs, and forget it. Safe to repeat."""
+        ...
+
+    async def why_one_worker(self) -> str:
+        """Why it starts no engine of several workers; empty if it does. Raises Unavailable if that is not known now."""
         ...
 
     async def check(self) -> Sequence[Finding]:

@@ -55,6 +55,7 @@ _OUTCOMES = {
     worker_pb2.ATTEMPT_OUTCOME_RELEASED: Outcome.RELEASED,
     worker_pb2.ATTEMPT_OUTCOME_CANCELLED: Outcome.CANCELLED,
     worker_pb2.ATTEMPT_OUTCOME_RETRYABLE: Outcome.RETRYABLE,
+    worker_pb2.ATTEMPT_OUTCOME_WORKER_LOST: Outcome.LOST,
 }
 
 
@@ -82,7 +83,7 @@ def job_request(request: jobs_pb2.CreateJobRequest) -> JobRequest:
         suffix=job.suffix,
         seed=job.seed if job.HasField("seed") else None,
         spec=trainingprotos.spec(job),
-        compute=ComputeSpec(job.compute.engine_class, job.compute.dedicated, max(1, job.compute.workers)),
+        compute=ComputeSpec(job.compute.engine_class, job.compute.dedicated, job.compute.workers or 1),
         metadata=dict(job.metadata),
         request_id=request.request_id,
     )

@@ -290,13 +290,15 @@ class Reconciler:
             await session.put_engine(engine)
         log.info("Starting engine %s of class %s for %s.", engine.id, place.engine_class, base.id)
         launcher, avoid = self.launcher, policy.suspects(picture)
-        self._calls.begin(engine.id, lambda: self._start(launcher, engine, avoid))
+        self._calls.begin(engine.id, lambda: self._start(launcher, engine, decision.workers, avoid))
         return True
 
-    async def _start(self, launcher: Launcher, engine: EngineRecord, avoid: tuple[str, ...]) -> None:
+    async def _start(
+        self, launcher: Launcher, engine: EngineRecord, workers: int, avoid: tuple[str, ...]
+    ) -> None:
         engine_class = self.classes.to_start(engine.engine_class)
         base = engine.base
-        launch = EngineLaunch(engine.id, base.name, base.digest, engine_class, engine.job_id, avoid)
+        launch = EngineLaunch(engine.id, base.name, base.digest, engine_class, engine.job_id, avoid, workers)
         try:
             await launcher.start(launch)
         except LatheError as error:

@@ -83,8 +83,8 @@ def _metadata_violations(metadata: Mapping[str, str]) -> list[FieldViolation]:
 
 
 def _compute_violations(compute: ComputeSpec) -> list[FieldViolation]:
-    if compute.workers <= 1:
+    if compute.workers >= 1:
         return []
     path = "job.compute.workers"
-    text = f"{path} is {compute.workers}: a job on several workers is not offered yet; leave it out."
+    text = f"{path} is {compute.workers}; it must be at least 1."
     return [FieldViolation(path, text)]

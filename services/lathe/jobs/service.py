@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import AsyncIterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 
 from lathe.common.clock import Clock
@@ -20,6 +20,7 @@ from lathe.common.errors import (
 from lathe.common.ids import IdFactory
 from lathe.jobs import lifecycle, messages, model, receipts, requests, training, transitions
 from lathe.jobs.changes import Changes
+from lathe.jobs.gangs import Gangs
 from lathe.jobs.model import (
     ONE_CLASS,
     TERMINAL_STATES,
@@ -67,6 +68,7 @@ class JobsService:
     clock: Clock
     ids: IdFactory
     classes: EngineClasses = ONE_CLASS
+    gangs: Gangs = field(default_factory=Gangs)
 
     async def create(self, request: JobRequest, user: User) -> Job:
         """A new job in validating_files, or the one that the same request_id made.
@@ -77,8 +79,15 @@ class JobsService:
         earlier = await self._by_request(request.project, request.request_id)
         if earlier is not None:
             return earlier
-        engine_class = self.classes.choose(request.compute.engine_class)
-        request = replace(request, compute=replace(request.compute, engine_class=engine_class))
+        compute = request.compute
+        await self.gangs.check(compute.workers)
+        # Workers wait for each other at every step: they are one job's alone.
+        compute = replace(
+            compute,
+            engine_class=self.classes.choose(compute.engine_class),
+            dedicated=compute.dedicated or compute.workers > 1,
+        )
+        request = replace(request, compute=compute)
         resolved = await self._resolve(request)
         spec, project = request.spec, request.project
         examples = await self._dataset(project, request.training, "training", spec, user)
@@ -206,7 +215,8 @@ class JobsService:
         """A new job that repeats one that has succeeded, from its receipt; or what the same request_id made.
 
         It runs on an engine of its own, where nothing else changes the order of its sums. Raises NotFound (job, model,
-        dataset), FailedPrecondition (no receipt; the model is another by now), ResourceExhausted.
+        dataset), FailedPrecondition (no receipt; the model is another by now), InvalidArgument (as many workers cannot
+        be had any more), ResourceExhausted.
         """
         earlier = await self._by_request(project, request_id)
         if earlier is not None:
@@ -221,6 +231,7 @@ class JobsService:
         for kind, dataset in (("training", first.training), ("validation", first.validation)):
             if dataset is not None:
                 await self._dataset(project, dataset.id, kind, first.spec, user)
+        await self.gangs.check(first.compute.workers)
         job = receipts.rerun(first, attempt, self.ids.new("ftjob"), self.clock.now())
         return await self._add(job, messages.rerun_created(job.id, first.id), request_id)
 

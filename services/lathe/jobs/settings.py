@@ -10,6 +10,7 @@ from pydantic_settings import NoDecode
 
 from lathe.common.service import ProcessSettings
 from lathe.common.settings import DatabaseSettings, RpcSettings, SettingsGroup
+from lathe.jobs.gangs import DEFAULT_MAX_WORKERS
 from lathe.jobs.model import DEFAULT_CLASS, EngineClasses
 
 _CLASS = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
@@ -93,6 +94,12 @@ class JobsSettings(ProcessSettings, service="jobs"):
     min_engines: int = Field(0, ge=0, description="per base model that was ever asked for, and class")
     max_engines_per_base: int = Field(1, ge=1, description="of one class; dedicated engines not counted")
     max_engines: int = Field(4, ge=1, description="of all classes and base models, dedicated ones too")
+    max_workers: int = Field(
+        DEFAULT_MAX_WORKERS,
+        ge=1,
+        le=64,
+        description="of one job; they count as one engine, and take as many places",
+    )
 
     @field_validator("engine_classes", mode="before")
     @classmethod

@@ -49,7 +49,7 @@ MEANINGS: dict[Trigger, str] = {
     Trigger.ATTEMPT_RELEASED: "the engine gave the attempt back after a checkpoint",
     Trigger.ATTEMPT_CANCELLED: "the engine stopped the attempt",
     Trigger.ATTEMPT_RETRYABLE: "something around the attempt failed; another may do better",
-    Trigger.LEASE_LOST: "the lease ran out, or the engine died",
+    Trigger.LEASE_LOST: "the lease ran out, or the engine died or lost a worker",
     Trigger.BUDGET_SPENT: "too many retryable errors or lost leases",
     Trigger.REGISTERED: "the adapters and the result file are registered",
     Trigger.REGISTRATION_REFUSED: "what the attempt wrote cannot be registered",

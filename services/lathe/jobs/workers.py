@@ -325,6 +325,8 @@ class WorkersService:
                 and earlier.lease_token == completion.lease_token
             ):
                 return
+            # The engine before its attempt, as everywhere.
+            engine = await session.engine(earlier.engine_id, lock=True) if earlier is not None else None
             attempt, job = await _current(session, completion.attempt_id, completion.lease_token)
             if completion.final_adapter is not None:
                 _check_place(completion.final_adapter, attempt.prefix, "final_adapter.prefix")
@@ -340,6 +342,9 @@ class WorkersService:
             )
             if not await session.end_attempt(done):
                 raise _stale(completion.attempt_id)
+            if engine is not None and completion.outcome is Outcome.LOST:
+                # It has lost a worker, for which it cannot get another one.
+                await session.put_engine(_stopping(engine, now))
             changed, events = lifecycle.after_attempt(job, done, "", now)
             if completion.comparison is not None:
                 changed = replace(changed, comparison=completion.comparison)
@@ -440,6 +445,12 @@ def _of_this_version(engine: EngineRecord, beat: Beat, now: datetime) -> EngineR
     if beat.config_version == CONFIG_VERSION or beat.leases or engine.state is EngineState.STOPPING:
         return engine
     log.info("Engine %s is of another version of the training configuration; it is told to end.", engine.id)
+    return _stopping(engine, now)
+
+
+def _stopping(engine: EngineRecord, now: datetime) -> EngineRecord:
+    if engine.state is EngineState.STOPPING:
+        return engine
     return replace(engine, state=EngineState.STOPPING, stop_time=now)
 
 

@@ -251,7 +251,7 @@ class ComputeSpec(message.Message):
     dedicated: builtins.bool
     """On an engine of its own, which is started for the job, serves nobody else, and ends with it."""
     workers: builtins.int
-    """Processes that train it together, each on a share of the batch. 0 and 1 mean one; more need dedicated."""
+    """Processes that train it together, each on a share of the batch. 0 and 1 mean one; more are dedicated in any case."""
     def __init__(
         self,
         *,

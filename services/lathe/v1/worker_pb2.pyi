@@ -64,6 +64,10 @@ class _AttemptOutcomeEnumTypeWrapper(enum_type_wrapper._EnumTypeWrapper[_Attempt
     """Stopped because the user cancelled."""
     ATTEMPT_OUTCOME_RETRYABLE: _AttemptOutcome.ValueType  # 5
     """Something around the job failed; another attempt may do better."""
+    ATTEMPT_OUTCOME_WORKER_LOST: _AttemptOutcome.ValueType  # 6
+    """A worker of the engine was lost, after a checkpoint of the last whole step: counts as a lost lease, and the engine,
+    which cannot replace the worker, gets no other attempt.
+    """
 
 class AttemptOutcome(_AttemptOutcome, metaclass=_AttemptOutcomeEnumTypeWrapper): ...
 
@@ -77,6 +81,10 @@ ATTEMPT_OUTCOME_CANCELLED: AttemptOutcome.ValueType  # 4
 """Stopped because the user cancelled."""
 ATTEMPT_OUTCOME_RETRYABLE: AttemptOutcome.ValueType  # 5
 """Something around the job failed; another attempt may do better."""
+ATTEMPT_OUTCOME_WORKER_LOST: AttemptOutcome.ValueType  # 6
+"""A worker of the engine was lost, after a checkpoint of the last whole step: counts as a lost lease, and the engine,
+which cannot replace the worker, gets no other attempt.
+"""
 
 @typing.final
 class RegisterRequest(message.Message):

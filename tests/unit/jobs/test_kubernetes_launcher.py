@@ -507,3 +507,45 @@ async def test_the_doctor_is_told_when_nothing_answers(ray: Cluster) -> None:
     ray.api.refuses["list", Kind.POD] = PermissionDenied("pods is forbidden")
     [rights] = [finding for finding in await ray.launcher.check() if finding.name == "engine rights"]
     assert not rights.ok and "pods is forbidden" in rights.message
+
+
+# --- several workers ---
+
+WORKER = {"ray.io/node-type": "worker"}
+
+
+async def a_gang(ray: Cluster) -> None:
+    await ray.launcher.start(replace(launch(), job_id="job-1", workers=2))
+    ray.api.add_pod("eng-1", state(ready=True, state={"running": {}}), name="head")
+
+
+def add_worker(ray: Cluster, status: dict[str, Any], name: str = "worker", **metadata: Any) -> None:
+    labels = ray.api.pods("eng-1")[0]["metadata"]["labels"] | WORKER
+    ray.api.add_pod("eng-1", status, name=name, labels=labels, **metadata)
+
+
+async def test_a_gang_says_what_one_of_its_workers_waits_for(ray: Cluster) -> None:
+    await a_gang(ray)
+    assert not (await ray.engine()).waiting_for
+    add_worker(ray, unplaced("0/3 nodes are available: 3 Insufficient cpu."))
+    found = await ray.engine()
+    assert found.running and "Insufficient cpu" in found.waiting_for
+
+
+async def test_the_engine_of_a_gang_lives_as_long_as_its_head(ray: Cluster) -> None:
+    await a_gang(ray)
+    add_worker(ray, {"phase": "Failed"})
+    assert (await ray.engine()).running
+    ray.api.delete(Kind.POD, "head")
+    add_worker(ray, RUNNING, "another")
+    ray.says(dashboardURL="head:8265")
+    found = await ray.engine()
+    assert not found.running and found.killed
+
+
+async def test_a_gang_needs_kuberay(ray: Cluster, plain: Cluster) -> None:
+    assert await ray.launcher.why_one_worker() == ""
+    assert "KubeRay" in await plain.launcher.why_one_worker()
+    with pytest.raises(FailedPrecondition, match="KubeRay"):
+        await plain.launcher.start(replace(launch(), workers=2))
+    assert not plain.api.list(Kind.DEPLOYMENT)

@@ -1,5 +1,6 @@
 """What the launcher makes on Kubernetes for an engine."""
 
+import json
 from typing import Any
 
 import pytest
@@ -155,3 +156,68 @@ def test_names_fit_kuberay(prefix: str) -> None:
 def test_a_template_without_an_engine() -> None:
     with pytest.raises(FailedPrecondition, match="'engine'"):
         rayjob(LAUNCH, {"spec": {"containers": [{"name": "other"}]}}, FRAME)
+
+
+# --- several workers ---
+
+GANG = EngineLaunch("eng-1", "baseModels/tiny", "d" * 64, "cpu", "job-9", workers=3)
+GPUS = {"limits": {"nvidia.com/gpu": "1"}}
+
+
+def worker_group(made: dict[str, Any]) -> dict[str, Any]:
+    [group] = made["spec"]["rayClusterSpec"]["workerGroupSpecs"]
+    found: dict[str, Any] = group
+    return found
+
+
+def test_each_further_worker_is_a_pod_that_is_there_from_the_start() -> None:
+    group = worker_group(rayjob(GANG, template(), FRAME))
+    assert [group[name] for name in ("replicas", "minReplicas", "maxReplicas")] == [2, 2, 2]
+    assert group["rayStartParams"]["num-cpus"] == "1"
+
+
+def test_the_head_keeps_the_engine_and_the_others_are_elsewhere() -> None:
+    made = rayjob(GANG, template(resources=GPUS), FRAME)
+    spec = made["spec"]
+    # A rank takes one CPU of Ray's, of which the head has none; the engine stays where only the head is.
+    assert spec["rayClusterSpec"]["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0"
+    assert json.loads(spec["entrypointResources"]) == {"node:__internal_head__": 0.001}
+    assert spec["entrypointNumGpus"] == 1
+    assert worker_group(made)["rayStartParams"]["num-gpus"] == "1"
+    variables = environment(head(made)["spec"]["containers"][0])
+    assert variables["LATHE_ENGINE_WORKERS"] == "3"
+    assert (variables["LATHE_ENGINE_WORKER_CPUS"], variables["LATHE_ENGINE_WORKER_GPUS"]) == ("1", "1")
+
+
+def test_a_worker_is_as_the_head_but_answers_nobody() -> None:
+    given = template(
+        resources=GPUS,
+        securityContext={"readOnlyRootFilesystem": True},
+        lifecycle={"preStop": {"exec": {"command": ["lathe", "engine", "drain"]}}},
+        volumeMounts=[{"name": "cache", "mountPath": "/cache"}],
+    )
+    given["spec"] |= {"tolerations": [{"key": "spot"}], "volumes": [{"name": "cache"}]}
+    given["metadata"]["annotations"] |= {"prometheus.io/scrape": "true", "mine": "too"}
+    made = rayjob(GANG, given, FRAME, suspects=["node-a"])
+    first, other = head(made), worker_group(made)["template"]
+    assert {name: other["spec"][name] for name in other["spec"] if name != "containers"} == {
+        name: first["spec"][name] for name in first["spec"] if name != "containers"
+    }
+    one, another = first["spec"]["containers"][0], other["spec"]["containers"][0]
+    for name in ("name", "image", "resources", "securityContext", "volumeMounts"):
+        assert another[name] == one[name]
+    assert not {"ports", "lifecycle", "startupProbe", "command"} & set(another)
+    assert another["readinessProbe"]["httpGet"]["path"] == "/api/local_raylet_healthz"
+    assert other["metadata"]["annotations"] == {"mine": "too"}
+    assert "LATHE_ENGINE_WORKERS" not in environment(another)
+
+
+def test_the_pods_of_a_gang_may_be_told_from_others() -> None:
+    made = rayjob(GANG, template(), FRAME)
+    for pod in (head(made), worker_group(made)["template"]):
+        assert pod["metadata"]["labels"]["lathe.internal/gang"] == "true"
+        assert pod["metadata"]["labels"]["lathe.internal/engine"] == "eng-1"
+    alone = rayjob(LAUNCH, template(), FRAME)
+    assert "lathe.internal/gang" not in head(alone)["metadata"]["labels"]
+    assert "entrypointResources" not in alone["spec"]
+    assert "LATHE_ENGINE_WORKERS" not in environment(head(alone)["spec"]["containers"][0])

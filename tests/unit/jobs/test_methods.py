@@ -67,9 +67,9 @@ def test_what_validation_needs_is_taken_with_a_validation_file() -> None:
     check_request(replace(GOOD, spec=spec, validation="file-2"))
 
 
-def test_several_workers_are_refused_with_the_field() -> None:
+def test_fewer_workers_than_one_are_refused_with_the_field() -> None:
     with pytest.raises(InvalidArgument) as raised:
-        check_request(replace(GOOD, compute=replace(GOOD.compute, workers=2)))
+        check_request(replace(GOOD, compute=replace(GOOD.compute, workers=-1)))
     assert [violation.field for violation in raised.value.violations] == ["job.compute.workers"]
 
 

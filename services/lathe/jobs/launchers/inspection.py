@@ -64,12 +64,14 @@ def _runs_as(used: Kind, has_ray: bool, engines: str) -> Finding:
             "Install the KubeRay operator, or set engines.kind to auto or deployment.",
         )
     if engines == "deployment":
-        return Finding("kuberay", True, "Each engine runs as a Deployment, as the settings say.")
+        return Finding(
+            "kuberay", True, "Each engine runs as a Deployment of one worker, as the settings say."
+        )
     return Finding(
         "kuberay",
         True,
         "There is no KubeRay on the cluster: each engine runs as a Deployment of one pod.",
-        "Nothing is needed for engines of one worker; install the KubeRay operator for RayJobs.",
+        "Nothing is needed for jobs of one worker; install the KubeRay operator for jobs of several.",
     )
 
 

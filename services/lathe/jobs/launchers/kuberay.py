@@ -52,6 +52,9 @@ Answer = TypeVar("Answer")
 Objects = Sequence[Mapping[str, Any]]
 
 _RAY = "ray.io/v1"
+_ONE_WORKER = (
+    "engines are Deployments here, of one worker each; more need KubeRay (engines.kind of the chart: rayjob)."
+)
 _UNSERVED = "Kubernetes does not know RayJobs at the moment. Is KubeRay installed?"
 
 
@@ -96,6 +99,9 @@ class KubernetesLauncher:
         await self._run(lambda: self._stop(engine_id))
         self._seen = None
 
+    async def why_one_worker(self) -> str:
+        return "" if await self._run(self._uses_ray) else _ONE_WORKER
+
     async def check(self) -> Sequence[Finding]:
         return await self._run(
             lambda: inspection.look(
@@ -118,9 +124,11 @@ class KubernetesLauncher:
     # --- in a thread from here ---
 
     def _start(self, launch: EngineLaunch) -> None:
+        kind = Kind.RAYJOB if self._uses_ray() else Kind.DEPLOYMENT
+        if launch.workers > 1 and kind is Kind.DEPLOYMENT:
+            raise FailedPrecondition(_ONE_WORKER)
         template = read_template(self.templates, launch.engine_class)
         frame = replace(self.frame, owner=self._owner())
-        kind = Kind.RAYJOB if self._uses_ray() else Kind.DEPLOYMENT
         make = rayjob if kind is Kind.RAYJOB else deployment
         try:
             self.api.create(kind, make(launch, template, frame, self._nodes_of(launch.avoid)))

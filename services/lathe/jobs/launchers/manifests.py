@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import json
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from lathe.common.errors import FailedPrecondition
-from lathe.jobs.launchers.processes import ENGINE_MODULE, engine_variables
+from lathe.jobs.launchers.processes import ENGINE_MODULE, engine_variables, gang_variables
 from lathe.jobs.ports import EngineLaunch
 
 Manifest: TypeAlias = dict[str, Any]
@@ -21,6 +22,10 @@ BASE_ANNOTATION = "lathe.internal/base-model"
 CLASS_ANNOTATION = "lathe.internal/engine-class"
 JOB_ANNOTATION = "lathe.internal/job"
 RELEASE_LABEL = "app.kubernetes.io/instance"
+# On the pods of an engine of several workers: the chart's network policy lets them talk to each other.
+GANG_LABEL = "lathe.internal/gang"
+# KubeRay's: `head` or `worker`.
+NODE_TYPE_LABEL = "ray.io/node-type"
 CONTAINER = "engine"
 
 # KubeRay allows 47 characters for a RayJob: it makes longer names from it.
@@ -28,8 +33,13 @@ _NAME_LIMIT = 47
 _LABEL_LIMIT = 63
 _DASHBOARD_PORT = 8265
 _GCS_PORT = 6379
+_AGENT_PORT = 52365
 # What KubeRay goes by: a cluster whose head is lost is not given a new head, in which it would submit the engine anew.
 _NO_SECOND_HEAD = "ray.io/disable-provisioned-head-restart"
+
+# What only the head has: the engine must not become a worker's, whose CPU and GPU are another rank's.
+_ON_HEAD = {"node:__internal_head__": 0.001}
+_SCRAPED = "prometheus.io/"
 
 # Ray is here to start and watch one process: no statistics, no copies of logs, no store for objects it never has, no
 # scaling. 80 MB is little more than the smallest object store that Ray takes.
@@ -40,6 +50,9 @@ _RAY_START = {
     "no-monitor": "true",
     "num-cpus": "1",
     "object-store-memory": "80000000",
+}
+_WORKER_START = {
+    name: _RAY_START[name] for name in ("num-cpus", "object-store-memory", "include-log-monitor")
 }
 # Ray must not kill an engine for its memory (the pod's limit does), nor cut its drain short.
 _RAY_ENV = {
@@ -88,37 +101,35 @@ def object_name(prefix: str, engine_id: str) -> str:
 def rayjob(
     launch: EngineLaunch, template: Mapping[str, Any], frame: Frame, suspects: Sequence[str] = ()
 ) -> Manifest:
-    """One RayJob: a head pod without workers, whose one job is the engine.
+    """One RayJob: a head pod, whose one job is the engine, and a worker pod for each further worker.
 
+    KubeRay submits the engine when all of its pods are ready: all workers start, or none.
     suspects: nodes that it had better not be placed on.
     Raises FailedPrecondition for a template without the container `engine`.
     """
-    pod = _pod(launch, template, frame, suspects)
-    spec, container = pod["spec"], _engine_container(pod)
-    gpus = _devices(container)
-    # KubeRay takes the first container for Ray's, and writes its own command.
-    spec["containers"] = [container, *(other for other in spec["containers"] if other is not container)]
-    container.pop("command", None)
-    container.pop("args", None)
-    spec["restartPolicy"] = "Never"
-    _add_env(container, {**_RAY_ENV, "RAY_JOB_STOP_WAIT_TIME_S": str(frame.stop_wait_s)})
-    _add_ports(container, {"gcs-server": _GCS_PORT, "dashboard": _DASHBOARD_PORT})
-    # The engine answers its own probes only after its submission, which waits for this pod to be ready.
-    container.pop("startupProbe", None)
-    container["readinessProbe"] = {
-        "httpGet": {"path": "/api/gcs_healthz", "port": _DASHBOARD_PORT},
-        "periodSeconds": 1,
-        "timeoutSeconds": 5,
-        "failureThreshold": 10,
+    gang = launch.workers > 1
+    pod = _head(launch, template, frame, suspects)
+    gpus = _devices(_engine_container(pod))
+    given_gpus = {"num-gpus": str(gpus)} if gpus else {}
+    # Ray places the other ranks where CPUs are: not on the head.
+    start = {**_RAY_START, **given_gpus, **({"num-cpus": "0"} if gang else {})}
+    cluster: Manifest = {
+        "rayVersion": frame.ray_version,
+        "authOptions": {"mode": "token"},
+        "headGroupSpec": {"rayStartParams": start, "template": pod},
     }
-    container["livenessProbe"] = {
-        "tcpSocket": {"port": _DASHBOARD_PORT},
-        "initialDelaySeconds": 120,
-        "periodSeconds": 20,
-        "timeoutSeconds": 10,
-        "failureThreshold": 6,
-    }
-    start = {**_RAY_START, **({"num-gpus": str(gpus)} if gpus else {})}
+    if gang:
+        others = launch.workers - 1
+        cluster["workerGroupSpecs"] = [
+            {
+                "groupName": "workers",
+                "replicas": others,
+                "minReplicas": others,
+                "maxReplicas": others,
+                "rayStartParams": {**_WORKER_START, **given_gpus},
+                "template": _worker(launch, template, frame, suspects),
+            }
+        ]
     metadata = _metadata(launch, pod, frame)
     metadata["annotations"][_NO_SECOND_HEAD] = "true"
     return {
@@ -126,20 +137,57 @@ def rayjob(
         "kind": "RayJob",
         "metadata": metadata,
         "spec": {
-            "entrypoint": _entrypoint(container),
+            "entrypoint": _entrypoint(_engine_container(pod)),
             "jobId": launch.engine_id,
             "submissionMode": "HTTPMode",
             "backoffLimit": 0,
             "shutdownAfterJobFinishes": True,
             "ttlSecondsAfterFinished": frame.expiry_s,
             **({"entrypointNumGpus": gpus} if gpus else {}),
-            "rayClusterSpec": {
-                "rayVersion": frame.ray_version,
-                "authOptions": {"mode": "token"},
-                "headGroupSpec": {"rayStartParams": start, "template": pod},
-            },
+            **({"entrypointResources": json.dumps(_ON_HEAD)} if gang else {}),
+            "rayClusterSpec": cluster,
         },
     }
+
+
+def _head(
+    launch: EngineLaunch, template: Mapping[str, Any], frame: Frame, suspects: Sequence[str]
+) -> Manifest:
+    pod, container = _ray_pod(launch, template, frame, suspects)
+    gang = gang_variables(launch, float(_WORKER_START["num-cpus"]), _devices(container))
+    _add_env(container, {"RAY_JOB_STOP_WAIT_TIME_S": str(frame.stop_wait_s), **gang})
+    _add_ports(container, {"gcs-server": _GCS_PORT, "dashboard": _DASHBOARD_PORT})
+    _add_probes(container, _DASHBOARD_PORT, "/api/gcs_healthz")
+    return pod
+
+
+def _worker(
+    launch: EngineLaunch, template: Mapping[str, Any], frame: Frame, suspects: Sequence[str]
+) -> Manifest:
+    """A pod for one of the other ranks: whatever the engine has, but it answers nobody, and has nothing to drain."""
+    pod, container = _ray_pod(launch, template, frame, suspects)
+    container.pop("ports", None)
+    container.pop("lifecycle", None)
+    _add_probes(container, _AGENT_PORT, "/api/local_raylet_healthz")
+    annotations = pod["metadata"]["annotations"]
+    for name in [name for name in annotations if name.startswith(_SCRAPED)]:
+        del annotations[name]
+    return pod
+
+
+def _ray_pod(
+    launch: EngineLaunch, template: Mapping[str, Any], frame: Frame, suspects: Sequence[str]
+) -> tuple[Manifest, Manifest]:
+    """What a head and a worker have in common; the pod and its container of Ray."""
+    pod = _pod(launch, template, frame, suspects)
+    spec, container = pod["spec"], _engine_container(pod)
+    # KubeRay takes the first container for Ray's, and writes its own command.
+    spec["containers"] = [container, *(other for other in spec["containers"] if other is not container)]
+    container.pop("command", None)
+    container.pop("args", None)
+    spec["restartPolicy"] = "Never"
+    _add_env(container, _RAY_ENV)
+    return pod, container
 
 
 def deployment(
@@ -233,6 +281,7 @@ def _labels(launch: EngineLaunch, frame: Frame) -> dict[str, str]:
         ENGINE_LABEL: launch.engine_id,
         DIGEST_LABEL: launch.base_digest[:_LABEL_LIMIT],
         RELEASE_LABEL: frame.release,
+        **({GANG_LABEL: "true"} if launch.workers > 1 else {}),
     }
 
 
@@ -255,6 +304,24 @@ def _add_env(container: Manifest, variables: Mapping[str, str]) -> None:
 def _add_ports(container: Manifest, ports: Mapping[str, int]) -> None:
     kept = [port for port in container.get("ports") or [] if port.get("name") not in ports]
     container["ports"] = kept + [{"name": name, "containerPort": port} for name, port in ports.items()]
+
+
+def _add_probes(container: Manifest, port: int, health: str) -> None:
+    """Ray's own: the engine answers the template's only after its submission, which waits for its pods to be ready."""
+    container.pop("startupProbe", None)
+    container["readinessProbe"] = {
+        "httpGet": {"path": health, "port": port},
+        "periodSeconds": 1,
+        "timeoutSeconds": 5,
+        "failureThreshold": 10,
+    }
+    container["livenessProbe"] = {
+        "tcpSocket": {"port": port},
+        "initialDelaySeconds": 120,
+        "periodSeconds": 20,
+        "timeoutSeconds": 10,
+        "failureThreshold": 6,
+    }
 
 
 def _devices(container: Mapping[str, Any]) -> int:

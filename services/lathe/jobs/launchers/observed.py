@@ -10,7 +10,13 @@ from datetime import datetime
 from typing import Any
 
 from lathe.common.log import last_line
-from lathe.jobs.launchers.manifests import CLASS_ANNOTATION, CONTAINER, ENGINE_LABEL, device_resources
+from lathe.jobs.launchers.manifests import (
+    CLASS_ANNOTATION,
+    CONTAINER,
+    ENGINE_LABEL,
+    NODE_TYPE_LABEL,
+    device_resources,
+)
 from lathe.jobs.ports import LaunchedEngine
 
 # A controller normally takes an object within a second or two.
@@ -40,18 +46,24 @@ class Observed:
 
 
 def observe_rayjob(job: Mapping[str, Any], pods: Sequence[Mapping[str, Any]], now: datetime) -> Observed:
-    """A RayJob that nobody has deleted, and the engine's pods."""
+    """A RayJob that nobody has deleted, and the engine's pods.
+
+    Of several workers the head is the engine: it says itself that it has lost another.
+    """
     status: Mapping[str, Any] = job.get("status") or {}
     state, verdict = status.get("jobDeploymentStatus") or "", status.get("jobStatus") or ""
     if state in ("Complete", "Failed"):
         return _ended_by_ray(_engine_id(job), verdict, state, str(status.get("message") or ""))
     # One that is told to end drains first: its engine lives until its time is up. On a lost node it hangs for longer.
-    live = [pod for pod in pods if _lives(pod) or _drains(pod, now)]
+    workers = [pod for pod in pods if _is_worker(pod)]
+    heads = [pod for pod in pods if not _is_worker(pod)]
+    live = [pod for pod in heads if _lives(pod) or _drains(pod, now)]
     if live:
-        return _waiting(_engine_id(job), live[-1], job)
+        found = [_waiting(_engine_id(job), pod, job) for pod in (live[-1], *filter(_lives, workers))]
+        return next((one for one in found if one.engine.waiting_for or one.events_of), found[0])
     # Nothing makes a head anew once the cluster was ready, and a pod that ends before has failed as well.
-    if pods or status.get("dashboardURL"):
-        return _pod_gone(_engine_id(job), pods)
+    if heads or status.get("dashboardURL"):
+        return _pod_gone(_engine_id(job), heads)
     running = LaunchedEngine(_engine_id(job), running=True)
     if _age_s(job, now) < _UNNOTICED_S:
         return Observed(running)
@@ -239,6 +251,10 @@ def _offers(node: Mapping[str, Any], resource: str) -> bool:
 
 
 # --- the parts of an object ---
+
+
+def _is_worker(pod: Mapping[str, Any]) -> bool:
+    return ((pod.get("metadata") or {}).get("labels") or {}).get(NODE_TYPE_LABEL) == "worker"
 
 
 def _lives(pod: Mapping[str, Any]) -> bool:

@@ -27,6 +27,18 @@ def engine_variables(launch: EngineLaunch, jobs_address: str, given: Mapping[str
     }
 
 
+def gang_variables(launch: EngineLaunch, cpus: float, gpus: float) -> dict[str, str]:
+    """Of an engine of several workers: how it gets the others from Ray. cpus, gpus: what each of them takes."""
+    if launch.workers == 1:
+        return {}
+    return {
+        "LATHE_ENGINE_WORKERS": str(launch.workers),
+        "LATHE_ENGINE_RAY_ADDRESS": "auto",
+        "LATHE_ENGINE_WORKER_CPUS": f"{cpus:g}",
+        "LATHE_ENGINE_WORKER_GPUS": f"{gpus:g}",
+    }
+
+
 def inherited(environ: Mapping[str, str]) -> dict[str, str]:
     """This process's environment without the settings (and keys) of Lathe's other services."""
     kept = {

@@ -12,7 +12,7 @@ from typing import Any
 
 from lathe.common.diagnosis import Finding
 from lathe.common.errors import LatheError, Unavailable
-from lathe.jobs.launchers.processes import engine_variables
+from lathe.jobs.launchers.processes import engine_variables, gang_variables
 from lathe.jobs.ports import EngineLaunch, LaunchedEngine
 
 _RUNNING = ("PENDING", "RUNNING")
@@ -23,7 +23,8 @@ _MARK = "lathe_engine"
 class RayLauncher:
     """One Ray job per engine; the entrypoint is the engine itself, and its submission id the engine's.
 
-    address: `http://host:port` of the dashboard. entrypoint: a shell command line on a Ray node.
+    address: `http://host:port` of the dashboard. entrypoint: a shell command line on a Ray node. num_cpus, num_gpus:
+    what an engine takes of Ray, and each of its other workers again.
     """
 
     address: str
@@ -36,6 +37,7 @@ class RayLauncher:
 
     async def start(self, launch: EngineLaunch) -> None:
         variables = engine_variables(launch, self.jobs_address, self.engine_env)
+        variables |= gang_variables(launch, self.num_cpus, self.num_gpus)
         body = {
             "entrypoint": self.entrypoint,
             "submission_id": launch.engine_id,
@@ -65,6 +67,9 @@ class RayLauncher:
             # Ray forgets only jobs that have ended; the next call does that.
             return
         await self._call("DELETE", f"/api/jobs/{engine_id}")
+
+    async def why_one_worker(self) -> str:
+        return ""
 
     async def check(self) -> Sequence[Finding]:
         try:

@@ -21,6 +21,9 @@ from lathe.jobs.ports import EngineLaunch, LaunchedEngine
 log = logging.getLogger(__name__)
 
 _LOG_TAIL_BYTES = 8192
+_ONE_WORKER = (
+    "engines are processes of one machine here, of one worker each; more need Ray (jobs' launcher.kind)."
+)
 # A command that is missing or cannot be run; a full disk or process table may pass.
 _NEVER = (errno.ENOENT, errno.EACCES, errno.EPERM, errno.ENOEXEC, errno.ENOTDIR)
 # Several engines share this machine with whoever started them: no fixed ports, unless they are given.
@@ -48,6 +51,8 @@ class SubprocessLauncher:
     _children: dict[str, asyncio.subprocess.Process] = field(default_factory=dict)
 
     async def start(self, launch: EngineLaunch) -> None:
+        if launch.workers > 1:
+            raise FailedPrecondition(_ONE_WORKER)
         engine_id = launch.engine_id
         if engine_id in self._children or await asyncio.to_thread(self._survivor, engine_id) is not None:
             return
@@ -90,6 +95,9 @@ class SubprocessLauncher:
             if survivor is not None:
                 _signal(survivor, signal.SIGKILL)
         await asyncio.to_thread(self._record(engine_id).unlink, missing_ok=True)
+
+    async def why_one_worker(self) -> str:
+        return _ONE_WORKER
 
     async def check(self) -> Sequence[Finding]:
         program = self.command[0]
