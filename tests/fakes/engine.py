@@ -64,6 +64,7 @@ class FakeEngine:
     """
 
     bytes_per_token = 1000
+    workers = 1
 
     def __init__(self, before_pass: Callable[[Sequence[TrainSlice]], None] | None = None) -> None:
         self.calls: list[str] = []

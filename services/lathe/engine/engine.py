@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 import torch
 from safetensors import SafetensorError
@@ -108,7 +109,7 @@ class Engine:
         threads: int | None = None,
         kv_budget_bytes: int = 1 << 30,
         context_length: int | None = None,
-    ) -> Engine:
+    ) -> Self:
         """Loads a Hugging Face folder. threads sets torch's for the process. Raises InvalidArgument."""
         if threads is not None:
             torch.set_num_threads(threads)
@@ -165,13 +166,15 @@ class Engine:
             raise FailedPrecondition(
                 f"adapter {key!r} is in use by {held.users} sequence(s); close them first."
             )
-        self._forget(self._cache_key(key))
-        if held.slot >= 0:
-            self._bank.remove(held.slot)
-        del self._held[key]
+        self._discard(key)
 
     def adapter_keys(self) -> tuple[str, ...]:
         return tuple(self._held)
+
+    @property
+    def workers(self) -> int:
+        """How many slices it computes at once: one, or one a rank (see distributed/ranks.py)."""
+        return 1
 
     def joins(self, key: str) -> bool:
         """Whether its slices may share a pass with other adapters'. Raises NotFound."""
@@ -249,6 +252,10 @@ class Engine:
         self._forget(stale)
         return norm
 
+    def gradients(self, key: str) -> Tensor:
+        """The flat buffer that the step's slices added to; changing it changes the step. Raises as forward_backward."""
+        return self._trainable(key)[1].gradients
+
     def zero_grad(self, key: str) -> None:
         """Forgets the gradients of a step that will not be finished."""
         held = self._adapter(key)
@@ -299,7 +306,7 @@ class Engine:
         try:
             optimizer.load_state(state)
         except InvalidArgument:
-            self.drop_adapter(key)
+            self._discard(key)
             raise
         adapter.steps = optimizer.steps
         if SEED in state:
@@ -427,6 +434,12 @@ class Engine:
             adapter = self._bank.load(slot, folder, trainable=True)
         self._hold_trainable(key, slot, adapter)
         return adapter
+
+    def _discard(self, key: str) -> None:
+        self._forget(self._cache_key(key))
+        held = self._held.pop(key)
+        if held.slot >= 0:
+            self._bank.remove(held.slot)
 
     def _full(self, folder: Path) -> FullModel:
         check_same_architecture(self.spec, folder)

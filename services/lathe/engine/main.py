@@ -30,6 +30,7 @@ from lathe.engine.attempts import AttemptSettings
 from lathe.engine.basecache import ensure_base, work_folder
 from lathe.engine.engine import Engine
 from lathe.engine.jobs_client import GrpcJobs
+from lathe.engine.loading import load_engine
 from lathe.engine.loop import LoopLimits, ModelLoop
 from lathe.engine.memory import MemoryBook
 from lathe.engine.model import Registration as EngineRegistration
@@ -133,7 +134,9 @@ async def _running(
     try:
         folder = await _base_folder(settings, store, clock)
         thread = ModelThread(
-            partial(_load, settings, folder), lambda engine: ModelLoop(engine, clock, limits, metrics), leave
+            partial(_load, settings, folder, leave),
+            lambda engine: ModelLoop(engine, clock, limits, metrics),
+            leave,
         )
         engine, loop = await thread.start()
     except BaseException:
@@ -226,15 +229,16 @@ async def _base_folder(settings: EngineSettings, store: ObjectStore, clock: Cloc
             await clock.sleep(1.0)
 
 
-def _load(settings: EngineSettings, folder: Path) -> Engine:
-    return Engine.load(
-        folder,
-        device=settings.device,
-        dtype=settings.dtype,
-        base_quantization=settings.base_quantization,
-        threads=settings.model_threads(),
-        kv_budget_bytes=settings.kv_budget_mb << 20,
-    )
+def _load(settings: EngineSettings, folder: Path, leave: Leave) -> Engine:
+    if settings.workers == 1:
+        return load_engine(Engine, settings, folder)
+    # Ray is an extra, and takes seconds to load.
+    from lathe.engine.distributed.ranks import LeadingEngine
+    from lathe.engine.distributed.ray_gang import assemble
+
+    engine = load_engine(LeadingEngine, settings, folder)
+    assemble(engine, settings, leave)
+    return engine
 
 
 def _speech(folder: Path) -> Speech | None:

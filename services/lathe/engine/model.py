@@ -9,7 +9,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Literal
 
-from lathe.common.errors import FailedPrecondition, InvalidArgument, LatheError
+from lathe.common.errors import FailedPrecondition, InvalidArgument, LatheError, Unavailable
 from lathe.engine.watch import Evaluations, LossHistory
 
 # Where the weights of an adapter are, and those of a whole tuned model.
@@ -397,6 +397,11 @@ def join(waiting: Sequence[Share], room: int) -> list[int]:
     return led_by(last) if behind > room else chosen
 
 
+class RankLost(Unavailable):
+    """A worker that trains a job with others is gone or fell out of step: this step cannot be finished, what was done
+    before it is whole."""
+
+
 def is_disk_full(error: BaseException) -> bool:
     """Whether a file could not be written for want of room: that passes, and is no fault of a job."""
     return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
@@ -407,5 +412,6 @@ def outcome_of(error: BaseException) -> tuple[Outcome, AttemptError]:
     if isinstance(error, (InvalidArgument, FailedPrecondition)):
         return Outcome.FAILED, AttemptError(error.reason.lower(), error.message)
     if isinstance(error, LatheError):
-        return Outcome.RETRYABLE, AttemptError("server_error", error.message)
+        outcome = Outcome.WORKER_LOST if isinstance(error, RankLost) else Outcome.RETRYABLE
+        return outcome, AttemptError("server_error", error.message)
     return Outcome.RETRYABLE, AttemptError("server_error", f"{type(error).__name__}: {error}"[:500])

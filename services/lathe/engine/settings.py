@@ -62,6 +62,17 @@ class EngineSettings(ProcessSettings, service="engine"):
     )
     checkpoint_interval_s: float = Field(60.0, gt=0, description="how much training a kill may lose")
 
+    workers: int = Field(1, ge=1, le=64, description="ranks that train a job together, this one included")
+    ray_address: str = Field(
+        "auto", description="of the Ray that starts the other workers; `local` starts one"
+    )
+    worker_cpus: float = Field(1.0, ge=0, description="of each other worker")
+    worker_gpus: float = Field(0.0, ge=0, description="of each other worker")
+    gang_timeout_s: float = Field(300.0, gt=0, description="until all workers are there with the base loaded")
+    rank_timeout_s: float = Field(
+        60.0, gt=0, description="until a worker that does not answer counts as lost"
+    )
+
     max_attempts: int = Field(1, ge=1, le=4)
     max_sequences: int = Field(32, ge=1)
     max_waiting: int = Field(64, ge=0)

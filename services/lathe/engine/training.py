@@ -22,6 +22,9 @@ from lathe.engine.sequences import SequenceState
 
 logger = logging.getLogger(__name__)
 
+# Another attempt goes on where this one ended.
+_GOES_ON = (Outcome.RELEASED, Outcome.WORKER_LOST)
+
 
 class Runnable(Protocol):
     """An attempt as the loop runs it; see recipes/run.py."""
@@ -82,18 +85,10 @@ class Trainer:
     def end(self, attempt_id: str, outcome: Outcome | None) -> None:
         """RELEASED: after a snapshot of the last whole step. None: without a word."""
         for item in [item for item in self._attempts if item.attempt_id == attempt_id]:
-            try:
-                snapshot = item.run.snapshot() if outcome is Outcome.RELEASED else None
-            except Exception as error:
-                # Given back all the same: the next attempt goes on from the checkpoint before.
-                logger.warning("no checkpoint of attempt %s at its release: %s", attempt_id, error)
-                snapshot = None
-            step, tokens = item.run.step, item.run.trained_tokens
-            self._remove(item)
-            if snapshot is not None:
-                item.emit(snapshot)
-            if outcome is not None:
-                item.emit(Ended(outcome, step, tokens))
+            if outcome is None:
+                self._remove(item)
+            else:
+                self._finish(item, outcome)
 
     def suspend(self, attempt_id: str, suspended: bool) -> None:
         """Stop at the next slice and keep the state, or go on."""
@@ -157,8 +152,19 @@ class Trainer:
 
     def _finish(self, item: _Training, outcome: Outcome, *reason: Any) -> None:
         step, tokens = item.run.step, item.run.trained_tokens
+        snapshot = self._last_whole_step(item) if outcome in _GOES_ON else None
         self._remove(item)
+        if snapshot is not None:
+            item.emit(snapshot)
         item.emit(Ended(outcome, step, tokens, *reason))
+
+    def _last_whole_step(self, item: _Training) -> Snapshot | None:
+        try:
+            return item.run.snapshot()
+        except Exception as error:
+            # Given back all the same: the next attempt goes on from the checkpoint before.
+            logger.warning("no checkpoint of attempt %s at its end: %s", item.attempt_id, error)
+            return None
 
     def _remove(self, item: _Training) -> None:
         self._attempts.remove(item)

@@ -189,16 +189,20 @@ class Run:
         return metrics
 
     def _pass(self, batch: Batch, pieces: Sequence[Slice]) -> Turns[SliceResult]:
-        """The batch, slice by slice. pieces: its rows, in its order."""
+        """The batch, a slice for each worker at a time. pieces: its rows, in its order."""
         objectives = yield from self._recipe.objectives(batch)
-        results: list[SliceResult] = []
+        slices: list[TrainSlice] = []
         done = 0
         for piece in pieces:
             places = range(done, done + len(piece.rows))
             rows = tuple(batch.rows[place] for place in places)
-            slice_ = TrainSlice(self._key, rows, objectives(places))
-            results += yield from forward([slice_], training=batch.training, joins=self._joins)
+            slices.append(TrainSlice(self._key, rows, objectives(places)))
             done += len(places)
+        results: list[SliceResult] = []
+        workers = self._engine.workers
+        for first in range(0, len(slices), workers):
+            together = slices[first : first + workers]
+            results += yield from forward(together, training=batch.training, joins=self._joins)
         return total(results)
 
     def _batch(self, rows: Sequence[TrainRow], indices: Sequence[int], *, training: bool) -> Batch:

@@ -1,0 +1,173 @@
+"""Data parallel over ranks that are threads here: the numbers, what is spread, and a rank that is lost."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from threading import Barrier, BrokenBarrierError
+from typing import TypeVar
+
+import pytest
+import torch
+from torch import Tensor
+
+from lathe.engine.base import Decoder
+from lathe.engine.batch import CrossEntropy, TrainRow, TrainSlice
+from lathe.engine.distributed.ranks import Gang, LeadingEngine, RankEngine, Work
+from lathe.engine.engine import Engine
+from lathe.engine.lora_config import LoraSpec
+from lathe.engine.model import RankLost
+from lathe.engine.spec import DecoderSpec
+from lathe.engine.weights import random_weights
+from tests.unit.engine.conftest import CONFIG
+
+T = TypeVar("T")
+STEPS = 3
+
+
+class Sums:
+    """What torch.distributed does for processes."""
+
+    def __init__(self, world: int) -> None:
+        self._barrier = Barrier(world, timeout=10)
+        self._tensors: list[Tensor] = []
+
+    def add_up(self, tensor: Tensor) -> None:
+        try:
+            self._tensors.append(tensor)
+            self._barrier.wait()
+            whole = torch.stack(sorted(self._tensors, key=id)).sum(0)
+            self._barrier.wait()
+            tensor.copy_(whole)
+            self._tensors.clear()
+            self._barrier.wait()
+        except BrokenBarrierError as error:
+            raise RankLost("nobody is there") from error
+
+    def break_off(self) -> None:
+        self._barrier.abort()
+
+
+class ThreadPeer:
+    """A rank in a thread. lost: what happens to a process that is killed."""
+
+    def __init__(self, engine: RankEngine, sums: Sums) -> None:
+        self.engine, self.lost, self._sums = engine, False, sums
+        self._thread = ThreadPoolExecutor(1)
+
+    def submit(self, work: Work[T]) -> Callable[[], T]:
+        if self.lost:
+            self._sums.break_off()
+            return _gone
+        return self._thread.submit(work, self.engine).result
+
+
+def _gone() -> T:
+    raise RankLost("killed")
+
+
+def decoder() -> Decoder:
+    spec = DecoderSpec.from_config(CONFIG)
+    return Decoder(spec, random_weights(spec, device=torch.device("cpu"), dtype=torch.float32, std=0.1))
+
+
+def gang(world: int) -> tuple[LeadingEngine, list[ThreadPeer], list[str]]:
+    sums, left = Sums(world), list[str]()
+    engine = LeadingEngine(decoder())
+    peers = [ThreadPeer(RankEngine(decoder()), sums) for _ in range(world - 1)]
+    for peer in peers:
+        peer.engine.join(sums.add_up)
+    engine.lead(Gang(peers, sums.add_up, lambda: left.append("left")))
+    return engine, peers, left
+
+
+def slices(seed: int, count: int = 3) -> list[TrainSlice]:
+    """A batch cut into slices of two rows of eight tokens."""
+    draw = torch.Generator().manual_seed(seed)
+    rows = [
+        TrainRow(torch.randint(0, 60, (8,), generator=draw).tolist(), [True] * 8) for _ in range(2 * count)
+    ]
+    return [TrainSlice("a", tuple(rows[i : i + 2]), CrossEntropy(14 * count)) for i in range(0, 2 * count, 2)]
+
+
+def train(engine: Engine, folder: Path) -> tuple[list[float], dict[str, Tensor]]:
+    """Losses of the steps and the adapter's tensors after them; a checkpoint is taken and gone on from on the way."""
+    from safetensors.torch import load_file
+
+    engine.create_adapter("a", LoraSpec(r=4, lora_dropout=0.1), seed=3)
+    losses = []
+    for step in range(STEPS):
+        batch = slices(step)
+        done = 0
+        while done < len(batch):
+            together = batch[done : done + engine.workers]
+            losses += [result.loss for result in engine.forward_backward(together)]
+            done += len(together)
+        engine.optim_step("a", 1e-2)
+        if step == 0:
+            engine.save("a", folder / "mid", with_optimizer=True)
+            engine.drop_adapter("a")
+            assert engine.restore("a", folder / "mid") == 1
+    engine.save("a", folder / "end", with_optimizer=False)
+    return losses, load_file(folder / "end" / "adapter_model.safetensors")
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_ranks_compute_what_one_engine_does(world: int, tmp_path: Path) -> None:
+    alone, weights = train(Engine(decoder()), tmp_path / "one")
+    engine, peers, left = gang(world)
+
+    losses, spread = train(engine, tmp_path / "many")
+
+    torch.testing.assert_close(losses, alone, rtol=0, atol=1e-6)
+    torch.testing.assert_close(spread, weights, rtol=0, atol=1e-6)
+    for peer in peers:
+        assert torch.equal(peer.engine.gradients("a"), torch.zeros_like(engine.gradients("a")))
+        assert peer.engine.logprobs("a", [1, 2, 3]) == engine.logprobs("a", [1, 2, 3])
+    assert not left
+
+
+def test_scores_and_evaluations_come_back_in_the_rows_order(tmp_path: Path) -> None:
+    engine, _, _ = gang(2)
+    engine.create_adapter("a", LoraSpec(r=4), seed=3)
+    one = Engine(decoder())
+    one.create_adapter("a", LoraSpec(r=4), seed=3)
+    batch = slices(7, count=5)
+    rows = [row for piece in batch for row in piece.rows]
+
+    assert [r.loss for r in engine.evaluate(batch)] == pytest.approx(
+        [one.evaluate([p])[0].loss for p in batch]
+    )
+    found = [score.sum for score in engine.score("a", rows)]
+    assert found == pytest.approx([score.sum for score in one.score("a", rows)], abs=1e-4)
+
+
+@pytest.mark.parametrize("when", ["pass", "step"])
+def test_a_lost_rank_changes_nothing_of_the_last_step(when: str, tmp_path: Path) -> None:
+    engine, peers, left = gang(2)
+    engine.create_adapter("a", LoraSpec(r=4), seed=3)
+    engine.forward_backward(slices(0)[:2])
+    engine.optim_step("a", 1e-2)
+    before = engine.logprobs("a", [1, 2, 3, 4])
+    if when == "step":
+        engine.forward_backward(slices(1)[:2])
+    peers[0].lost = True
+
+    with pytest.raises(RankLost, match="A worker of this job was lost"):
+        engine.forward_backward(slices(1)[:2]) if when == "pass" else engine.optim_step("a", 1e-2)
+
+    assert engine.logprobs("a", [1, 2, 3, 4]) == before
+    engine.save("a", tmp_path, with_optimizer=True)
+    with pytest.raises(RankLost):
+        engine.forward_backward(slices(1)[:2])
+    engine.drop_adapter("a")
+    assert not engine.adapter_keys()
+    assert left == ["left"]
+
+
+def test_what_a_rank_refuses_is_raised_as_it_is() -> None:
+    engine, _, left = gang(2)
+    with pytest.raises(Exception, match="holds no adapter 'b'"):
+        engine.zero_grad("b")
+    assert not left
