@@ -132,6 +132,26 @@ def test_the_halvings_are_recorded_for_a_replay(tmp_path: Path) -> None:
     assert final[0].halvings == {0: 2}  # type: ignore[union-attr]
 
 
+def test_that_a_heavier_slice_does_not_fit_says_nothing_of_a_lighter_one(tmp_path: Path) -> None:
+    rows = [row(30, line) for line in range(1, 9)]
+    around = Surroundings(10_000_000)
+    assert max(slices(turns(tmp_path / "1", around, rows))) == 60
+    around.free = 50_000
+    events = turns(tmp_path / "2", around, rows)
+    assert max(slices(events)) == 30 and len(notes(events)) == 1
+
+
+def test_a_slice_that_takes_more_than_its_trial_promised_is_halved(tmp_path: Path) -> None:
+    class Superlinear(FakeEngine):
+        def measure(self, key: str, rows: Any) -> int | None:
+            tokens = sum(len(item.tokens) for item in rows)
+            return 1000 * tokens if tokens < 60 else 1200 * tokens
+
+    rows = [row(30, line) for line in range(1, 9)]
+    events = turns(tmp_path, Surroundings(70_000), rows, Superlinear())
+    assert max(slices(events)) == 30 and len(notes(events)) == 1
+
+
 def test_a_row_that_cannot_fit_is_refused_with_numbers(tmp_path: Path) -> None:
     with pytest.raises(FailedPrecondition) as refused:
         turns(tmp_path, Surroundings(20_000_000), [row(50, 7)], _thirsty(1_000_000))

@@ -100,7 +100,7 @@ def load_of(rows: Sequence[TrainRow]) -> Load:
 def _need(memory: Memory, key: str, rows: Sequence[TrainRow]) -> Turns[int | None]:
     """What a pass over the rows takes: known, measured, or estimated where measuring it would be too much."""
     load = load_of(rows)
-    known = bound(memory.known(), load)
+    known = _known(memory, load)
     if known is not None:
         return known
     trials: list[Measurement] = []
@@ -114,6 +114,16 @@ def _need(memory: Memory, key: str, rows: Sequence[TrainRow]) -> Turns[int | Non
         if estimate <= free * USABLE:
             return (yield from _measured(memory, key, rows)) or estimate
     return estimate
+
+
+def _known(memory: Memory, load: Load) -> int | None:
+    """What earlier measurements say. That a heavier pass does not fit says nothing of this one: None then."""
+    measured = memory.known()
+    exact = [item.bytes for item in measured if item.load == load]
+    if exact:
+        return min(exact)
+    most, free = bound(measured, load), memory.free()
+    return most if most is not None and (free is None or most <= free * USABLE) else None
 
 
 def estimated(trials: Sequence[Measurement], tokens: int) -> int:
