@@ -124,6 +124,27 @@ def test_merged_is_base_and_adapter_in_transformers(base: Path, tmp_path: Path, 
     assert "largest logit difference" in next(iter(done.measured))
 
 
+@pytest.mark.parametrize("magnitude", [0.0, 5.0])
+def test_a_row_of_zeros_stays_one_with_dora(base: Path, tmp_path: Path, magnitude: float) -> None:
+    adapter = make_adapter(base, tmp_path / "adapter", ADAPTERS["dora"])
+    sparse, name = Path(shutil.copytree(base, tmp_path / "sparse")), "model.layers.0.self_attn.q_proj"
+
+    def change(path: Path, values: dict[str, float]) -> None:
+        tensors = load_file(path)
+        for key, value in values.items():
+            tensors[key][3] = value
+        save_file(tensors, path, metadata={"format": "pt"})
+
+    change(sparse / "model.safetensors", {f"{name}.weight": 0.0})
+    lora = f"base_model.model.{name}.lora_"
+    change(
+        adapter / "adapter_model.safetensors",
+        {f"{lora}B.weight": 0.0, f"{lora}magnitude_vector": magnitude},
+    )
+    done = export_safetensors(Source(sparse, adapter, LINEAGE), tmp_path / "out", MergedType.F32)
+    assert not load_file(done.folder / "model.safetensors")[f"{name}.weight"][3].any()
+
+
 def test_merged_in_shards_of_bf16(base: Path, adapter: Path, tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 

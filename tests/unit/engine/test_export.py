@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from lathe.engine.export.export import MergedType, check_difference
 from lathe.engine.export.gguf_arch import architecture_of, arrange, context_of
 from lathe.engine.export.gguf_vocab import BYTE, CONTROL, NORMAL, UNUSED, USER_DEFINED, vocabulary
 from lathe.engine.export.modelfile import modelfile, read_turns
-from lathe.engine.export.reference import LogitDifference
+from lathe.engine.export.reference import LogitDifference, Reference, logit_difference
 from lathe.engine.export.shards import shards
 from lathe.engine.export.source import Lineage, Source, TensorInfo
 from lathe.engine.export.verify import TIE, compare_greedy
@@ -118,6 +119,21 @@ def test_a_difference_beyond_the_bound_is_refused(kind: MergedType) -> None:
         with pytest.raises(FailedPrecondition, match="logits differ") as raised:
             check_difference(LogitDifference(largest, 1.0, 10), kind)
         assert raised.value.reason == "EXPORT_DIFFERS"
+
+
+def test_a_nan_in_one_row_is_no_small_difference() -> None:
+    class Broken(Reference):
+        def __init__(self) -> None:
+            """No model: NaN for rows of two tokens, zeros for others."""
+
+        def logits(self, tokens: Sequence[int]) -> torch.Tensor:
+            return torch.full((len(tokens), 3), torch.nan if len(tokens) == 2 else 0.0)
+
+    rows = [[1, 2], [1, 2, 3]]
+    found = logit_difference([torch.eye(3)[: len(row)] for row in rows], Broken(), rows)
+    assert found.largest != found.largest and found.tokens == 5
+    with pytest.raises(FailedPrecondition, match="logits differ"):
+        check_difference(found, MergedType.BF16)
 
 
 def test_shards_are_cut_before_what_does_not_fit() -> None:

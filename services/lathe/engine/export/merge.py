@@ -41,8 +41,9 @@ class _Delta:
         if "M" not in self.parts:
             return total
         norm = torch.linalg.vector_norm(total, dim=0 if self.embedding else 1, keepdim=True)
-        magnitude = self.parts["M"].reshape(norm.shape) / norm
-        return total.mul_(magnitude)
+        # A row of zeros (a padded vocabulary's, a pruned one) stays one, as in training.
+        norm.clamp_(min=torch.finfo(norm.dtype).tiny ** 0.5)
+        return total.mul_(self.parts["M"].reshape(norm.shape) / norm)
 
 
 class MergedModel:
@@ -75,7 +76,14 @@ class MergedModel:
         """A tensor of the result, float32. Raises InvalidArgument where it holds NaN or infinity."""
         weight = self._base.read(self._stored.get(name, name))
         delta = self._deltas.get(name)
-        return weight if delta is None else delta.merged(weight)
+        if delta is None:
+            return weight
+        merged = delta.merged(weight)
+        if not bool(torch.isfinite(merged).all()):
+            raise InvalidArgument(
+                f"Tensor {name} with the adapter merged in holds NaN or infinity; export the adapter alone."
+            )
+        return merged
 
     def _read(self, config: Mapping[str, Any], adapter: Path) -> dict[str, _Delta]:
         spec, everywhere = read_spec(adapter), DecoderSpec.from_config(config).sites()

@@ -51,15 +51,16 @@ class LogitDifference:
 
     @property
     def relative(self) -> float:
-        return self.largest / self.spread if self.spread else 0.0
+        return self.largest / self.spread if self.spread else self.largest
 
 
 def logit_difference(
     expected: Sequence[Tensor], other: Reference, rows: Sequence[Sequence[int]]
 ) -> LogitDifference:
-    """expected: the logits of the same rows."""
-    largest = spread = 0.0
+    """expected: the logits of the same rows. A NaN anywhere makes `largest` NaN."""
+    # Tensors all the way: Python's max(0.0, nan) is 0.0.
+    largest = spread = torch.zeros(())
     for logits, row in zip(expected, rows, strict=True):
-        largest = max(largest, float((logits - other.logits(row)).abs().max()))
-        spread = max(spread, float(logits.std(dim=-1).max()))
-    return LogitDifference(largest, spread, sum(len(row) for row in rows))
+        largest = torch.maximum(largest, (logits - other.logits(row)).abs().max())
+        spread = torch.maximum(spread, logits.std(dim=-1).max())
+    return LogitDifference(float(largest), float(spread), sum(len(row) for row in rows))
