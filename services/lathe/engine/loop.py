@@ -23,7 +23,7 @@ from lathe.engine.ports import ModelVerbs
 from lathe.engine.sampling import SamplingParams
 from lathe.engine.sequences import SequenceState, StepOutput
 from lathe.engine.streams import StreamFinished, StreamStarted, TokenStream
-from lathe.engine.training import Runnable, Trainer
+from lathe.engine.training import Runnable, Trainer, forget_frames
 
 logger = logging.getLogger(__name__)
 
@@ -282,6 +282,7 @@ class ModelLoop:
         else:
             logger.error("a sampling step failed", exc_info=error)
             victims = ready
+        forget_frames(error)
         for entry in victims:
             self._active.remove(entry)
             self._fail(entry, error)

@@ -7,6 +7,7 @@ a joined pass is found out by running its slices one by one, so that each attemp
 from __future__ import annotations
 
 import logging
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
@@ -58,7 +59,18 @@ class _Training:
         self.request, self.answer = None, answer
 
     def failed(self, error: Exception) -> None:
+        forget_frames(error)
         self.request, self.error = None, error
+
+
+def forget_frames(error: BaseException) -> None:
+    """An exception that is kept keeps every frame of what failed alive, and so a whole pass's activations."""
+    chain: list[BaseException] = []
+    link: BaseException | None = error
+    while link is not None and link not in chain:
+        chain.append(link)
+        traceback.clear_frames(link.__traceback__)
+        link = link.__cause__ or link.__context__
 
 
 class Trainer:
@@ -192,6 +204,7 @@ class Trainer:
         try:
             results = iter(self._engine.forward_backward([p for request in requests for p in request.pieces]))
         except Exception as error:
+            forget_frames(error)
             logger.warning("a pass of %d attempts failed, its slices go one by one: %s", len(items), error)
             if is_out_of_memory(error):
                 self._room = sum(request.input_tokens for request in requests) // 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 
 import pytest
@@ -184,6 +185,32 @@ def test_out_of_memory_alone_is_heard_by_the_run(bench: Bench) -> None:
     bench.no_room_for = 50
     bench.passes()
     assert [len(run.heard) for run in runs] == [1, 0]
+
+
+class Activations:
+    """Something large that a pass holds while it runs."""
+
+
+def test_what_a_failed_pass_held_is_free_when_the_next_one_runs() -> None:
+    held: list[weakref.ref[Activations]] = []
+    alive: dict[str, int] = {}
+
+    class Hungry(Bench):
+        def before(self, pieces: Sequence[TrainSlice]) -> None:
+            alive[" ".join(piece.key for piece in pieces)] = sum(ref() is not None for ref in held)
+            activations = Activations()
+            held.append(weakref.ref(activations))
+            if any(piece.key == "a" for piece in pieces):
+                try:
+                    raise RuntimeError("the device has no room")
+                except RuntimeError as error:
+                    raise MemoryError("no room") from error
+
+    bench = Hungry()
+    runs = [bench.start(name, 30) for name in ("a", "b")]
+    bench.passes()
+    assert [len(run.heard) for run in runs] == [1, 0]
+    assert alive == {"a b": 0, "a": 0, "b": 0}
 
 
 class Asks(Slices):
