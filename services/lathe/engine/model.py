@@ -374,8 +374,8 @@ def join(waiting: Sequence[Share], room: int) -> list[int]:
     """Which of the waiting slices (at least one) are the next pass: the oldest attempt's, then others' by share.
 
     Others are taken from the fewest tokens so far on, while the joined tokens stay within `room`; no slice is cut.
-    When one that did not fit has fallen more than `room` tokens behind the oldest, the pass is led by that one: with
-    slices that are too long to join, each attempt has its turn.
+    When the one with the fewest did not fit and has fallen more than `room` tokens behind the oldest, the pass is led
+    by that one: with slices that are too long to join, each attempt has its turn.
     """
 
     def served(index: int) -> tuple[int, int]:
@@ -392,9 +392,9 @@ def join(waiting: Sequence[Share], room: int) -> list[int]:
 
     oldest = min(range(len(waiting)), key=lambda index: waiting[index].order)
     chosen = led_by(oldest)
-    last = min((index for index in range(len(waiting)) if index not in chosen), key=served, default=oldest)
+    last = min(range(len(waiting)), key=served)
     behind = waiting[oldest].consumed - waiting[last].consumed
-    return led_by(last) if behind > room else chosen
+    return led_by(last) if last not in chosen and behind > room else chosen
 
 
 class RankLost(Unavailable):

@@ -115,6 +115,12 @@ def test_nobody_waits_longer_than_it_takes_the_oldest_to_be_ahead(tokens: list[i
         assert max(waited) <= len(tokens) * ((room + 2 * max(tokens)) // min(tokens) + 1)
 
 
+def test_one_that_is_far_behind_does_not_push_out_one_that_is_further() -> None:
+    # 41 joins the oldest, never one of 49: led by those, the passes would leave it out for ever.
+    waiting = [Share(1, 400, 40), Share(2, 100, 41), Share(3, 150, 49), Share(4, 150, 49)]
+    assert join(waiting, 89) == [0, 1]
+
+
 def test_the_oldest_is_in_every_pass_and_others_join_by_share() -> None:
     waiting = [Share(3, 0, 40), Share(1, 50, 40), Share(2, 10, 40)]
     assert join(waiting, 100) == [1, 0]
