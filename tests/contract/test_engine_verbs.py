@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -188,3 +189,20 @@ def test_another_job_goes_on_from_a_tuned_model(engine: FakeEngine | Engine, tmp
     assert (tmp_path / "second" / same).read_bytes() == (tmp_path / "first" / same).read_bytes()
     engine.drop_adapter("second")
     assert engine.restore("second", tmp_path / "second") == 0  # its optimiser is a fresh one
+
+
+def test_another_job_may_have_another_dropout(engine: FakeEngine | Engine, tmp_path: Path) -> None:
+    engine.create_adapter("first", LoraSpec(r=4, lora_dropout=0.1), seed=1)
+    engine.save("first", tmp_path / "first", with_optimizer=False)
+    for key, asked in (("kept", None), ("other", 0.5)):
+        engine.continue_adapter(key, tmp_path / "first", 2, asked)
+        engine.save(key, tmp_path / key, with_optimizer=False)
+    saved = [json.loads((tmp_path / key / "adapter_config.json").read_text()) for key in ("kept", "other")]
+    assert [config["lora_dropout"] for config in saved] == [0.1, 0.5]
+    if isinstance(engine, Engine):
+        kept, other = (engine.forward_backward([_slice(key, 1)])[0].loss for key in ("kept", "other"))
+        engine.create_adapter("none", LoraSpec(r=4), seed=1)
+        assert kept == other == engine.forward_backward([_slice("none", 1)])[0].loss  # B is nothing yet
+        for key in ("kept", "other"):
+            engine.optim_step(key, 0.1)
+        assert engine.forward_backward([_slice("kept", 1)]) != engine.forward_backward([_slice("other", 1)])

@@ -82,9 +82,11 @@ class FakeEngine:
             raise InvalidArgument(f"target_modules: {sorted(unknown)} are not in this model.")
         self._adapters[key] = _Adapter(config.to_config(), _hash("new", seed, config.r), trainable=True)
 
-    def continue_adapter(self, key: str, folder: Path, seed: int) -> None:
+    def continue_adapter(self, key: str, folder: Path, seed: int, lora_dropout: float | None = None) -> None:
         self._new(key)
-        self._adapters[key] = self._read(folder, trainable=True)
+        self._adapters[key] = adapter = self._read(folder, trainable=True)
+        if lora_dropout is not None and not adapter.config.get("full"):
+            adapter.config = {**adapter.config, "lora_dropout": lora_dropout}
 
     def joins(self, key: str) -> bool:
         return "full" not in self._adapter(key).config

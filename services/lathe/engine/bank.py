@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -55,7 +55,7 @@ class MixedLora:
 
 @dataclass(slots=True)
 class LoraPass:
-    """How LoRA is applied in one pass. `anchor` is there in training passes only (see kernels.linear).
+    """How LoRA is applied in one pass. `anchor` is there in training passes only (see lora.linear).
 
     mixed, where there is one, stands for the segments inside the layers; not for embeddings and head.
     """
@@ -91,9 +91,13 @@ class AdapterBank:
         adapter.initialise(seed)
         return self._put(slot, adapter)
 
-    def load(self, slot: int, folder: Path, *, trainable: bool = False) -> Adapter:
-        """An adapter from PEFT's files. Raises InvalidArgument."""
+    def load(
+        self, slot: int, folder: Path, *, trainable: bool = False, lora_dropout: float | None = None
+    ) -> Adapter:
+        """An adapter from PEFT's files; lora_dropout: instead of theirs. Raises InvalidArgument."""
         spec = read_spec(folder)
+        if lora_dropout is not None:
+            spec = replace(spec, lora_dropout=lora_dropout)
         check_weights(folder, spec, self._everywhere)
         adapter = Adapter(spec, self._everywhere, self._base, trainable=trainable)
         adapter.load_weights(folder)

@@ -143,12 +143,12 @@ class Engine:
             )
         self._hold_trainable(key, -1, self._full(self._folder))
 
-    def continue_adapter(self, key: str, folder: Path, seed: int) -> None:
+    def continue_adapter(self, key: str, folder: Path, seed: int, lora_dropout: float | None = None) -> None:
         """A new trainable adapter (or whole model) with the weights of a folder and a fresh optimiser.
 
-        Raises AlreadyExists, InvalidArgument.
+        lora_dropout: an adapter's, instead of the folder's. Raises AlreadyExists, InvalidArgument.
         """
-        self._load_trainable(key, folder).seed = seed
+        self._load_trainable(key, folder, lora_dropout).seed = seed
 
     def load_adapter(self, key: str, folder: Path) -> None:
         """A frozen adapter from PEFT's files, or a whole model. Raises AlreadyExists, InvalidArgument."""
@@ -425,13 +425,15 @@ class Engine:
         assert adapter.gradients is not None
         self._hold(key, slot, adapter, AdamW(adapter.master, adapter.gradients))
 
-    def _load_trainable(self, key: str, folder: Path) -> Adapter | FullModel:
+    def _load_trainable(
+        self, key: str, folder: Path, lora_dropout: float | None = None
+    ) -> Adapter | FullModel:
         slot = self._new_slot(key)
         adapter: Adapter | FullModel
         if is_full(folder):
             slot, adapter = -1, self._full(folder)
         else:
-            adapter = self._bank.load(slot, folder, trainable=True)
+            adapter = self._bank.load(slot, folder, trainable=True, lora_dropout=lora_dropout)
         self._hold_trainable(key, slot, adapter)
         return adapter
 

@@ -391,6 +391,13 @@ def test_training_a_tuned_model_begins_with_its_weights(bench: Bench) -> None:
     assert (bench.folder / "seen" / "optimizer.safetensors").read_text() == "0"
 
 
+def test_training_a_tuned_model_has_the_dropout_that_this_job_asks_for(bench: Bench) -> None:
+    final = snapshots_of(list(bench.turns()))[-1]
+    events = list(bench.turns("b", config=replace(CONFIG, lora_dropout=0.1), initial=final.folder))
+    config = json.loads((snapshots_of(events)[-1].folder / "adapter_config.json").read_text())
+    assert (config["lora_dropout"], config["r"]) == (0.1, 4)
+
+
 def test_held_out_prompts_are_answered_at_each_checkpoint(bench: Bench) -> None:
     speech = Speech(lambda tokens: " ".join(map(str, tokens)), frozenset())
     config = replace(CONFIG, sample_prompts=2)

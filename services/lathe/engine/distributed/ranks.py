@@ -83,11 +83,10 @@ class LeadingEngine(RankEngine):
     def create_adapter(self, key: str, config: LoraSpec | FullSpec, seed: int) -> None:
         self._everywhere(partial(Engine.create_adapter, key=key, config=config, seed=seed))
 
-    def continue_adapter(self, key: str, folder: Path, seed: int) -> None:
+    def continue_adapter(self, key: str, folder: Path, seed: int, lora_dropout: float | None = None) -> None:
         files = _read(folder)
-        self._everywhere(
-            lambda engine: _with_files(files, partial(Engine.continue_adapter, engine, key, seed=seed))
-        )
+        verb = partial(Engine.continue_adapter, seed=seed, lora_dropout=lora_dropout)
+        self._everywhere(lambda engine: _with_files(files, partial(verb, engine, key)))
 
     def load_adapter(self, key: str, folder: Path) -> None:
         files = _read(folder)

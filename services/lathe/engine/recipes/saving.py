@@ -61,7 +61,8 @@ class Saver:
         if self._start is not None:
             self._go_on(self._start)
         elif self._initial is not None:
-            self._engine.continue_adapter(self._key, self._initial, self._config.seed)
+            config = self._config
+            self._engine.continue_adapter(self._key, self._initial, config.seed, config.lora_dropout)
         else:
             self._engine.create_adapter(self._key, spec_of(self._config), self._config.seed)
 
