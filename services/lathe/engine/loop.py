@@ -16,14 +16,14 @@ from pathlib import Path
 from threading import Lock
 
 from lathe.common.clock import Clock
-from lathe.common.errors import Aborted, Internal, LatheError, ResourceExhausted
+from lathe.common.errors import Aborted, LatheError, ResourceExhausted
 from lathe.common.metrics import Metrics
 from lathe.engine.model import AttemptEvent, Outcome
 from lathe.engine.ports import ModelVerbs
 from lathe.engine.sampling import SamplingParams
 from lathe.engine.sequences import SequenceState, StepOutput
 from lathe.engine.streams import StreamFinished, StreamStarted, TokenStream
-from lathe.engine.training import Runnable, Trainer, forget_frames
+from lathe.engine.training import Runnable, Trainer, forget_frames, sampling_error
 
 logger = logging.getLogger(__name__)
 
@@ -296,8 +296,7 @@ class ModelLoop:
                     self._release(entry)
 
     def _fail(self, entry: _Open, error: Exception) -> None:
-        known = error if isinstance(error, LatheError) else Internal(f"Sampling failed: {error}"[:500])
-        entry.stream.put(known)
+        entry.stream.put(sampling_error(error))
         self._release(entry)
 
     def _release(self, entry: _Open) -> None:

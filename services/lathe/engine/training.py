@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from lathe.common.clock import Clock
+from lathe.common.errors import Internal, LatheError
 from lathe.common.metrics import Metrics
 from lathe.engine.model import AttemptEvent, Ended, Outcome, Share, Snapshot, StepMetrics, join, outcome_of
 from lathe.engine.passes import is_out_of_memory
@@ -83,8 +84,8 @@ class Trainer:
 
     @property
     def blocked(self) -> bool:
-        """Whether an attempt waits for time to pass."""
-        return any(item.blocked_until > self._clock.monotonic() for item in self._attempts)
+        """Whether an attempt waits for time to pass, or has by now waited long enough."""
+        return any(item.request is None and not item.suspended for item in self._attempts)
 
     # Attempts come and go.
 
@@ -246,11 +247,11 @@ class Trainer:
         return [state for item in self._attempts for state in item.sequences if state.finished is None]
 
     def sampling_failed(self, error: Exception) -> None:
-        """The step that had `sequences` in it went wrong."""
+        """The step that had `sequences` in it went wrong: each run hears a LatheError, which ends no training."""
         for item in self._attempts:
             if item.sequences:
                 self._close_sequences(item)
-                item.failed(error)
+                item.failed(sampling_error(error))
 
     def _open_sequences(self, item: _Training, request: Generate) -> None:
         params = SamplingParams(
@@ -261,7 +262,7 @@ class Trainer:
                 item.sequences.append(self._engine.open_sequence(request.key, prompt, params))
         except Exception as error:
             self._close_sequences(item)
-            item.failed(error)
+            item.failed(sampling_error(error))
 
     def _look_at_sequences(self, item: _Training) -> None:
         if not isinstance(item.request, Generate) or any(state.finished is None for state in item.sequences):
@@ -276,3 +277,8 @@ class Trainer:
         for state in item.sequences:
             self._engine.close_sequence(state)
         item.sequences = []
+
+
+def sampling_error(error: Exception) -> LatheError:
+    """What those that wait for a sampling step hear when it fails."""
+    return error if isinstance(error, LatheError) else Internal(f"Sampling failed: {error}"[:500])

@@ -14,6 +14,7 @@ from lathe.common.errors import (
     NotFound,
     ResourceExhausted,
 )
+from lathe.common.metrics import Metrics
 from lathe.engine.batch import CrossEntropy, TrainRow, TrainSlice
 from lathe.engine.loop import LoopLimits, ModelLoop
 from lathe.engine.lora_config import LoraSpec
@@ -21,6 +22,7 @@ from lathe.engine.model import AttemptEvent, Ended, Outcome, Snapshot
 from lathe.engine.recipes.turns import Blocked, Turns, forward
 from lathe.engine.sampling import Sampled, SamplingParams
 from lathe.engine.streams import StreamFinished, StreamStarted, TokenStream
+from lathe.engine.training import Trainer
 from tests.fakes.clock import FakeClock
 from tests.fakes.engine import FakeEngine
 
@@ -245,6 +247,20 @@ def test_a_blocked_attempt_is_let_alone_and_tried_again(
         pass
     assert engine.calls == ["train waits", "train other", "train waits"]
     assert [event.outcome for event in events if isinstance(event, Ended)] == [Outcome.SUCCEEDED] * 2
+
+
+def test_an_attempt_whose_wait_ends_while_the_loop_falls_asleep_is_not_forgotten(
+    engine: FakeEngine, clock: FakeClock
+) -> None:
+    trainer = Trainer(engine, clock, Metrics(), 100)  # type: ignore[arg-type]
+    trainer.start("att-1", Waits(engine, "waits", 1), lambda event: None)
+    while trainer.turn():
+        pass
+    clock.tick(5)
+    assert trainer.blocked
+    while trainer.turn():
+        pass
+    assert not trainer.blocked
 
 
 def test_cancel_and_drop(loop: ModelLoop, engine: FakeEngine) -> None:

@@ -6,10 +6,10 @@ import weakref
 from collections.abc import Sequence
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
-from lathe.common.errors import InvalidArgument, ResourceExhausted
+from lathe.common.errors import InvalidArgument, LatheError, ResourceExhausted
 from lathe.common.metrics import Metrics
 from lathe.engine.batch import CrossEntropy, TrainRow, TrainSlice
 from lathe.engine.lora_config import LoraSpec
@@ -105,6 +105,7 @@ def test_a_pass_is_one_slice_or_training_slices_within_the_room(waiting: list[Sh
 
 
 @given(st.lists(st.integers(1, 100), min_size=2, max_size=5), st.integers(1, 300))
+@example([8, 34, 34, 10], 42)
 def test_nobody_waits_longer_than_it_takes_the_oldest_to_be_ahead(tokens: list[int], room: int) -> None:
     consumed, waited = [0] * len(tokens), [0] * len(tokens)
     for _ in range(300):
@@ -229,7 +230,7 @@ class Asks(Slices):
         scores = yield from score([TrainRow([1, 2, 3], [False, True, True])], "")
         try:
             tokens = yield from generate(self.name, [[1, 2], [3]], 3, frozenset())
-        except ResourceExhausted as error:
+        except LatheError as error:
             tokens = [(str(error),)]
         self.answers = (scores, tokens)
         yield from self.one(10)
@@ -260,14 +261,19 @@ def test_an_attempt_goes_on_in_the_turn_that_finds_its_answers_whole(bench: Benc
     assert asks.answers
 
 
-def test_sampling_that_fails_is_heard_by_the_run(bench: Bench) -> None:
+@pytest.mark.parametrize("error", [ResourceExhausted("no room for keys"), RuntimeError("no room for keys")])
+def test_sampling_that_fails_is_heard_by_the_run(bench: Bench, error: Exception) -> None:
     asks = bench.start("a", run=Asks)
     bench.trainer.turn()
     bench.trainer.turn()
     assert bench.trainer.sequences
-    bench.trainer.sampling_failed(ResourceExhausted("no room for keys and values"))
+    bench.trainer.sampling_failed(error)
     bench.passes()
-    assert asks.answers[1] == [("no room for keys and values",)]
+    (((told,),),) = asks.answers[1:]  # type: ignore[misc]
+    assert told.endswith("no room for keys")
+    ended = bench.events["a"][-1]
+    assert isinstance(ended, Ended)
+    assert ended.outcome is Outcome.SUCCEEDED
     assert not bench.engine.open
 
 
