@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+from lathe.common.clock import Clock
 from lathe.common.errors import FailedPrecondition, ResourceExhausted
 from lathe.common.objectstore.base import ObjectStore
 from lathe.engine.basecache import ensure_adapter
@@ -22,8 +23,11 @@ WHOLE_MODEL = 4
 class AdapterCache:
     """Keys are manifest digests. An adapter in training is served from its published files like any other."""
 
-    def __init__(self, store: ObjectStore, loop: ModelLoop, folder: Path, max_adapters: int) -> None:
+    def __init__(
+        self, store: ObjectStore, loop: ModelLoop, folder: Path, max_adapters: int, clock: Clock
+    ) -> None:
         self._store, self._loop, self._folder, self._limit = store, loop, folder, max_adapters
+        self._clock = clock
         # Key -> how many calls use it; the least recently used first.
         self._users: OrderedDict[str, int] = OrderedDict()
         self._places: dict[str, int] = {}
@@ -49,7 +53,7 @@ class AdapterCache:
         key = ref.manifest_sha256
         if key not in self._users:
             async with self._fetching.setdefault(key, asyncio.Lock()):
-                folder = await ensure_adapter(self._store, ref, self._folder)
+                folder = await ensure_adapter(self._store, ref, self._folder, self._clock)
             # One at a time decides who stays in memory; those who are there already do not wait for it.
             async with self._residence:
                 if key not in self._users:

@@ -258,7 +258,9 @@ class AttemptRunner:
         method, initial = recipe_of(attempt.config.method), None
         if attempt.initial_adapter is not None and (found is None or method.needs_initial):
             ref = attempt.initial_adapter
-            initial = await self._patiently(lambda: ensure_adapter(self._store, ref, self._settings.cache))
+            initial = await self._patiently(
+                lambda: ensure_adapter(self._store, ref, self._settings.cache, self._clock)
+            )
         memory = self._settings.memory
         recipe = Run(
             method,
@@ -386,7 +388,9 @@ class AttemptRunner:
         if wanted is None:
             return None
         try:
-            first = await self._patiently(lambda: ensure_adapter(self._store, wanted, self._settings.cache))
+            first = await self._patiently(
+                lambda: ensure_adapter(self._store, wanted, self._settings.cache, self._clock)
+            )
         except LatheError as error:
             return WeightComparison(bit_identical=False, not_compared_reason=error.message)
         return await asyncio.to_thread(compare, first, final)

@@ -10,7 +10,6 @@ import asyncio
 import fcntl
 import hashlib
 import json
-import os
 import re
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
@@ -100,9 +99,10 @@ async def _fetch_blob(store: ObjectStore, entry: FileEntry, path: Path) -> None:
         raise DataLoss(f"basemodels/files/{entry.sha256} ({entry.path}) does not have that SHA-256.")
 
 
-async def ensure_adapter(store: ObjectStore, ref: AdapterRef, cache: Path) -> Path:
+async def ensure_adapter(store: ObjectStore, ref: AdapterRef, cache: Path, clock: Clock) -> Path:
     """The folder with an adapter's PEFT files, verified against the manifest that `ref` names.
 
+    Of several callers, in this engine or in others on the cache, one fetches under a lock file and the others wait.
     Raises NotFound when there is no such adapter, DataLoss when its bytes are not those that were registered.
     """
     prefix = ref.prefix.rstrip("/")
@@ -118,13 +118,12 @@ async def ensure_adapter(store: ObjectStore, ref: AdapterRef, cache: Path) -> Pa
     if hashlib.sha256(data).hexdigest() != ref.manifest_sha256:
         raise DataLoss(f"The manifest at {prefix} is not the one that was registered.")
     entries = [entry for entry in Manifest.from_bytes(data).files if entry.path != OPTIMIZER]
-    partial = target.with_name(f"{ref.manifest_sha256}.{os.getpid()}.partial")
-    await asyncio.to_thread(rmtree, partial, ignore_errors=True)
-    await fetch_files(store, prefix, entries, partial)
-    if target.is_dir():  # another engine on this cache was quicker
-        await asyncio.to_thread(rmtree, partial)
-    else:
-        partial.rename(target)
+    async with _locked(target.with_name(f"{ref.manifest_sha256}.lock"), clock):
+        if not target.is_dir():
+            partial = target.with_name(f"{ref.manifest_sha256}.partial")
+            await asyncio.to_thread(rmtree, partial, ignore_errors=True)
+            await fetch_files(store, prefix, entries, partial)
+            partial.rename(target)
     return target
 
 

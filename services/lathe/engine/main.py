@@ -154,7 +154,8 @@ async def _running(
         work=work,
         speech=_speech(folder),
     )
-    servicer.attach(_serving(settings, engine, loop, store, worker))
+    adapters = AdapterCache(store, loop, settings.cache_folder, settings.max_adapters, clock)
+    servicer.attach(_serving(settings, engine, loop, adapters, worker))
     await server.set_serving(True)
     working = asyncio.create_task(_work(worker, shutdown))
     try:
@@ -319,7 +320,7 @@ def _memory(settings: EngineSettings, engine: Engine, plan: SlicePlan, config: T
 
 
 def _serving(
-    settings: EngineSettings, engine: Engine, loop: ModelLoop, store: ObjectStore, worker: Worker
+    settings: EngineSettings, engine: Engine, loop: ModelLoop, adapters: AdapterCache, worker: Worker
 ) -> Serving:
     return Serving(
         engine_id=settings.engine_id,
@@ -329,7 +330,7 @@ def _serving(
         dtype=str(engine.dtype).removeprefix("torch."),
         threads=settings.model_threads(),
         loop=loop,
-        adapters=AdapterCache(store, loop, settings.cache_folder, settings.max_adapters),
+        adapters=adapters,
         attempts=lambda: worker.attempts,
     )
 

@@ -21,7 +21,7 @@ from lathe.common.errors import (
 )
 from lathe.common.objectstore.base import local_disk
 from lathe.engine.adaptercache import AdapterCache
-from lathe.engine.basecache import ensure_base, parse_base_manifest, work_folder
+from lathe.engine.basecache import ensure_adapter, ensure_base, parse_base_manifest, work_folder
 from lathe.engine.checkpoints import describe, upload
 from lathe.engine.full import FullSpec
 from lathe.engine.loop import LoopLimits, ModelLoop
@@ -118,7 +118,7 @@ class Bench:
     def __init__(self, folder: Path, limit: int) -> None:
         self.engine, self.store, self.folder = FakeEngine(), MemoryObjectStore(), folder
         self.loop = ModelLoop(self.engine, FakeClock(), LoopLimits())  # type: ignore[arg-type]
-        self.cache = AdapterCache(self.store, self.loop, folder / "cache", limit)
+        self.cache = AdapterCache(self.store, self.loop, folder / "cache", limit, FakeClock())
 
     async def adapter(self, number: int, *, whole: bool = False) -> AdapterRef:
         maker, folder = FakeEngine(), self.folder / str(number)
@@ -167,7 +167,7 @@ async def test_the_least_recently_used_goes_and_those_in_use_stay(bench: Bench) 
 
 
 async def test_a_whole_model_takes_the_place_of_several_adapters(bench: Bench, tmp_path: Path) -> None:
-    bench.cache = AdapterCache(bench.store, bench.loop, tmp_path / "cache", 8)
+    bench.cache = AdapterCache(bench.store, bench.loop, tmp_path / "cache", 8, FakeClock())
     whole = [await bench.adapter(number, whole=True) for number in range(4)]
     adapters = [await bench.adapter(number) for number in range(4, 7)]
     for ref in (*whole, *adapters[:2]):
@@ -183,6 +183,35 @@ async def test_many_calls_for_one_adapter_load_it_once(bench: Bench) -> None:
     ref = await bench.adapter(1)
     await asyncio.gather(*(bench.cache.load(ref) for _ in range(8)))
     assert bench.cache.loaded == 1
+
+
+async def test_an_adapter_wanted_twice_at_once_is_fetched_once(bench: Bench, tmp_path: Path) -> None:
+    """By a job that goes on from it and by a chat with it, say: neither takes the other's half-fetched files away."""
+    ref, clock = await bench.adapter(1), FakeClock()
+    fetched: list[str] = []
+
+    class Slow(MemoryObjectStore):
+        async def get(self, key: str) -> bytes:
+            return await bench.store.get(key)
+
+        async def fetch(self, key: str, path: Path) -> None:
+            fetched.append(key)
+            await asyncio.sleep(0.002)
+            await bench.store.fetch(key, path)
+
+    (tmp_path / "adapters").mkdir()
+    left = tmp_path / "adapters" / f"{ref.manifest_sha256}.partial"  # by an engine that was killed
+    left.mkdir()
+    (left / "torn").touch()
+    tasks = [asyncio.create_task(ensure_adapter(Slow(), ref, tmp_path, clock)) for _ in range(3)]
+    while not all(task.done() for task in tasks):
+        await clock.advance(0.2)
+        await asyncio.sleep(0.001)
+    (folder,) = {task.result() for task in tasks}
+    files = ["adapter_config.json", "adapter_model.safetensors"]
+    assert sorted(path.name for path in folder.iterdir()) == files
+    assert sorted(key.rsplit("/")[-1] for key in fetched) == files
+    assert not left.exists()
 
 
 async def test_an_adapter_that_is_not_what_was_registered(bench: Bench) -> None:
