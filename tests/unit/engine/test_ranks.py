@@ -12,12 +12,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from lathe.common.errors import FailedPrecondition
 from lathe.engine.base import Decoder
 from lathe.engine.batch import CrossEntropy, TrainRow, TrainSlice
 from lathe.engine.distributed.ranks import Gang, LeadingEngine, RankEngine, Work
 from lathe.engine.engine import Engine
 from lathe.engine.lora_config import LoraSpec
 from lathe.engine.model import RankLost
+from lathe.engine.sampling import SamplingParams
 from lathe.engine.spec import DecoderSpec
 from lathe.engine.weights import random_weights
 from tests.unit.engine.conftest import CONFIG
@@ -50,13 +52,17 @@ class Sums:
 
 
 class ThreadPeer:
-    """A rank in a thread. lost: what happens to a process that is killed."""
+    """A rank in a thread. lost: what happens to a process that is killed; lost_after: works that it still does."""
 
     def __init__(self, engine: RankEngine, sums: Sums) -> None:
         self.engine, self.lost, self._sums = engine, False, sums
+        self.lost_after: int | None = None
         self._thread = ThreadPoolExecutor(1)
 
     def submit(self, work: Work[T]) -> Callable[[], T]:
+        if self.lost_after is not None:
+            self.lost_after -= 1
+            self.lost = self.lost_after < 0
         if self.lost:
             self._sums.break_off()
             return _gone
@@ -164,6 +170,38 @@ def test_a_lost_rank_changes_nothing_of_the_last_step(when: str, tmp_path: Path)
     engine.drop_adapter("a")
     assert not engine.adapter_keys()
     assert left == ["left"]
+
+
+def test_a_rank_lost_after_the_sum_leaves_a_whole_step(tmp_path: Path) -> None:
+    engine, peers, left = gang(2)
+    engine.create_adapter("a", LoraSpec(r=4), seed=3)
+    engine.forward_backward(slices(0)[:2])
+    peers[0].lost_after = 1
+
+    assert engine.optim_step("a", 1e-2) > 0
+
+    assert left
+    engine.save("a", tmp_path, with_optimizer=True)
+    assert Engine(decoder()).restore("a", tmp_path) == 1
+    with pytest.raises(RankLost):
+        engine.forward_backward(slices(1)[:2])
+
+
+def test_adapters_for_sampling_are_rank_0s_alone(tmp_path: Path) -> None:
+    engine, peers, _ = gang(2)
+    engine.create_adapter("a", LoraSpec(r=4), seed=3)
+    engine.save("a", tmp_path, with_optimizer=False)
+    engine.load_adapter("served", tmp_path)
+    assert peers[0].engine.adapter_keys() == ("a",)
+
+    state = engine.open_sequence("a", [1, 2, 3], SamplingParams(max_tokens=1, temperature=0))
+    with pytest.raises(FailedPrecondition, match="in use"):
+        engine.drop_adapter("a")
+    assert peers[0].engine.adapter_keys() == ("a",)
+    engine.close_sequence(state)
+    engine.drop_adapter("a")
+    engine.drop_adapter("served")
+    assert peers[0].engine.adapter_keys() == engine.adapter_keys() == ()
 
 
 def test_what_a_rank_refuses_is_raised_as_it_is() -> None:

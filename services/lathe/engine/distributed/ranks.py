@@ -15,9 +15,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Protocol, TypeVar
 
+import torch
 from torch import Tensor
 
-from lathe.engine.batch import RowScore, SliceResult, TrainRow, TrainSlice
+from lathe.engine.batch import SliceResult, TrainSlice
 from lathe.engine.engine import Engine
 from lathe.engine.full import FullSpec
 from lathe.engine.lora_config import LoraSpec
@@ -29,7 +30,7 @@ Reduce = Callable[[Tensor], None]
 
 
 class RankEngine(Engine):
-    """One rank's engine: its steps are taken with the sum of all ranks' gradients."""
+    """One rank's engine: before a step its gradients become the sum of all ranks'."""
 
     _reduce: Reduce | None = None
 
@@ -37,11 +38,12 @@ class RankEngine(Engine):
         """From now on this is one of several ranks."""
         self._reduce = reduce
 
-    def optim_step(self, key: str, lr: float, *, clip: float = 1.0, weight_decay: float = 0.0) -> float:
-        """As Engine's. Raises RankLost, and changes nothing then, when another rank is gone."""
+    def sum_gradients(self, key: str) -> float:
+        """Answers the sum's norm. Raises RankLost, and changes nothing then, when another rank is gone."""
+        gradients = self.gradients(key)
         if self._reduce is not None:
-            self._reduce(self.gradients(key))
-        return super().optim_step(key, lr, clip=clip, weight_decay=weight_decay)
+            self._reduce(gradients)
+        return float(torch.linalg.vector_norm(gradients))
 
 
 Work = Callable[[RankEngine], T]
@@ -63,9 +65,9 @@ class Gang:
 
 
 class LeadingEngine(RankEngine):
-    """Rank 0: what changes an adapter happens on every rank, and the slices of a pass go to the ranks in turn.
+    """Rank 0: what changes a trained adapter happens on every rank, and the slices of a pass go to the ranks in turn.
 
-    Sampling, `save` and `measure` are its own.
+    Sampling, the adapters for it, scores, `save` and `measure` are its own.
     """
 
     _gang: Gang | None = None
@@ -74,34 +76,34 @@ class LeadingEngine(RankEngine):
     def lead(self, gang: Gang) -> None:
         """Begin with these peers; before any adapter is there."""
         self._gang = gang
+        self._trained: set[str] = set()
         self.join(gang.reduce)
 
     @property
     def workers(self) -> int:
         return 1 + len(self._peers)
 
+    def joins(self, key: str) -> bool:
+        """Never: a pass that failed on one rank alone could not be taken back on the others."""
+        return super().joins(key) and not self._peers
+
     def create_adapter(self, key: str, config: LoraSpec | FullSpec, seed: int) -> None:
-        self._everywhere(partial(Engine.create_adapter, key=key, config=config, seed=seed))
+        self._begin(key, partial(Engine.create_adapter, key=key, config=config, seed=seed))
 
     def continue_adapter(self, key: str, folder: Path, seed: int, lora_dropout: float | None = None) -> None:
-        files = _read(folder)
-        verb = partial(Engine.continue_adapter, seed=seed, lora_dropout=lora_dropout)
-        self._everywhere(lambda engine: _with_files(files, partial(verb, engine, key)))
-
-    def load_adapter(self, key: str, folder: Path) -> None:
-        files = _read(folder)
-        self._everywhere(lambda engine: _with_files(files, partial(Engine.load_adapter, engine, key)))
+        verb = partial(Engine.continue_adapter, key=key, seed=seed, lora_dropout=lora_dropout)
+        self._begin(key, _with_files(_read(folder), verb))
 
     def restore(self, key: str, folder: Path) -> int:
-        files = _read(folder)
-        return self._everywhere(lambda engine: _with_files(files, partial(Engine.restore, engine, key)))
+        return self._begin(key, _with_files(_read(folder), partial(Engine.restore, key=key)))
 
     def drop_adapter(self, key: str) -> None:
-        if self._alone:
-            # An attempt that lost a worker still ends in order.
-            Engine.drop_adapter(self, key)
-        else:
-            self._everywhere(partial(Engine.drop_adapter, key=key))
+        # Here first: a sequence may hold it.
+        super().drop_adapter(key)
+        if key in self._trained:
+            self._trained.remove(key)
+            if not self._alone:
+                self._answers([partial(Engine.drop_adapter, key=key)] * len(self._peers), self._peers)
 
     def zero_grad(self, key: str) -> None:
         self._everywhere(partial(Engine.zero_grad, key=key))
@@ -112,17 +114,23 @@ class LeadingEngine(RankEngine):
     def evaluate(self, pieces: Sequence[TrainSlice]) -> list[SliceResult]:
         return self._shared(pieces, Engine.evaluate)
 
-    def score(self, key: str, rows: Sequence[TrainRow]) -> list[RowScore]:
-        return self._shared(rows, partial(_score, key=key))
-
     def optim_step(self, key: str, lr: float, *, clip: float = 1.0, weight_decay: float = 0.0) -> float:
-        """As Engine's, on every rank. Raises RankLost when they came to different gradients."""
-        step = partial(RankEngine.optim_step, key=key, lr=lr, clip=clip, weight_decay=weight_decay)
-        norms = self._all([step] * self.workers)
+        """As Engine's, on every rank. Raises RankLost when one is gone, or when they came to different gradients:
+        no rank has taken the step then."""
+        norms = self._everywhere_all(partial(RankEngine.sum_gradients, key=key))
         # The sum is the same bits everywhere; a rank that has another one would go its own way unseen.
         if len(set(map(repr, norms))) > 1:
             raise self._lost(f"the ranks have different gradients: their norms are {norms}.")
-        return norms[0]
+        step = partial(Engine.optim_step, key=key, lr=lr, clip=clip, weight_decay=weight_decay)
+        waits = [peer.submit(step) for peer in self._peers]
+        norm = step(self)
+        try:
+            for wait in waits:
+                wait()
+        except RankLost as error:
+            # This rank's step is taken: it counts, and the next verb tells of the loss.
+            self._lost(error.message)
+        return norm
 
     # Inside
 
@@ -130,8 +138,16 @@ class LeadingEngine(RankEngine):
     def _peers(self) -> Sequence[Peer]:
         return () if self._gang is None else self._gang.peers
 
+    def _begin(self, key: str, work: Work[T]) -> T:
+        answer = self._everywhere(work)
+        self._trained.add(key)
+        return answer
+
     def _everywhere(self, work: Work[T]) -> T:
-        return self._all([work] * self.workers)[0]
+        return self._everywhere_all(work)[0]
+
+    def _everywhere_all(self, work: Work[T]) -> list[T]:
+        return self._all([work] * self.workers)
 
     def _shared(self, items: Sequence[Any], verb: Callable[[Engine, Sequence[Any]], list[T]]) -> list[T]:
         """The items go to the ranks in turn; the answers come back in the items' order."""
@@ -144,12 +160,15 @@ class LeadingEngine(RankEngine):
         """work[rank] on each rank at once, its own included. All have ended when it returns or raises."""
         if self._alone:
             raise self._lost("the others have ended already.")
-        waits: list[Callable[[], T]] = [partial(work[0], self)]
+        return self._answers(work[1:], self._peers, partial(work[0], self))
+
+    def _answers(self, work: Sequence[Work[T]], peers: Sequence[Peer], *own: Callable[[], T]) -> list[T]:
+        """Own answers first, then the peers'."""
         # The others begin before this one does its part.
-        waits[1:] = [peer.submit(one) for peer, one in zip(self._peers, work[1:], strict=False)]
+        theirs = [peer.submit(one) for peer, one in zip(peers, work, strict=False)]
         answers: list[T] = []
         errors: list[Exception] = []
-        for wait in waits:
+        for wait in [*own, *theirs]:
             try:
                 answers.append(wait())
             except Exception as error:
@@ -172,17 +191,18 @@ def _call(verb: Callable[[Engine, Sequence[Any]], list[T]], items: Sequence[Any]
     return verb(engine, items)
 
 
-def _score(engine: Engine, rows: Sequence[TrainRow], *, key: str) -> list[RowScore]:
-    return Engine.score(engine, key, rows)
-
-
 def _read(folder: Path) -> Mapping[str, bytes]:
     """A folder's files: the peers may not share a disk with rank 0."""
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.is_file()}
 
 
-def _with_files(files: Mapping[str, bytes], work: Callable[[Path], T]) -> T:
-    with TemporaryDirectory() as name:
-        for file, content in files.items():
-            (Path(name) / file).write_bytes(content)
-        return work(Path(name))
+def _with_files(files: Mapping[str, bytes], verb: Callable[..., T]) -> Work[T]:
+    """verb(engine, folder=…) with these files in a folder of the rank's own."""
+
+    def work(engine: RankEngine) -> T:
+        with TemporaryDirectory() as name:
+            for file, content in files.items():
+                (Path(name) / file).write_bytes(content)
+            return verb(engine, folder=Path(name))
+
+    return work

@@ -68,10 +68,11 @@ class RayPeer:
     """An actor as a Peer."""
 
     actor: Any
+    timeout_s: float
 
     def submit(self, work: Work[T]) -> Callable[[], T]:
         answer = self.actor.run.remote(work)
-        return lambda: _answer(answer)
+        return lambda: _answer(answer, self.timeout_s)
 
 
 def assemble(engine: LeadingEngine, settings: EngineSettings, leave: Callable[[], None]) -> None:
@@ -84,8 +85,8 @@ def assemble(engine: LeadingEngine, settings: EngineSettings, leave: Callable[[]
     joining = [actor.join.remote(host, store.port, rank) for rank, actor in enumerate(actors, start=1)]
     reduce = join_group(store, 0, settings.workers, settings.device, timeout_s)
     for answer in joining:
-        _answer(answer)
-    engine.lead(Gang([RayPeer(actor) for actor in actors], reduce, leave))
+        _answer(answer, timeout_s)
+    engine.lead(Gang([RayPeer(actor, timeout_s) for actor in actors], reduce, leave))
 
 
 def _actors(settings: EngineSettings) -> list[Any]:
@@ -114,10 +115,12 @@ def _actors(settings: EngineSettings) -> list[Any]:
     return actors
 
 
-def _answer(reference: Any) -> Any:
-    """Waits. Raises what the work raised, or RankLost when the actor is gone."""
+def _answer(reference: Any, timeout_s: float) -> Any:
+    """Waits. Raises what the work raised, or RankLost when the actor is gone or does not answer in time."""
     try:
-        answer = ray.get(reference)
+        answer = ray.get(reference, timeout=timeout_s)
+    except GetTimeoutError as error:
+        raise RankLost(f"a worker has not answered for {timeout_s:.0f} s.") from error
     except RayError as error:
         raise RankLost(str(error).partition("\n")[0]) from error
     if isinstance(answer, Raised):
