@@ -206,6 +206,7 @@ class FullDisk(FakeEngine):
 
     def save(self, *args: Any, **options: Any) -> tuple[str, ...]:
         if self.full:
+            super().save(*args, **options)
             raise OSError(errno.ENOSPC, "No space left on device")
         return super().save(*args, **options)
 
@@ -229,6 +230,8 @@ def test_a_full_disk_makes_it_wait_at_an_epoch_and_skip_what_is_not_needed(tmp_p
     saved = snapshots_of(events)
     assert (saved[0].kind, saved[0].step) == (SnapshotKind.EPOCH, 3)
     assert weights(saved[-1]) == weights(whole[-1])
+    # Nothing half-written is left.
+    assert {path.parent for path in (tmp_path / "full").rglob("*.*")} == {item.folder for item in saved}
 
 
 def test_a_row_that_never_fits_fails_the_job(tmp_path: Path) -> None:

@@ -77,19 +77,12 @@ class Saver:
         along.
         """
         folder = self._folder(kind, step)
-        if kind is SnapshotKind.FINAL and best:
-            files = _copy(self._best[best], folder)
-        else:
-            files = self._engine.save(
-                self._key,
-                folder,
-                with_optimizer=kind in {SnapshotKind.EPOCH, SnapshotKind.RESUME},
-                base_model=self._config.base_model,
-            )
-        if kind in {SnapshotKind.EPOCH, SnapshotKind.RESUME}:
-            files += self._recipe.save(folder)
-            if best:
-                files += _copy(self._best[best], folder, to=_BEST)
+        try:
+            files = self._write(folder, kind, best)
+        except OSError:
+            # The disk is full, most likely: half a snapshot would take what room there is.
+            rmtree(folder, ignore_errors=True)
+            raise
         self.saved_step, self._saved_at = step, self._clock.monotonic()
         return folder, files
 
@@ -127,6 +120,19 @@ class Saver:
         elif best:
             self._best[best] = self._folder(SnapshotKind.BEST, best)
             _copy(start.folder, self._best[best], prefix=_BEST)
+
+    def _write(self, folder: Path, kind: SnapshotKind, best: int) -> tuple[str, ...]:
+        if kind is SnapshotKind.FINAL and best:
+            return _copy(self._best[best], folder)
+        resumable = kind in {SnapshotKind.EPOCH, SnapshotKind.RESUME}
+        files = self._engine.save(
+            self._key, folder, with_optimizer=resumable, base_model=self._config.base_model
+        )
+        if resumable:
+            files += self._recipe.save(folder)
+            if best:
+                files += _copy(self._best[best], folder, to=_BEST)
+        return files
 
     def _save_best(self, step: int) -> Path:
         folder = self._folder(SnapshotKind.BEST, step)
