@@ -190,3 +190,23 @@ def test_a_folder_that_does_not_fit_is_refused(base: Path, tmp_path: Path) -> No
     assert engine.adapter_keys() == ("good",)
     with pytest.raises(FailedPrecondition, match="no files"):
         Engine(engine.decoder).create_adapter("a", FullSpec(), seed=1)
+
+
+def test_a_copy_that_memory_has_no_room_for_is_refused_with_numbers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = build_tiny(tmp_path / "base", "llama")
+    engine = Engine.load(folder, dtype="float32")
+    engine.create_adapter("a", FullSpec(), seed=1)
+    engine.save("a", tmp_path / "a", with_optimizer=True)
+    engine.drop_adapter("a")
+    monkeypatch.setattr(engine, "free_bytes", lambda: 1000)
+    for begin in (
+        lambda: engine.create_adapter("b", FullSpec(), seed=1),
+        lambda: engine.continue_adapter("b", tmp_path / "a", seed=1),
+        lambda: engine.restore("b", tmp_path / "a"),
+    ):
+        with pytest.raises(FailedPrecondition, match=r"bytes each\), and 1e-06 GB are free") as refused:
+            begin()
+        assert refused.value.reason == "OUT_OF_MEMORY"
+        assert engine.adapter_keys() == ()

@@ -25,7 +25,7 @@ from lathe.engine.adapters import Adapter
 from lathe.engine.bank import AdapterBank
 from lathe.engine.base import Decoder
 from lathe.engine.batch import CrossEntropy, RowScore, SliceResult, TrainRow, TrainSlice, trained_tokens
-from lathe.engine.full import FullModel, FullSpec, ServedModel, check_same_architecture, is_full
+from lathe.engine.full import FullModel, FullSpec, ServedModel, check_room, check_same_architecture, is_full
 from lathe.engine.kv import KVCache, common_prefix
 from lathe.engine.lora_config import LoraSpec
 from lathe.engine.losses import token_logprobs
@@ -131,7 +131,7 @@ class Engine:
         """A new trainable adapter, or a whole copy of the base; it may be sampled from at once.
 
         Raises AlreadyExists, InvalidArgument (a module that the base has not), FailedPrecondition (no files of the
-        base to copy).
+        base to copy, no memory for a whole copy).
         """
         slot = self._new_slot(key)
         if isinstance(config, LoraSpec):
@@ -146,7 +146,8 @@ class Engine:
     def continue_adapter(self, key: str, folder: Path, seed: int, lora_dropout: float | None = None) -> None:
         """A new trainable adapter (or whole model) with the weights of a folder and a fresh optimiser.
 
-        lora_dropout: an adapter's, instead of the folder's. Raises AlreadyExists, InvalidArgument.
+        lora_dropout: an adapter's, instead of the folder's. Raises AlreadyExists, InvalidArgument, FailedPrecondition
+        (no memory for a whole model).
         """
         self._load_trainable(key, folder, lora_dropout).seed = seed
 
@@ -295,7 +296,7 @@ class Engine:
     def restore(self, key: str, folder: Path) -> int:
         """A trainable adapter or whole model as it was at save(with_optimizer=True); answers its optimiser's steps.
 
-        Raises AlreadyExists, InvalidArgument.
+        Raises AlreadyExists, InvalidArgument, FailedPrecondition (no memory for a whole model).
         """
         try:
             state = load_file(str(folder / OPTIMIZER_FILE))
@@ -445,6 +446,7 @@ class Engine:
 
     def _full(self, folder: Path) -> FullModel:
         check_same_architecture(self.spec, folder)
+        check_room(self.spec, self.dtype, self.free_bytes())
         return FullModel(self.spec, folder, dtype=self.dtype, device=self.device)
 
     def _cache_key(self, key: str) -> str:

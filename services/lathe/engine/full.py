@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
-from lathe.common.errors import InvalidArgument
+from lathe.common.errors import FailedPrecondition, InvalidArgument
 from lathe.engine.base import Decoder, LayerNorms, LayerWeights, Weights
 from lathe.engine.spec import DecoderSpec
 from lathe.engine.trained import TrainedLinear, TrainedNorm
@@ -218,6 +218,20 @@ def check_same_architecture(spec: DecoderSpec, folder: Path) -> None:
     """Raises InvalidArgument unless the folder's config.json describes the engine's base model."""
     if read_spec(folder) != spec:
         raise InvalidArgument(f"{CONFIG_FILE} describes another architecture than this engine's base model.")
+
+
+def check_room(spec: DecoderSpec, dtype: torch.dtype, free: int | None) -> None:
+    """Raises FailedPrecondition (OUT_OF_MEMORY) unless `free` bytes hold a whole model in training; None: not known.
+
+    It is asked beforehand, since a machine may end a process that takes too much without a word.
+    """
+    weights, each = parameters(spec)[-1].stop, bytes_in_training(dtype)
+    if free is not None and weights * each > free:
+        raise FailedPrecondition(
+            f"Training all {weights / 1e6:.3g} million weights needs {weights * each / 1e9:.3g} GB of memory ({each} "
+            f"bytes each), and {free / 1e9:.3g} GB are free on this engine: train an adapter, or use a bigger machine.",
+            reason="OUT_OF_MEMORY",
+        )
 
 
 def check_finite(tensors: Iterator[tuple[str, Tensor]]) -> None:
