@@ -66,10 +66,14 @@ class Weights:
     embeddings_gradient: Tensor | None = None
 
     @property
+    def linears(self) -> list[Frozen]:
+        """The fused linears of all layers, and the head."""
+        return [*(part for w in self.layers for part in (w.qkv, w.o, w.gate_up, w.down)), self.head]
+
+    @property
     def nbytes(self) -> int:
-        linears = [part for w in self.layers for part in (w.qkv, w.o, w.gate_up, w.down)]
         norms = self.final_norm.nbytes + sum(w.norms.nbytes for w in self.layers)
-        return self.embeddings.nbytes + norms + sum(part.nbytes for part in (*linears, self.head))
+        return self.embeddings.nbytes + norms + sum(part.nbytes for part in self.linears)
 
     def linear(self, key: GroupKey) -> Frozen:
         """A fused linear by (layer, name), or the head."""

@@ -424,6 +424,10 @@ class Engine:
 
     def _hold_trainable(self, key: str, slot: int, adapter: Adapter | FullModel) -> None:
         assert adapter.gradients is not None
+        if isinstance(adapter, Adapter):
+            # Now, or a preflight that trusts an earlier measurement would not know of it.
+            for linear in self.decoder.weights.linears:
+                linear.prepare()
         self._hold(key, slot, adapter, AdamW(adapter.master, adapter.gradients))
 
     def _load_trainable(

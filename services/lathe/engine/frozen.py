@@ -32,6 +32,9 @@ class Frozen(Protocol):
     def dense(self) -> Tensor:
         """W [out, in] in its plain layout and the compute dtype; a copy where it is kept otherwise."""
 
+    def prepare(self) -> None:
+        """Makes now what `backward` keeps, so that no pass takes memory for it."""
+
     def backward(self, dy: Tensor) -> Tensor:
         """dy [T, out] -> dx [T, in]."""
 
@@ -40,8 +43,8 @@ class FrozenLinear:
     """y = x W^T (+ bias) for a frozen W [out, in], with dx = dy W on demand.
 
     On a CPU in bfloat16 W is kept in oneDNN's blocked layout only: measured 2.2 times as fast as a plain W at
-    1–16 rows (which is reordered at every call) and 6 % at 800. The layout for dx is made at the first backward
-    pass, so a base that only serves is in memory once.
+    1–16 rows (which is reordered at every call) and 6 % at 800. The layout for dx is made by `prepare`, or at the
+    first backward pass, so a base that only serves is in memory once.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None, *, packed: bool = True) -> None:
@@ -89,12 +92,16 @@ class FrozenLinear:
         """W [out, in] in its plain layout; a copy where it is kept otherwise."""
         return self._weight.to_dense() if self._packed else self._weight
 
+    def prepare(self) -> None:
+        """Makes the layout for dx, where there is another one."""
+        if self._packed and self._backward is None:
+            self._backward = _pack(self.dense().t().contiguous())
+
     def backward(self, dy: Tensor) -> Tensor:
         """dy [T, out] -> dx [T, in]."""
         if not self._packed:
             return dy @ self._weight
-        if self._backward is None:
-            self._backward = _pack(self.dense().t().contiguous())
+        self.prepare()
         return as_tensor(torch.ops.mkldnn._linear_pointwise(dy, self._backward, None, "none", [], ""))
 
 

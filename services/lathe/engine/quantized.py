@@ -58,6 +58,9 @@ class NF4Linear:
         """x W^T, without the bias."""
         return F.linear(x, self.dense())
 
+    def prepare(self) -> None:
+        """Nothing is kept for it."""
+
     def backward(self, dy: Tensor) -> Tensor:
         """dy [T, out] -> dx [T, in]."""
         return dy @ self.dense()

@@ -71,6 +71,16 @@ def test_a_resumed_training_is_the_uninterrupted_one_bit_for_bit(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_pass_makes_nothing_that_stays(make_engine: MakeEngine, dtype: torch.dtype) -> None:
+    engine = make_engine(dtype=dtype)
+    engine.create_adapter("a", LoraSpec(r=4, target_modules=("all-linear", "lm_head")), seed=3)
+    # What a pass took before the preflight of another process is then what it takes in this one.
+    before = engine.memory().base_bytes
+    train(engine, 1)
+    assert engine.memory().base_bytes == before
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_training_lowers_the_loss_and_is_sampled_from_at_once(
     make_engine: MakeEngine, dtype: torch.dtype
 ) -> None:
