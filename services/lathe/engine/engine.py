@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -26,6 +26,7 @@ from lathe.engine.bank import AdapterBank
 from lathe.engine.base import Decoder
 from lathe.engine.batch import CrossEntropy, RowScore, SliceResult, TrainRow, TrainSlice, trained_tokens
 from lathe.engine.full import FullModel, FullSpec, ServedModel, check_room, check_same_architecture, is_full
+from lathe.engine.held import Held, kept
 from lathe.engine.kv import KVCache, common_prefix
 from lathe.engine.lora_config import LoraSpec
 from lathe.engine.losses import token_logprobs
@@ -55,19 +56,6 @@ class EngineMemory:
     kv_budget_bytes: int
 
 
-@dataclass(slots=True)
-class _Held:
-    """What a key stands for. A whole model has a decoder of its own and no slot (-1) in the bank."""
-
-    slot: int
-    adapter: Adapter | FullModel | ServedModel
-    decoder: Decoder
-    optimizer: AdamW | None
-    serial: int
-    users: int = 0
-    begun: bool = False  # the gradients hold some slices of a step
-
-
 class Engine:
     """One base, its adapters by key ("" is the base itself), their optimisers, and the sequences being sampled."""
 
@@ -86,7 +74,7 @@ class Engine:
         self.device, self.dtype = decoder.device, decoder.dtype
         self.context_length = min(context_length or spec.context_length, spec.context_length)
         self._bank = AdapterBank(spec.sites(), decoder.weights)
-        self._held: dict[str, _Held] = {}
+        self._held: dict[str, Held] = {}
         self._made = 0
         self._kv_budget = kv_budget_bytes
         self._cache = KVCache(
@@ -194,7 +182,7 @@ class Engine:
         for piece in pieces:
             self._trainable(piece.key)
         held = {piece.key: self._adapter(piece.key) for piece in pieces}
-        with _kept(list(held.values())) if len(held) > 1 else nullcontext():
+        with kept(list(held.values())) if len(held) > 1 else nullcontext():
             results = self._run(pieces, training=True)
         for one in held.values():
             one.begun = True
@@ -385,7 +373,7 @@ class Engine:
 
     # Inside
 
-    def _adapter(self, key: str) -> _Held:
+    def _adapter(self, key: str) -> Held:
         held = self._held.get(key)
         if held is None:
             raise NotFound(f"this engine holds no adapter {key!r}; load it first.")
@@ -420,7 +408,7 @@ class Engine:
     ) -> None:
         self._made += 1
         decoder = self.decoder if isinstance(adapter, Adapter) else adapter.decoder
-        self._held[key] = _Held(slot, adapter, decoder, optimizer, self._made)
+        self._held[key] = Held(slot, adapter, decoder, optimizer, self._made)
 
     def _hold_trainable(self, key: str, slot: int, adapter: Adapter | FullModel) -> None:
         assert adapter.gradients is not None
@@ -589,16 +577,3 @@ class Engine:
             past=[state.done for state, _ in chunks],
             reach=[state.total for state, _ in chunks],
         )
-
-
-@contextmanager
-def _kept(adapters: Sequence[_Held]) -> Iterator[None]:
-    """Gives the adapters their gradients back when the block fails. A step not begun has none to keep."""
-    gradients = [held.optimizer.gradients for held in adapters if held.optimizer is not None]
-    before = [grads.clone() if held.begun else None for held, grads in zip(adapters, gradients, strict=True)]
-    try:
-        yield
-    except BaseException:
-        for grads, kept in zip(gradients, before, strict=True):
-            grads.zero_() if kept is None else grads.copy_(kept)
-        raise
