@@ -27,12 +27,13 @@ from tests.cluster.harness.engines import (
     orphan,
     placed,
     rayjobs,
+    workers_of,
 )
 from tests.cluster.harness.helm import Helm, merged
 from tests.cluster.harness.kind import Kind
 from tests.cluster.harness.kubectl import Kubectl, Object
 from tests.cluster.harness.release import Release, installed
-from tests.e2e.survival import start_long, upload_long, wait_for_step, wait_for_success
+from tests.e2e.survival import check_history, start_long, upload_long, wait_for_step, wait_for_success
 from tests.fixtures.tiny_chat import write_tiny_chat
 
 NAMESPACE = "lathe-engines"
@@ -43,12 +44,16 @@ NOBODYS = "eng-nobodys"
 
 
 def engine_values(values: dict[str, Any], least: int) -> dict[str, Any]:
-    """Small pools that shrink soon; a class that asks for a GPU, and for nothing behind it."""
+    """Small pools that shrink soon; a class that asks for a GPU, and for nothing behind it.
+
+    A slice holds two rows at most, so that each worker of a job has a share of every batch.
+    """
     resources = values["engines"]["classes"]["cpu"]["resources"]
     engines = {
         "min": least,
         "maxPerBase": 2,
         "idleTimeoutSeconds": int(IDLE_S),
+        "settings": {"LATHE_ENGINE_TRAIN_TOKENS_PER_SLICE": "64"},
         "classes": {"gpu": {"device": "cpu", "gpus": 1, "resources": resources}},
     }
     jobs = {"settings": {"LATHE_JOBS_ENGINE_STOP_TIMEOUT_S": "30"}}
@@ -171,6 +176,31 @@ def test_a_dedicated_engine_serves_its_job_and_goes_with_it(pools: Pools) -> Non
     )
     [still] = rayjobs(pools.kubectl)
     assert still["metadata"]["uid"] == shared["metadata"]["uid"]
+
+
+def test_a_job_of_two_workers_loses_one_and_ends_as_on_one(pools: Pools) -> None:
+    """The worker that is not the engine is killed in the middle of the job."""
+    alone = wait_for_success(pools.client, pools.job(), START_S)
+    job = pools.job(workers=2)
+    wait_for_step(pools.client, job, 60, START_S)
+    [worker] = workers_of(pools.kubectl, job.name)
+    started = time.monotonic()
+    pools.kubectl.kill(worker["metadata"]["name"])
+    until(lambda: pools.client.jobs.get(job.name).attempt_count == 2, START_S, "a second attempt")
+    print(f"\n   the second attempt after {time.monotonic() - started:.0f} s", flush=True)
+    job = wait_for_success(pools.client, job, START_S + END_S)
+    assert (job.attempt_count, job.lost_lease_count) == (2, 1)
+    check_history(pools.client, job)
+    # The engine noticed and said so: nobody had to wait for its lease to run out.
+    assert any("A worker of this job was lost" in one.message for one in pools.client.jobs.events(job.name))
+    assert losses(pools.client, job) == pytest.approx(losses(pools.client, alone), abs=1e-5)
+    until(lambda: not dedicated_to(pools.kubectl, job.name), GONE_S, "the job's own engine to be gone")
+
+
+def losses(client: Client, job: jobs_pb2.Job) -> list[float]:
+    """Of each step, the last one first."""
+    events = client.jobs.events(job.name)
+    return [one.metrics.train_loss for one in events if one.type == jobs_pb2.EVENT_TYPE_METRICS]
 
 
 def test_an_empty_pool_goes_to_zero(pools: Pools, values: dict[str, Any]) -> None:

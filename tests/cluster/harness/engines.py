@@ -7,7 +7,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from lathe.jobs.launchers.manifests import ENGINE_LABEL, JOB_ANNOTATION, RELEASE_LABEL, object_name
+from lathe.jobs.launchers.manifests import (
+    ENGINE_LABEL,
+    JOB_ANNOTATION,
+    NODE_TYPE_LABEL,
+    RELEASE_LABEL,
+    object_name,
+)
 from tests.cluster.harness.kubectl import Kubectl, Object
 from tests.cluster.harness.release import Release
 
@@ -101,6 +107,13 @@ def dedicated_to(kubectl: Kubectl, job_name: str) -> list[Object]:
         for one in kubectl.items("rayjobs", ENGINE_LABEL)
         if one["metadata"]["annotations"].get(JOB_ANNOTATION) == job_name.rpartition("/")[2]
     ]
+
+
+def workers_of(kubectl: Kubectl, job_name: str) -> list[Object]:
+    """The pods of a job's workers beside its engine."""
+    [engine] = dedicated_to(kubectl, job_name)
+    name = engine["metadata"]["labels"][ENGINE_LABEL]
+    return kubectl.items("pods", f"{ENGINE_LABEL}={name},{NODE_TYPE_LABEL}=worker")
 
 
 def ask_ray(kubectl: Kubectl, pod: str) -> dict[str, list[object]]:

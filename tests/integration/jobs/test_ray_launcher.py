@@ -3,6 +3,7 @@
 import asyncio
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 
@@ -13,6 +14,10 @@ from tests.fixtures.servers import free_ports
 
 _SLEEPER = (
     "python -c \"import os, time; print(os.environ['LATHE_ENGINE_ENGINE_ID'], flush=True); time.sleep(300)\""
+)
+_TELLER = (
+    "python -c \"import os, sys; names = ('WORKERS', 'WORKER_CPUS', 'RAY_ADDRESS'); "
+    "sys.exit('{} workers of {} CPUs by {}'.format(*(os.environ['LATHE_ENGINE_' + name] for name in names)))\""
 )
 _BROKEN = "python -c \"import sys; print('first'); sys.exit('no weights here')\""
 
@@ -50,6 +55,14 @@ async def test_an_engine_is_a_ray_job_until_it_is_stopped(dashboard: str) -> Non
     await launcher.stop("eng-1")
     await launcher.stop("eng-1")
     assert "eng-1" not in {engine.engine_id for engine in await launcher.list()}
+
+
+async def test_an_engine_of_several_workers_is_told_how_it_gets_them(dashboard: str) -> None:
+    launcher = RayLauncher(dashboard, _TELLER, "127.0.0.1:1", num_cpus=0.5)
+    assert await launcher.why_one_worker() == ""
+    await launcher.start(replace(launch("eng-3"), job_id="job-1", workers=2))
+    found = await until(launcher, "eng-3", lambda engine: engine is not None and not engine.running)
+    assert found is not None and "2 workers of 0.5 CPUs by auto" in found.last_log_line
 
 
 async def test_an_engine_that_ends_says_why(dashboard: str) -> None:
