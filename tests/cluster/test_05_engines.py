@@ -26,12 +26,14 @@ from tests.cluster.harness.engines import (
     names,
     orphan,
     placed,
+    pods_of,
     rayjobs,
-    workers_of,
+    ready_workers,
 )
 from tests.cluster.harness.helm import Helm, merged
 from tests.cluster.harness.kind import Kind
 from tests.cluster.harness.kubectl import Kubectl, Object
+from tests.cluster.harness.reach import Target, reached
 from tests.cluster.harness.release import Release, installed
 from tests.e2e.survival import check_history, start_long, upload_long, wait_for_step, wait_for_success
 from tests.fixtures.tiny_chat import write_tiny_chat
@@ -182,8 +184,9 @@ def test_a_job_of_two_workers_loses_one_and_ends_as_on_one(pools: Pools) -> None
     """The worker that is not the engine is killed in the middle of the job."""
     alone = wait_for_success(pools.client, pools.job(), START_S)
     job = pools.job(workers=2)
+    [worker] = until(lambda: ready_workers(pools.kubectl, job.name), START_S, "the worker's pod")
+    check_network(pools, job, worker)
     wait_for_step(pools.client, job, 60, START_S)
-    [worker] = workers_of(pools.kubectl, job.name)
     started = time.monotonic()
     pools.kubectl.kill(worker["metadata"]["name"])
     until(lambda: pools.client.jobs.get(job.name).attempt_count == 2, START_S, "a second attempt")
@@ -195,6 +198,17 @@ def test_a_job_of_two_workers_loses_one_and_ends_as_on_one(pools: Pools) -> None
     assert any("A worker of this job was lost" in one.message for one in pools.client.jobs.events(job.name))
     assert losses(pools.client, job) == pytest.approx(losses(pools.client, alone), abs=1e-5)
     until(lambda: not dedicated_to(pools.kubectl, job.name), GONE_S, "the job's own engine to be gone")
+
+
+def check_network(pools: Pools, job: jobs_pb2.Job, worker: Object) -> None:
+    """The engine reaches its worker on any port; the engine of a pool and a service reach it on none."""
+    ports = [Target("worker", port, worker["status"]["podIP"]) for port in (52365, 40000)]
+    name = worker["metadata"]["name"]
+    [engine] = [pod for pod in pods_of(pools.kubectl, job.name) if pod["metadata"]["name"] != name]
+    assert reached(pools.kubectl, engine, ports, "engine") == {("worker", 52365), ("worker", 40000)}
+    [other] = placed(pools.kubectl)
+    assert reached(pools.kubectl, other, ports, "engine") == set()
+    assert reached(pools.kubectl, pools.release.pod("gateway"), ports) == set()
 
 
 def losses(client: Client, job: jobs_pb2.Job) -> list[float]:

@@ -14,7 +14,7 @@ from lathe.jobs.launchers.manifests import (
     RELEASE_LABEL,
     object_name,
 )
-from tests.cluster.harness.kubectl import Kubectl, Object
+from tests.cluster.harness.kubectl import Kubectl, Object, ready
 from tests.cluster.harness.release import Release
 
 KINDS = "rayjobs,rayclusters,deployments,pods,services,secrets,jobs.batch"
@@ -109,11 +109,23 @@ def dedicated_to(kubectl: Kubectl, job_name: str) -> list[Object]:
     ]
 
 
-def workers_of(kubectl: Kubectl, job_name: str) -> list[Object]:
-    """The pods of a job's workers beside its engine."""
-    [engine] = dedicated_to(kubectl, job_name)
-    name = engine["metadata"]["labels"][ENGINE_LABEL]
-    return kubectl.items("pods", f"{ENGINE_LABEL}={name},{NODE_TYPE_LABEL}=worker")
+def pods_of(kubectl: Kubectl, job_name: str) -> list[Object]:
+    """The pods of a job's own engine, its other workers' too."""
+    engines = {one["metadata"]["labels"][ENGINE_LABEL] for one in dedicated_to(kubectl, job_name)}
+    return [
+        pod
+        for pod in kubectl.items("pods", ENGINE_LABEL)
+        if pod["metadata"]["labels"][ENGINE_LABEL] in engines
+    ]
+
+
+def ready_workers(kubectl: Kubectl, job_name: str) -> list[Object]:
+    """Those of them that are not the engine, and ready."""
+    return [
+        pod
+        for pod in pods_of(kubectl, job_name)
+        if pod["metadata"]["labels"][NODE_TYPE_LABEL] == "worker" and ready(pod)
+    ]
 
 
 def ask_ray(kubectl: Kubectl, pod: str) -> dict[str, list[object]]:
