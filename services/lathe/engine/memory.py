@@ -11,7 +11,7 @@ import json
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass, fields
 from pathlib import Path
 
 import torch
@@ -110,15 +110,17 @@ def _number(path: Path) -> int | None:
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """What a pass's memory depends on. tokens: all of its rows'; longest: of one row; trained: that reach the head."""
+    """What a pass's memory depends on. tokens: all of its rows'; longest: of one row; trained: that reach the head;
+    padded: the rows in attention, where each is as long as the longest."""
 
     tokens: int
     longest: int
     trained: int
+    padded: int
 
     def covers(self, other: Load) -> bool:
         """Whether a pass of this load takes at least as much as one of the other."""
-        return self.tokens >= other.tokens and self.longest >= other.longest and self.trained >= other.trained
+        return all(mine >= its for mine, its in zip(astuple(self), astuple(other), strict=True))
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,7 +173,7 @@ def _measurement(line: bytes, profile: str) -> Measurement | None:
         content = json.loads(line)
         if content["profile"] != profile:
             return None
-        load = Load(int(content["tokens"]), int(content["longest"]), int(content["trained"]))
+        load = Load(*(int(content[part.name]) for part in fields(Load)))
         return Measurement(load, int(content["bytes"]))
     except (ValueError, KeyError, TypeError):
         return None

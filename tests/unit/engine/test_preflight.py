@@ -17,7 +17,7 @@ from lathe.engine.batch import TrainRow
 from lathe.engine.memory import Load, Measurement, MemoryBook, bound, free_bytes, peak_bytes
 from lathe.engine.model import Note, SlicePlan, SnapshotKind, TrainingConfig
 from lathe.engine.packing import slice_plan
-from lathe.engine.recipes.preflight import Memory, estimated, heaviest, load_of
+from lathe.engine.recipes.preflight import PADDING, Memory, estimated, heaviest, load_of
 from lathe.engine.recipes.run import Run
 from lathe.engine.recipes.sft import SupervisedRecipe
 from lathe.engine.recipes.turns import Forward, Turn
@@ -91,7 +91,7 @@ def test_the_heaviest_slice_is_measured_after_an_eighth_of_it(tmp_path: Path) ->
     measured = [call for call in engine.calls if call.startswith("measure")]
     assert measured == ["measure a 7", "measure a 62"]
     assert slices(events) == slices(plain) and not notes(events)
-    assert around.book[-1] == Measurement(Load(62, 30, 59), 62_000)
+    assert around.book[-1] == Measurement(Load(62, 30, 59, 90), 62_000)
 
 
 def test_what_was_measured_before_is_not_measured_again(tmp_path: Path) -> None:
@@ -190,7 +190,7 @@ def test_where_nothing_can_be_measured_the_plan_stays(tmp_path: Path, free: int 
 
 def test_two_trials_find_the_part_that_does_not_grow() -> None:
     def trial(tokens: int, taken: int) -> Measurement:
-        return Measurement(Load(tokens, tokens, tokens), taken)
+        return Measurement(Load(tokens, tokens, tokens, tokens), taken)
 
     assert estimated([trial(8, 900)], 64) == 7200
     assert estimated([trial(8, 900), trial(16, 1000)], 64) == 1600
@@ -207,7 +207,8 @@ def test_no_slice_of_the_plan_is_much_heavier(
     lengths: list[int], unit: int, batch_size: int, budget: int, seed: int
 ) -> None:
     rows = [row(length) for length in lengths for _ in range(unit)]
-    load = load_of(heaviest(rows, unit=unit, batch_size=batch_size, max_tokens=budget))
+    slices = heaviest(rows, unit=unit, batch_size=batch_size, max_tokens=budget)
+    loads = [load_of(one) for one in slices]
     plan = slice_plan(
         [len(item.tokens) for item in rows],
         n_epochs=1,
@@ -220,20 +221,39 @@ def test_no_slice_of_the_plan_is_much_heavier(
     for index in range(plan.total_steps):
         for piece in plan.step(index).slices:
             other = load_of([rows[place] for place in piece.rows])
-            assert other.longest <= load.longest
-            assert other.tokens <= load.tokens + max(lengths) * unit - shortest
+            assert other.longest <= max(load.longest for load in loads)
+            assert other.padded <= PADDING * max(load.padded for load in loads)
+            assert other.tokens <= loads[0].tokens + max(lengths) * unit - shortest
+
+
+def test_a_long_row_beside_many_short_ones_is_measured_too(tmp_path: Path) -> None:
+    """Attention makes each as long as the longest."""
+
+    class Padding(FakeEngine):
+        def measure(self, key: str, rows: Any) -> int | None:
+            return load_of(rows).padded * self.bytes_per_token
+
+    rows = [row(length) for length in [32, 31] + [2] * 40]
+    most, padded = heaviest(rows, unit=1, batch_size=64, max_tokens=64)
+    assert [len(item.tokens) for item in most] == [32, 31]
+    assert [len(item.tokens) for item in padded] == [32] + [2] * 16
+    around = Surroundings(200_000)
+    events = turns(tmp_path, around, rows, Padding())
+    assert [item.load.padded for item in around.book] == [8, 64, 32, 256]
+    assert len(notes(events)) == 1 and max(slices(events)) <= 32
 
 
 def test_a_bound_covers_what_is_lighter() -> None:
-    known = [Measurement(Load(100, 50, 80), 7), Measurement(Load(60, 50, 40), 5)]
-    assert bound(known, Load(60, 10, 40)) == 5
-    assert bound(known, Load(60, 10, 41)) == 7
-    assert bound(known, Load(60, 51, 1)) is None
+    known = [Measurement(Load(100, 50, 80, 150), 7), Measurement(Load(60, 50, 40, 100), 5)]
+    assert bound(known, Load(60, 10, 40, 100)) == 5
+    assert bound(known, Load(60, 10, 41, 100)) == 7
+    assert bound(known, Load(60, 10, 40, 101)) == 7
+    assert bound(known, Load(60, 51, 1, 60)) is None
 
 
 def test_a_book_outlives_its_process_and_a_torn_line(tmp_path: Path) -> None:
     path = tmp_path / "cache" / "memory.jsonl"
-    first, second = Measurement(Load(1, 2, 3), 4), Measurement(Load(5, 6, 7), 8)
+    first, second = Measurement(Load(1, 2, 3, 4), 4), Measurement(Load(5, 6, 7, 8), 8)
     assert MemoryBook(path).known("a") == []
     MemoryBook(path).learn("a", first)
     with path.open("ab") as file:

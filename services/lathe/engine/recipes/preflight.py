@@ -1,15 +1,17 @@
-"""Before a run's first step: does the heaviest slice that its data can give fit into the engine's memory?
+"""Before a run's first step: do the heaviest slices that its data can give fit into the engine's memory?
 
-It is measured, by a real pass over real rows whose gradients are forgotten, unless one at least as heavy was measured
-before. Since a machine may end a process that takes too much without a word, an eighth of the slice goes first: only
-what it promises to leave room for is tried. What does not fit is planned in smaller slices, which changes neither the
-batch nor its loss; a single row (a pair) that does not fit is refused with what it needs and what there is.
+Each is measured, by a real pass over real rows whose gradients are forgotten, unless one at least as heavy was
+measured before. Since a machine may end a process that takes too much without a word, an eighth of the slice goes
+first: only what it promises to leave room for is tried. What does not fit is planned in smaller slices, which changes
+neither the batch nor its loss; a single row (a pair) that does not fit is refused with what it needs and what there is.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 
 from lathe.common.errors import FailedPrecondition
 from lathe.engine.batch import TrainRow, trained_tokens
@@ -22,6 +24,8 @@ from lathe.engine.recipes.turns import Turns, measure
 USABLE = 0.9
 # Which parts of the heaviest slice go first: an eighth, and a quarter where that does not settle it.
 TRIALS = (8, 4)
+# Attention's padded rows are about a tenth of what a pass holds of a token: up to twice as much is within USABLE.
+PADDING = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,10 +55,12 @@ def find_room(
     """The slices that fit. Raises FailedPrecondition with reason OUT_OF_MEMORY where no plan does."""
     budget, first_need = slice_tokens, 0
     while True:
-        slice_ = heaviest(rows, unit=unit, batch_size=batch_size, max_tokens=budget)
-        need = yield from _need(memory, key, slice_)
-        free = memory.free()
-        if need is None or free is None or need <= free * USABLE:
+        for slice_ in heaviest(rows, unit=unit, batch_size=batch_size, max_tokens=budget):
+            need = yield from _need(memory, key, slice_)
+            free = memory.free()
+            if need is not None and free is not None and need > free * USABLE:
+                break
+        else:
             break
         first_need = first_need or need
         if len(slice_) <= unit:
@@ -75,26 +81,58 @@ def find_room(
 
 def heaviest(
     rows: Sequence[TrainRow], *, unit: int, batch_size: int, max_tokens: int
-) -> tuple[TrainRow, ...]:
-    """The heaviest slice that the data can give: as many of the longest units as fit, at least one.
+) -> list[tuple[TrainRow, ...]]:
+    """The heaviest slices that the data can give: the one of the most tokens, and the one that attention pads most
+    where that is more than PADDING times as much.
 
-    Each slice of the plan has no row longer than its longest, and at most one short unit's tokens more.
+    Each slice of the plan has no row longer than their longest, and at most one short unit's tokens more.
     """
     units = [tuple(rows[start : start + unit]) for start in range(0, len(rows), unit)]
-    units.sort(key=lambda rows: sum(len(row.tokens) for row in rows), reverse=True)
-    chosen, tokens = list(units[0]), sum(len(row.tokens) for row in units[0])
-    for other in units[1:]:
-        size = sum(len(row.tokens) for row in other)
-        if len(chosen) < batch_size * unit and tokens + size <= max_tokens:
+    units.sort(key=_tokens)
+    slices = [_most_tokens(units, batch_size, max_tokens), _most_padded(units, batch_size, max_tokens)]
+    most, padded = map(load_of, slices)
+    is_heavier = padded.longest > most.longest or padded.padded > PADDING * most.padded
+    return slices if is_heavier else slices[:1]
+
+
+def _most_tokens(units: Sequence[Sequence[TrainRow]], batch_size: int, room: int) -> tuple[TrainRow, ...]:
+    """As many of the longest units as fit, at least one. units: ordered by their tokens."""
+    chosen = list(units[-1])
+    count, left = 1, room - _tokens(units[-1])
+    for other in reversed(units[:-1]):
+        if count < batch_size and _tokens(other) <= left:
             chosen += other
-            tokens += size
+            count, left = count + 1, left - _tokens(other)
     return tuple(chosen)
+
+
+def _most_padded(units: Sequence[Sequence[TrainRow]], batch_size: int, room: int) -> tuple[TrainRow, ...]:
+    """One unit and as many of the shortest as fit beside it: the one whose longest row times all rows is the most."""
+    sums = list(accumulate(map(_tokens, units)))
+    together = bisect_right(sums, room)
+
+    def beside(index: int) -> int:
+        fit = together - 1 if index < together else bisect_right(sums, room - _tokens(units[index]))
+        return min(batch_size - 1, fit)
+
+    def padded(index: int) -> tuple[int, int]:
+        longest = max(len(row.tokens) for row in units[index])
+        return longest * (1 + beside(index)), longest
+
+    most = max(range(len(units)), key=padded)
+    others = [*units[:most], *units[most + 1 :]][: beside(most)]
+    return tuple(row for one in (units[most], *others) for row in one)
+
+
+def _tokens(rows: Sequence[TrainRow]) -> int:
+    return sum(len(row.tokens) for row in rows)
 
 
 def load_of(rows: Sequence[TrainRow]) -> Load:
     """What of the rows decides over memory."""
     lengths = [len(row.tokens) for row in rows]
-    return Load(sum(lengths), max(lengths), sum(trained_tokens(row) for row in rows))
+    trained = sum(trained_tokens(row) for row in rows)
+    return Load(sum(lengths), max(lengths), trained, len(rows) * max(lengths))
 
 
 def _need(memory: Memory, key: str, rows: Sequence[TrainRow]) -> Turns[int | None]:
