@@ -245,6 +245,7 @@ class Job:
     estimated_finish_time: datetime | None = None
     # No attempt before this time (back-off after a retryable error).
     hold_until: datetime | None = None
+    # None until the files are valid; again in a queued job that a replica of version 0.1 resolved during an upgrade.
     hyperparameters: Hyperparameters | None = None
     training_tokens: TokenObject | None = None
     validation_tokens: TokenObject | None = None

@@ -108,6 +108,7 @@ def next_job(
         job
         for job in queued
         if job.place == place
+        and job.hyperparameters is not None
         and (job.hold_until is None or job.hold_until <= now)
         and _has_room(job.project, counts, quotas)
     ]

@@ -63,8 +63,10 @@ class JobSteps:
         async with self.store.read() as session:
             waiting = [
                 job
-                for job in await session.jobs_in([JobState.VALIDATING_FILES, JobState.RUNNING])
-                if job.state is JobState.VALIDATING_FILES or job.final_attempt_id
+                for job in await session.jobs_in(
+                    [JobState.VALIDATING_FILES, JobState.QUEUED, JobState.RUNNING]
+                )
+                if _to_validate(job) or job.final_attempt_id
             ]
         room = asyncio.Semaphore(_AT_ONCE)
         await asyncio.gather(*(self._try(job, room) for job in waiting))
@@ -72,7 +74,7 @@ class JobSteps:
     async def _try(self, job: Job, room: asyncio.Semaphore) -> None:
         async with room:
             try:
-                if job.state is JobState.VALIDATING_FILES:
+                if _to_validate(job):
                     await self._validate(job)
                 else:
                     await self._register(job)
@@ -137,14 +139,16 @@ class JobSteps:
             job,
             state=transitions.apply(job.state, Trigger.FILES_VALID),
             state_reason="The files are valid; the job waits for an engine.",
-            queue_time=self.clock.now(),
+            queue_time=job.queue_time or self.clock.now(),
             hyperparameters=chosen,
             total_steps=hyperparameters.total_steps(chosen, training.rows),
             training_tokens=training.tokens,
             validation_tokens=audits[1].tokens if len(audits) > 1 else None,
             audit_key=training.key,
         )
-        await self._apply(job, changed, [*events, messages.validated()])
+        # A queued one has told it already.
+        told = [*events, messages.validated()] if job.state is JobState.VALIDATING_FILES else []
+        await self._apply(job, changed, told)
 
     # --- results ---
 
@@ -214,6 +218,12 @@ class JobSteps:
         error = JobError("server_error", f"The trained model cannot be registered: {why}")
         changed, events = lifecycle.failed(job, Trigger.REGISTRATION_REFUSED, error, self.clock.now())
         await self._apply(job, changed, events)
+
+
+def _to_validate(job: Job) -> bool:
+    return job.state is JobState.VALIDATING_FILES or (
+        job.state is JobState.QUEUED and job.hyperparameters is None
+    )
 
 
 def _registration(

@@ -71,6 +71,9 @@ def _table() -> dict[tuple[JobState, Trigger], JobState]:
         (s.VALIDATING_FILES, t.FILES_VALID): s.QUEUED,
         (s.VALIDATING_FILES, t.FILES_INVALID): s.FAILED,
         (s.VALIDATING_FILES, t.CANCEL): s.CANCELLED,
+        # A replica of the version before had resolved it without the options that it does not know.
+        (s.QUEUED, t.FILES_VALID): s.QUEUED,
+        (s.QUEUED, t.FILES_INVALID): s.FAILED,
         (s.QUEUED, t.LEASED): s.STARTING,
         (s.QUEUED, t.REFUSED): s.FAILED,
         (s.QUEUED, t.CANCEL): s.CANCELLED,

@@ -5,9 +5,10 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
-from lathe.jobs import policy
+from lathe.jobs import hyperparameters, policy
 from lathe.jobs.model import BaseRef, DatasetRef, EngineRecord, EngineState, Job, JobState, Place, Pool
 from lathe.jobs.policy import Explain, Launch, Limits, Refuse, Snapshot, StopEngine
+from lathe.jobs.training import AUTO
 from tests.fakes.jobs import BASE, OTHER
 
 NOW = datetime(2026, 1, 1, 12, tzinfo=UTC)
@@ -28,6 +29,7 @@ def job(name: str, project: str = "acme", age: float = 60, base: BaseRef = BASE,
         ago(age),
         state=JobState.QUEUED,
         queue_time=ago(age),
+        hyperparameters=hyperparameters.resolve(AUTO, base, 100),
     )
     return replace(made, **fields)  # type: ignore[arg-type]
 

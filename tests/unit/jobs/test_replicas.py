@@ -4,13 +4,16 @@ import asyncio
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 
+from sqlalchemy import select, update
+
 from lathe.jobs import policy
 from lathe.jobs.model import EngineState, JobState
 from lathe.jobs.policy import Launch
 from lathe.jobs.ports import LaunchedEngine
 from lathe.jobs.reconciler import Reconciler
 from lathe.jobs.sharedclock import SharedClock
-from lathe.jobs.store import SqlJobStore
+from lathe.jobs.store import SqlJobStore, tables
+from lathe.jobs.training import TrainingSpec
 from lathe.jobs.workers import Beat
 from tests.fakes.clock import FakeClock
 from tests.fakes.jobs import OTHER, World, a_world
@@ -171,3 +174,36 @@ async def test_an_answer_that_took_long_says_nothing_of_the_databases_clock() ->
     # It is asked again at the next pass.
     await clock.agree(at_once)
     assert clock.now() - machine.now() == timedelta(seconds=5)
+
+
+async def resolved_by_the_version_before(world: World, job_id: str) -> None:
+    """As version 0.1 writes what it resolved: the members that it knows, and nothing in the column that came later."""
+    async with world.store._db.write() as connection:
+        row = (
+            (await connection.execute(select(tables.jobs).where(tables.jobs.c.id == job_id))).mappings().one()
+        )
+        extra = {key: value for key, value in row["extra"].items() if key != "hyperparameters"}
+        await connection.execute(update(tables.jobs).where(tables.jobs.c.id == job_id).values(extra=extra))
+
+
+async def test_what_an_older_replica_resolved_is_resolved_again_before_it_is_leased(world: World) -> None:
+    asked = TrainingSpec(use_dora=True, schedule="linear", lora_r=4)
+    job = await world.queued(spec=asked)
+    assert job.hyperparameters is not None and job.hyperparameters.use_dora
+    await resolved_by_the_version_before(world, job.id)
+    await world.register()
+    assert await world.workers.lease("eng-a") is None
+    before = await world.messages(job.id)
+    world.clock.tick(60)
+    await world.steps.run_once()
+    assert await world.messages(job.id) == before
+    lease = await world.workers.lease("eng-a")
+    assert lease is not None and lease.job.hyperparameters == job.hyperparameters
+    assert lease.job.queue_time == job.queue_time
+
+
+async def test_what_an_older_replica_let_an_engine_train_is_said_as_it_was_trained(world: World) -> None:
+    lease = await world.leased(spec=TrainingSpec(use_dora=True))
+    await resolved_by_the_version_before(world, lease.job.id)
+    found = (await world.job(lease.job.id)).hyperparameters
+    assert found is not None and not found.use_dora

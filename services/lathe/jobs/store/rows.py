@@ -138,6 +138,8 @@ def job(row: Row) -> Job:
             body[key] = value
         elif body.get(key) is not None:
             body[key] |= value
+    if _resolved_without_knowing(row):
+        body["hyperparameters"] = None
     for key, read in _READERS.items():
         if body.get(key) is not None:
             body[key] = read(body[key])
@@ -151,6 +153,13 @@ def job(row: Row) -> Job:
         create_time=row["create_time"],
         **body,
     )
+
+
+def _resolved_without_knowing(row: Row) -> bool:
+    """Whether version 0.1 chose the hyperparameters of a waiting job, by the members of the spec that it knows."""
+    extra = row["extra"] or {}
+    waits = row["state"] in (JobState.QUEUED, JobState.PAUSED)
+    return waits and "spec" in extra and "hyperparameters" not in extra
 
 
 def attempt_values(attempt: Attempt) -> dict[str, Any]:
