@@ -25,7 +25,7 @@ from lathe.engine.export.export import (
     export_safetensors,
 )
 from lathe.engine.export.gguf_file import GgufType
-from lathe.engine.export.llamacpp import LlamaCpp
+from lathe.engine.export.llamacpp import LlamaCpp, post
 from lathe.engine.export.reference import Reference
 from lathe.engine.export.source import Lineage, Source
 from lathe.engine.export.texts import default_probes
@@ -191,6 +191,20 @@ def test_q8_0_of_a_tuned_model_is_near_its_f16(base: Path, tmp_path: Path, name:
     assert float(done.measured["mean KL of q8_0 to f16"].split()[0]) <= MEAN_KL
     assert [name for name in done.files if name.endswith(".gguf")] == ["ft-tiny-default--1-q8_0.gguf"]
     assert 'PARAMETER stop "<|im_end|>"' in (done.folder / "Modelfile").read_text()
+
+
+def test_llama_cpp_is_asked_past_a_proxy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    source = Source(build_tiny(tmp_path / "base", "llama"), None, LINEAGE)
+    probe = default_probes(source.tokenizer())[0]
+    assert export_gguf(source, tmp_path / "out", probes=[probe], threads=1).warnings == ()
+
+
+def test_a_llama_cpp_that_does_not_answer_is_said_so() -> None:
+    with pytest.raises(FailedPrecondition, match=r"llama\.cpp does not answer /completion: .*refused"):
+        post("http://127.0.0.1:9", "/completion", {})
 
 
 def gguf_of(done: Exported) -> Path:

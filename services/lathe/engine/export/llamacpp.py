@@ -99,15 +99,24 @@ class LlamaCpp:
         return self._post("/completion", {**body, **options})
 
     def _post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
-        request = urllib.request.Request(
-            self._server.listening_address + path,
-            json.dumps(body).encode(),
-            {"content-type": "application/json"},
-        )
-        try:
-            with urllib.request.urlopen(request, timeout=_TIMEOUT_S) as answer:
-                return dict(json.loads(answer.read()))
-        except urllib.error.HTTPError as error:
-            raise FailedPrecondition(
-                f"llama.cpp refuses {path}: {error.read().decode(errors='replace')}"
-            ) from error
+        return post(self._server.listening_address, path, body)
+
+
+def post(address: str, path: str, body: Mapping[str, Any]) -> dict[str, Any]:
+    """What a llama.cpp server on this machine answers: no proxy of the environment's is asked.
+
+    Raises FailedPrecondition where it refuses or does not answer.
+    """
+    request = urllib.request.Request(
+        address + path, json.dumps(body).encode(), {"content-type": "application/json"}
+    )
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    try:
+        with opener.open(request, timeout=_TIMEOUT_S) as answer:
+            return dict(json.loads(answer.read()))
+    except urllib.error.HTTPError as error:
+        raise FailedPrecondition(
+            f"llama.cpp refuses {path}: {error.read().decode(errors='replace')}"
+        ) from error
+    except OSError as error:
+        raise FailedPrecondition(f"llama.cpp does not answer {path}: {error}.") from error
