@@ -54,6 +54,7 @@ class AdapterCache:
         if key not in self._users:
             async with self._fetching.setdefault(key, asyncio.Lock()):
                 folder = await ensure_adapter(self._store, ref, self._folder, self._clock)
+            self._fetching.pop(key, None)
             # One at a time decides who stays in memory; those who are there already do not wait for it.
             async with self._residence:
                 if key not in self._users:
@@ -78,6 +79,7 @@ class AdapterCache:
                 del self._users[key]
                 try:
                     await asyncio.wrap_future(self._loop.drop_adapter(key))
+                    del self._places[key]
                     break
                 except FailedPrecondition:
                     # A call has just ended and the model thread has not freed its sequence yet.

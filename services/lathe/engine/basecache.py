@@ -19,7 +19,7 @@ from shutil import rmtree
 from lathe.common.clock import Clock
 from lathe.common.errors import DataLoss, FailedPrecondition, InvalidArgument, NotFound, Unavailable
 from lathe.common.objectstore.base import LOCAL_DISK, ObjectStore, local_disk
-from lathe.engine.checkpoints import MANIFEST, OPTIMIZER, FileEntry, Manifest, digest_file, fetch_files
+from lathe.engine.checkpoints import MANIFEST, FileEntry, Manifest, digest_file, fetch_files, is_of_training
 from lathe.engine.model import AdapterRef
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
@@ -117,7 +117,7 @@ async def ensure_adapter(store: ObjectStore, ref: AdapterRef, cache: Path, clock
         raise NotFound(f"There is no adapter at {prefix}.") from error
     if hashlib.sha256(data).hexdigest() != ref.manifest_sha256:
         raise DataLoss(f"The manifest at {prefix} is not the one that was registered.")
-    entries = [entry for entry in Manifest.from_bytes(data).files if entry.path != OPTIMIZER]
+    entries = [entry for entry in Manifest.from_bytes(data).files if not is_of_training(entry.path)]
     async with _locked(target.with_name(f"{ref.manifest_sha256}.lock"), clock):
         if not target.is_dir():
             partial = target.with_name(f"{ref.manifest_sha256}.partial")

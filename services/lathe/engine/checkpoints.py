@@ -1,7 +1,10 @@
 """Checkpoints in the object store: files first, `manifest.json` last. One exists when its manifest does.
 
-jobs/<job>/<attempt>/checkpoints/step-<n>/   adapter_config.json, adapter_model.safetensors, optimizer.safetensors
+jobs/<job>/<attempt>/checkpoints/step-<n>/   adapter_config.json, adapter_model.safetensors, optimizer.safetensors,
+                                             best-* (the best adapter so far), reference.safetensors (DPO, KTO)
 jobs/<job>/<attempt>/final/                  adapter_config.json, adapter_model.safetensors
+
+A whole model has config.json and model.safetensors in the adapter's place.
 """
 
 from __future__ import annotations
@@ -34,6 +37,10 @@ logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 OPTIMIZER = "optimizer.safetensors"
+# What a method measures the trained model against.
+REFERENCE = "reference.safetensors"
+# A checkpoint brings the best adapter so far along, under these names.
+BEST = "best-"
 # One may be damaged or half deleted; the one before it is then the start.
 RESUME_KEPT = 2
 _VERSION = 1
@@ -98,6 +105,11 @@ class Manifest:
             return cls(**content)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise DataLoss(f"A checkpoint's manifest cannot be read: {error}.") from error
+
+
+def is_of_training(name: str) -> bool:
+    """Whether a checkpoint's file is only for going on with its job: its adapter is whole without it."""
+    return name in {OPTIMIZER, REFERENCE} or name.startswith(BEST)
 
 
 @dataclass(frozen=True, slots=True)

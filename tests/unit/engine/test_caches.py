@@ -154,6 +154,21 @@ async def test_an_adapter_is_loaded_when_first_used_and_stays(bench: Bench) -> N
         assert key == ""
 
 
+async def test_of_a_checkpoint_only_its_adapter_is_brought(bench: Bench, tmp_path: Path) -> None:
+    await bench.adapter(1)
+    folder = tmp_path / "1"
+    names = tuple(path.name for path in folder.iterdir())
+    for name in ("reference.safetensors", "best-adapter_config.json", "best-adapter_model.safetensors"):
+        (folder / name).write_bytes(b"of the run")
+    item = Snapshot(
+        SnapshotKind.EPOCH, 2, 1, 9, 1, folder, tuple(path.name for path in folder.iterdir()), None
+    )
+    plan = SlicePlan(1, 1, "float32", "cpu")
+    second = await upload(bench.store, "jobs/j/att-2/checkpoints/step-2", folder, describe(item, plan))
+    brought = await ensure_adapter(bench.store, second, tmp_path / "cache", FakeClock())
+    assert {path.name for path in brought.iterdir()} == set(names) - {"optimizer.safetensors"}
+
+
 async def test_the_least_recently_used_goes_and_those_in_use_stay(bench: Bench) -> None:
     first, second, third = [await bench.adapter(number) for number in (1, 2, 3)]
     async with bench.cache.using(first):

@@ -18,10 +18,9 @@ from safetensors.torch import save as to_safetensors
 
 from lathe.common.errors import DataLoss
 from lathe.engine.batch import TrainRow
+from lathe.engine.checkpoints import REFERENCE
 from lathe.engine.recipes.recipe import Batch, Job, Recipe
 from lathe.engine.recipes.turns import Turns
-
-REFERENCE_FILE = "reference.safetensors"
 
 
 class Reference:
@@ -59,19 +58,19 @@ class Reference:
         return [score.sum for score in scores]
 
     def save(self, folder: Path) -> tuple[str, ...]:
-        (folder / REFERENCE_FILE).write_bytes(to_safetensors(self._known))
-        return (REFERENCE_FILE,)
+        (folder / REFERENCE).write_bytes(to_safetensors(self._known))
+        return (REFERENCE,)
 
     def restore(self, folder: Path) -> None:
         """Raises DataLoss for a file that is missing, torn, or of other data."""
         try:
-            stored = load_file(str(folder / REFERENCE_FILE))
+            stored = load_file(str(folder / REFERENCE))
         except (OSError, SafetensorError) as error:
-            raise DataLoss(f"The checkpoint's {REFERENCE_FILE} cannot be read: {error}") from error
+            raise DataLoss(f"The checkpoint's {REFERENCE} cannot be read: {error}") from error
         if {name: value.shape for name, value in stored.items()} != {
             name: value.shape for name, value in self._known.items()
         }:
-            raise DataLoss(f"The checkpoint's {REFERENCE_FILE} is of other data than this job's.")
+            raise DataLoss(f"The checkpoint's {REFERENCE} is of other data than this job's.")
         self._known = stored
 
 

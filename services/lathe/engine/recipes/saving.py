@@ -10,6 +10,7 @@ from shutil import copyfile, rmtree
 
 from lathe.common.clock import Clock
 from lathe.common.errors import DataLoss
+from lathe.engine.checkpoints import BEST
 from lathe.engine.full import FullSpec
 from lathe.engine.lora_config import LoraSpec
 from lathe.engine.model import RunState, Snapshot, SnapshotKind, TrainingConfig, is_disk_full
@@ -18,8 +19,6 @@ from lathe.engine.recipes.recipe import Recipe
 from lathe.engine.recipes.turns import Blocked, T, Turns
 
 DISK_FULL_WAIT_S = 5.0
-# A snapshot brings the best adapter so far along, under these names.
-_BEST = "best-"
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +118,7 @@ class Saver:
             self._best[best] = self._save_best(best)
         elif best:
             self._best[best] = self._folder(SnapshotKind.BEST, best)
-            _copy(start.folder, self._best[best], prefix=_BEST)
+            _copy(start.folder, self._best[best], prefix=BEST)
 
     def _write(self, folder: Path, kind: SnapshotKind, best: int) -> tuple[str, ...]:
         if kind is SnapshotKind.FINAL and best:
@@ -131,7 +130,7 @@ class Saver:
         if resumable:
             files += self._recipe.save(folder)
             if best:
-                files += _copy(self._best[best], folder, to=_BEST)
+                files += _copy(self._best[best], folder, to=BEST)
         return files
 
     def _save_best(self, step: int) -> Path:
