@@ -1,7 +1,7 @@
 """What a training method supplies; the run (run.py) is the same for all of them.
 
-To add a method: subclass `Recipe`, write `objectives`, and name it in RECIPES (methods.py). A method whose loss is a sum over
-tokens answers `CrossEntropy`; one whose loss is a function of whole rows' log-probabilities answers a function
+To add a method: subclass `Recipe`, write `objectives`, and name it in RECIPES (methods.py). A method whose loss is a
+sum over tokens answers `CrossEntropy`; one whose loss is a function of whole rows' log-probabilities answers a function
 (sums, counts) -> RowLoss, where sums[i] is differentiable: the engine carries the gradient into the adapter. What the
 objective needs of the whole batch (how many pairs it has, the rows' log-probabilities under a reference) is found
 before its first slice, so that the slices' size changes nothing:
