@@ -17,8 +17,10 @@ from lathe.text.rows import TrainingRow, parse_line
 from lathe.text.sequences import Tokenised, tokenise_rows
 from lathe.text.tokenizer import Tokenizer
 
-# Tokenised together: enough for the tokenizer's own threads, few enough to keep memory flat.
+# Tokenised together, whichever comes first: enough for the tokenizer's own threads, little enough to keep memory flat
+# (while it works the tokenizer holds some 330 bytes a token, which is 80 to a byte of the file).
 BATCH_ROWS = 64
+BATCH_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +59,7 @@ class TokenPass:
         self._now = now
         self._splitter = LineSplitter()
         self._pending: list[tuple[int, TrainingRow]] = []
+        self._pending_bytes = 0
         self._errors, self._notes = _Found(), _Found()
         self._format = RowFormat.CHAT
         self._examples = self._rows = self._tokens = self._trained = self._truncated = self._longest = 0
@@ -96,13 +99,14 @@ class TokenPass:
             row = parse_line(line.data)
             self._format = row.format
             self._pending.append((line.number, row))
+            self._pending_bytes += len(line.data)
         except RowError as error:
             self._error(line.number, error)
-        if len(self._pending) == BATCH_ROWS:
+        if len(self._pending) == BATCH_ROWS or self._pending_bytes >= BATCH_BYTES:
             self._render()
 
     def _render(self) -> None:
-        pending, self._pending = self._pending, []
+        pending, self._pending, self._pending_bytes = self._pending, [], 0
         if not pending:
             return
         found = tokenise_rows(self._tokenizer, [row for _, row in pending], self._options, now=self._now)
@@ -124,7 +128,8 @@ class TokenPass:
             self._truncated += 1
         note = _shortened(row, self._options.context_limit)
         if note:
-            self._notes.add(Finding(line, "", "truncated" if row.truncated else "split", note))
+            field = "messages" if self._format is RowFormat.CHAT else ""
+            self._notes.add(Finding(line, field, "truncated" if row.truncated else "split", note))
 
     def _error(self, line: int, error: RowError) -> None:
         self._errors.add(Finding(line, error.field, error.code, error.detail))

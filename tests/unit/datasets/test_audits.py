@@ -104,7 +104,9 @@ async def test_cut_rows_are_named_and_a_row_with_nothing_to_train_is_an_error(wo
     )
     assert cut.state is AuditState.READY
     assert (cut.result.truncated_rows, cut.result.max_row_tokens, cut.result.rows) == (1, 64, 11)
-    assert [(finding.line, finding.code) for finding in cut.report.findings] == [(11, "truncated")]
+    assert [(found.line, found.field, found.code) for found in cut.report.findings] == [
+        (11, "messages", "truncated")
+    ]
     long = jsonl([row("Hello how can I help you today? " * 20, "Yes"), *short])
     empty = await audited(world, await world.ready(long), AuditOptions(context_limit=64))
     assert (empty.state, empty.object_key) == (AuditState.ERROR, "")
