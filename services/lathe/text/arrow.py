@@ -4,7 +4,8 @@ Columns: `tokens` (list of int32 ids), `mask` (list of uint8, 1 where a token is
 the row's 1-based line in its dataset), `role` (uint8, a number of `Role`). The two rows of a preference pair stand side
 by side, the chosen one first. The same rows and metadata give the same bytes.
 
-Files of format 1 have no column `role`: all their rows are examples.
+Two formats: 2 has all of these columns; 1 has no column `role`, and all its rows are examples. Examples are written as
+format 1, which engines from before there were roles read too.
 """
 
 from __future__ import annotations
@@ -24,9 +25,9 @@ from lathe.text.formats import Role
 if TYPE_CHECKING:
     import numpy as np
 
-FORMAT = "2"
-# Rows per record batch: fixed, because the batches are part of the bytes.
+# A record batch ends at so many rows or tokens: fixed, because the batches are part of the bytes.
 BATCH_ROWS = 512
+BATCH_TOKENS = 1 << 20
 
 _FIELDS = [
     pa.field("tokens", pa.list_(pa.field("item", pa.int32(), nullable=False)), nullable=False),
@@ -34,8 +35,7 @@ _FIELDS = [
     pa.field("line", pa.int64(), nullable=False),
     pa.field("role", pa.uint8(), nullable=False),
 ]
-# What a reader accepts: today's columns, and those of format 1.
-_COLUMNS = (_FIELDS, _FIELDS[:3])
+_FORMATS = {"1": _FIELDS[:3], "2": _FIELDS}
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,46 +68,60 @@ class TokenTable:
 
 
 class TokenWriter:
-    """Writes rows as they come; holds at most BATCH_ROWS of them. The file is whole once the block is left."""
+    """Writes rows as they come; holds at most a batch of them. The file is whole once the block is left."""
 
     def __init__(self, path: Path, metadata: Mapping[str, str]) -> None:
-        described = {"format": FORMAT, **dict(sorted(metadata.items()))}
-        self._schema = pa.schema(_FIELDS, metadata=described)
+        self._metadata = dict(sorted(metadata.items()))
         self._path = path
+        self._writer: Any = None
+        self._format = "1"
         self._pending: list[TokenRow] = []
+        self._tokens = 0
 
     def __enter__(self) -> Self:
-        # Uncompressed: ids compress badly, and an engine maps the file into memory as it is.
-        self._writer = pa.ipc.new_file(str(self._path), self._schema)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         try:
-            if kind is None and self._pending:
+            if kind is None:
                 self._flush()
         finally:
-            self._writer.close()
+            if self._writer is not None:
+                self._writer.close()
 
     def write(self, row: TokenRow) -> None:
-        """Add one row. Raises ValueError if its mask is not as long as its tokens."""
+        """Add one row; the first one says whether the file has roles. Raises ValueError if its mask is not as long as
+        its tokens, and for a role after an example."""
         if len(row.mask) != len(row.tokens):
             raise ValueError(f"line {row.line} has {len(row.tokens)} tokens and {len(row.mask)} marks")
+        if row.role is not Role.EXAMPLE and self._format == "1":
+            if self._pending or self._writer is not None:
+                raise ValueError(f"line {row.line} has the role {row.role.name} in a file of examples")
+            self._format = "2"
         self._pending.append(row)
-        if len(self._pending) == BATCH_ROWS:
+        self._tokens += len(row.tokens)
+        if len(self._pending) == BATCH_ROWS or self._tokens >= BATCH_TOKENS:
             self._flush()
 
     def _flush(self) -> None:
-        rows = self._pending
-        tokens = pa.array([list(row.tokens) for row in rows], type=_FIELDS[0].type)
-        mask = pa.array([list(row.mask) for row in rows], type=_FIELDS[1].type)
-        lines = pa.array([row.line for row in rows], type=pa.int64())
-        roles = pa.array([row.role.value for row in rows], type=pa.uint8())
-        self._writer.write_batch(
-            pa.RecordBatch.from_arrays([tokens, mask, lines, roles], schema=self._schema)
+        fields = _FORMATS[self._format]
+        schema = pa.schema(fields, metadata={"format": self._format, **self._metadata})
+        if self._writer is None:
+            # Uncompressed: ids compress badly, and an engine maps the file into memory as it is.
+            self._writer = pa.ipc.new_file(str(self._path), schema)
+        rows, self._pending, self._tokens = self._pending, [], 0
+        if not rows:
+            return
+        columns = (
+            [list(row.tokens) for row in rows],
+            [list(row.mask) for row in rows],
+            [row.line for row in rows],
+            [row.role.value for row in rows],
         )
-        self._pending = []
+        arrays = [pa.array(values, type=field.type) for values, field in zip(columns, fields, strict=False)]
+        self._writer.write_batch(pa.RecordBatch.from_arrays(arrays, schema=schema))
 
 
 def write_tokens(path: Path, rows: Iterable[TokenRow], metadata: Mapping[str, str]) -> None:
@@ -128,7 +142,7 @@ def read_tokens(path: Path) -> TokenTable:
     except (pa.ArrowInvalid, OSError) as error:
         raise DataLoss(f"{path.name} is no token object: {error}.") from error
     columns = [(field.name, field.type) for field in table.schema]
-    if columns not in [[(field.name, field.type) for field in fields] for fields in _COLUMNS]:
+    if columns not in [[(field.name, field.type) for field in fields] for fields in _FORMATS.values()]:
         raise DataLoss(f"{path.name} is no token object: its columns are {table.schema.names}.")
     tokens: list[np.ndarray[Any, np.dtype[np.int32]]] = []
     mask: list[np.ndarray[Any, np.dtype[np.bool_]]] = []

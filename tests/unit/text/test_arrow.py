@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lathe.common.errors import DataLoss
-from lathe.text.arrow import BATCH_ROWS, TokenRow, TokenWriter, read_tokens, write_tokens
+from lathe.text.arrow import BATCH_ROWS, BATCH_TOKENS, TokenRow, TokenWriter, read_tokens, write_tokens
 from lathe.text.formats import Role
 
 ROWS = st.lists(
@@ -32,7 +32,7 @@ def test_rows_come_back(tmp_path_factory, rows, repeat):
     assert [row.tolist() for row in table.mask] == [[bool(mark) for mark in row.mask] for row in made]
     assert table.lines == [row.line for row in made]
     assert table.roles == [Role.EXAMPLE] * len(made)
-    assert table.metadata == {"format": "2", "key": "k", "text": "1"}
+    assert table.metadata == {"format": "1", "key": "k", "text": "1"}
     assert all(row.dtype == np.int32 for row in table.tokens) and all(row.dtype == bool for row in table.mask)
 
 
@@ -61,7 +61,31 @@ def test_a_mask_is_as_long_as_its_tokens(tmp_path):
 def test_roles_come_back(tmp_path):
     roles = [Role.CHOSEN, Role.REJECTED, Role.CHOSEN, Role.REJECTED, Role.DESIRABLE, Role.UNDESIRABLE]
     write_tokens(tmp_path / "x", [TokenRow([1, 2], b"\0\1", 1, role) for role in roles], {})
-    assert read_tokens(tmp_path / "x").roles == roles
+    table = read_tokens(tmp_path / "x")
+    assert (table.roles, table.metadata["format"]) == (roles, "2")
+
+
+@pytest.mark.parametrize("rows", [0, 3])
+def test_examples_alone_are_a_file_that_the_version_before_can_read(tmp_path, rows):
+    write_tokens(tmp_path / "x", [TokenRow([1, 2], b"\0\1", n) for n in range(rows)], {})
+    with pa.memory_map(str(tmp_path / "x")) as source:
+        schema = pa.ipc.open_file(source).schema
+    assert (schema.names, schema.metadata) == (["tokens", "mask", "line"], {b"format": b"1"})
+    assert len(read_tokens(tmp_path / "x")) == rows
+
+
+def test_a_role_among_examples_is_refused(tmp_path):
+    rows = [TokenRow([1], b"\1", 1), TokenRow([1], b"\1", 2, Role.DESIRABLE)]
+    with pytest.raises(ValueError, match="line 2"):
+        write_tokens(tmp_path / "x", rows, {})
+
+
+def test_long_rows_are_written_before_there_are_many(tmp_path):
+    half = TokenRow([1] * (BATCH_TOKENS // 2), bytes(BATCH_TOKENS // 2), 1)
+    write_tokens(tmp_path / "x", [half] * 5, {})
+    with pa.memory_map(str(tmp_path / "x")) as source:
+        file = pa.ipc.open_file(source)
+        assert [file.get_batch(n).num_rows for n in range(file.num_record_batches)] == [2, 2, 1]
 
 
 @pytest.mark.parametrize(
