@@ -35,6 +35,7 @@ def document(job: Job, attempt: Attempt) -> str:
         "seed": job.seed,
         "hyperparameters": asdict(job.hyperparameters) if job.hyperparameters is not None else None,
         "slice_plan": asdict(job.slice_plan) if job.slice_plan is not None else None,
+        "workers": job.compute.workers,
         "steps": job.step,
         "trained_tokens": job.trained_tokens,
         "attempts": {

@@ -56,6 +56,7 @@ async def test_the_receipt_says_what_the_job_was_made_from(world: World) -> None
     assert (found["seed"], found["base_model"]["digest"], found["parent"]) == (7, "d" * 64, None)
     assert (found["hyperparameters"]["n_epochs"], found["hyperparameters"]["schedule"]) == (1, "linear")
     assert found["slice_plan"]["train_tokens_per_slice"] == 320
+    assert found["workers"] == 1
     assert found["engine"]["versions"] == {"torch": "2.13.0"}
     assert found["engine"]["halvings"] == [{"step": 3, "times": 1}]
     assert found["adapter"]["model"] == job.fine_tuned_model
