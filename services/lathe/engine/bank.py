@@ -161,7 +161,8 @@ class AdapterBank:
     def _mix(self, slots: Sequence[int], lengths: Sequence[int]) -> MixedLora:
         active = sorted({slot for slot in slots if slot >= 0})
         key = tuple((slot, self._slots[slot].version) for slot in active)
-        if not set(key) <= set(self._mixed_key):
+        # What was made for more adapters serves fewer, until most of its columns would be multiplied for nothing.
+        if not set(key) <= set(self._mixed_key) or 2 * len(key) < len(self._mixed_key):
             self._mixed = _side_by_side([self._slots[slot] for slot in active], self._widths())
             self._mixed_key = key
         groups, patterns = self._mixed.groups, self._mixed.patterns

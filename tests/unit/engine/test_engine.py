@@ -80,6 +80,19 @@ def test_a_pass_makes_nothing_that_stays(make_engine: MakeEngine, dtype: torch.d
     assert engine.memory().base_bytes == before
 
 
+def test_an_adapter_that_is_left_alone_does_not_carry_the_others(make_engine: MakeEngine) -> None:
+    bank = make_engine()._bank
+    for slot in range(4):
+        bank.new_trainable(slot, LoraSpec(r=4, target_modules=("q_proj",)), seed=slot)
+
+    def columns(*slots: int) -> int:
+        plan = bank.plan(slots, [1] * len(slots), training=False).mixed
+        assert plan is not None
+        return max(group.a.out_features for group in plan.groups.values())
+
+    assert [columns(0, 1, 2, 3), columns(0, 1), columns(2), columns(2, 3)] == [16, 16, 4, 8]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_training_lowers_the_loss_and_is_sampled_from_at_once(
     make_engine: MakeEngine, dtype: torch.dtype
