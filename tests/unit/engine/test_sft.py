@@ -13,14 +13,14 @@ from typing import Any
 import pytest
 
 from lathe.common.errors import DataLoss, FailedPrecondition, InvalidArgument
-from lathe.engine.batch import CrossEntropy, SliceResult, TrainRow, TrainSlice, trained_tokens
+from lathe.engine.batch import CrossEntropy, RowScore, SliceResult, TrainRow, TrainSlice, trained_tokens
 from lathe.engine.model import Note, SlicePlan, Snapshot, SnapshotKind, StepMetrics, TrainingConfig
-from lathe.engine.recipes.recipe import TrainData
+from lathe.engine.recipes.recipe import Job, TrainData
 from lathe.engine.recipes.run import Run
 from lathe.engine.recipes.samples import Speech, held_out
 from lathe.engine.recipes.saving import Start
 from lathe.engine.recipes.sft import SupervisedRecipe
-from lathe.engine.recipes.turns import Blocked, Forward, Turn
+from lathe.engine.recipes.turns import Blocked, Forward, Score, Turn
 from lathe.text.formats import Role
 from tests.fakes.clock import FakeClock
 from tests.fakes.engine import FakeEngine
@@ -237,6 +237,50 @@ def test_a_full_disk_makes_it_wait_at_an_epoch_and_skip_what_is_not_needed(tmp_p
 def test_a_row_that_never_fits_fails_the_job(tmp_path: Path) -> None:
     with pytest.raises(FailedPrecondition, match="8 tokens does not fit"):
         list(Bench(tmp_path, FakeEngine(_no_room(0))).turns())
+
+
+class NoRoomToValidate(FakeEngine):
+    limit = 0
+
+    def evaluate(self, pieces: Sequence[TrainSlice]) -> list[SliceResult]:
+        _no_room(self.limit)(pieces)
+        return super().evaluate(pieces)
+
+
+def test_out_of_memory_in_a_validation_halves_its_slices(tmp_path: Path) -> None:
+    engine = NoRoomToValidate()
+    engine.limit = 1
+    events = list(Bench(tmp_path, engine).turns(validation=4))
+    seen = [metrics.full_valid_loss for metrics in metrics_of(events)]
+    roomy = metrics_of(list(Bench(tmp_path / "roomy").turns(validation=4)))
+    assert seen == [metrics.full_valid_loss for metrics in roomy]
+    assert engine.calls.count("eval a") > len(roomy)
+
+
+def test_a_validation_row_that_never_fits_fails_the_job(tmp_path: Path) -> None:
+    with pytest.raises(FailedPrecondition, match="A row of 8 tokens does not fit"):
+        list(Bench(tmp_path, NoRoomToValidate()).turns(validation=4))
+
+
+def test_out_of_memory_in_a_score_halves_it_alone() -> None:
+    job = Job(FakeEngine(), "a", TrainData(rows(4)), CONFIG, 32)  # type: ignore[arg-type]
+    turns = job.score(rows(4), "")
+    asked: list[list[int]] = []
+    request = next(turns)
+    with pytest.raises(StopIteration) as ended:
+        while isinstance(request, Score):
+            asked.append([row.line for row in request.rows])
+            request = (
+                turns.send([RowScore(row.line, 1) for row in request.rows])
+                if len(request.rows) < 3
+                else turns.throw(MemoryError("no room"))
+            )
+    assert asked == [[1, 2, 3, 4], [1, 2], [3, 4]]
+    assert [one.sum for one in ended.value.value] == [1, 2, 3, 4]
+    turns = job.score(rows(1), "")
+    next(turns)
+    with pytest.raises(FailedPrecondition, match="A row of 8 tokens does not fit"):
+        turns.throw(MemoryError("no room"))
 
 
 def test_other_errors_pass_through(tmp_path: Path) -> None:

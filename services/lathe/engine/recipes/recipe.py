@@ -21,9 +21,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from lathe.common.errors import FailedPrecondition
 from lathe.engine.batch import Objective, RowScore, TrainRow
 from lathe.engine.model import TrainingConfig
-from lathe.engine.packing import cut
+from lathe.engine.packing import cut, halve
+from lathe.engine.passes import is_out_of_memory
 from lathe.engine.ports import TrainVerbs
 from lathe.engine.recipes.turns import Turns, score
 
@@ -63,11 +65,30 @@ class Job:
     initial: Path | None = None
 
     def score(self, rows: Sequence[TrainRow], key: str) -> Turns[list[RowScore]]:
-        """The rows' log-probabilities under an adapter ("" is the base), slice by slice."""
+        """The rows' log-probabilities under an adapter ("" is the base), slice by slice; a slice that does not fit
+        goes in halves. Raises FailedPrecondition for a row that does not fit."""
         scores: list[RowScore] = []
-        for piece in cut(range(len(rows)), [len(row.tokens) for row in rows], self.slice_tokens):
-            scores += yield from score([rows[place] for place in piece.rows], key)
+        pieces = list(cut(range(len(rows)), [len(row.tokens) for row in rows], self.slice_tokens))
+        while pieces:
+            piece = pieces.pop(0)
+            try:
+                scores += yield from score([rows[place] for place in piece.rows], key)
+                continue
+            except (MemoryError, RuntimeError) as error:
+                if not is_out_of_memory(error):
+                    raise
+            if len(piece.rows) == 1:
+                raise no_room(len(rows[piece.rows[0]].tokens))
+            pieces = [*halve(piece), *pieces]
         return scores
+
+
+def no_room(tokens: int) -> FailedPrecondition:
+    """A row of so many tokens ran out of memory alone."""
+    return FailedPrecondition(
+        f"A row of {tokens} tokens does not fit into the engine's memory; shorten it, or use a bigger machine.",
+        reason="OUT_OF_MEMORY",
+    )
 
 
 class Recipe:

@@ -28,7 +28,7 @@ from lathe.engine.packing import Slice, Step, cut, halve, slice_plan
 from lathe.engine.passes import is_out_of_memory
 from lathe.engine.ports import TrainVerbs
 from lathe.engine.recipes.preflight import Memory, Room, find_room
-from lathe.engine.recipes.recipe import Batch, Job, Recipe, TrainData
+from lathe.engine.recipes.recipe import Batch, Job, Recipe, TrainData, no_room
 from lathe.engine.recipes.samples import Speech, held_out, sampled
 from lathe.engine.recipes.saving import Saver, Start
 from lathe.engine.recipes.turns import Turns, forward
@@ -227,12 +227,7 @@ class Run:
         """Plan the step again with half slices, recorded so that a replay cuts the same."""
         self._engine.zero_grad(self._key)
         if all(len(piece.rows) == self._unit for piece in self._pieces(step)):
-            longest = max(self.plan.lengths[row] for row in step.rows)
-            raise FailedPrecondition(
-                f"A row of {longest} tokens does not fit into the engine's memory; shorten it, "
-                f"or use a bigger machine.",
-                reason="OUT_OF_MEMORY",
-            )
+            raise no_room(max(self.plan.lengths[row] for row in step.rows))
         self._halvings[step.index] = self._halvings.get(step.index, 0) + 1
         slices = len(self._pieces(step))
         return Note(
@@ -328,8 +323,17 @@ class Run:
     def _evaluate(self, chosen: range) -> Turns[SliceResult]:
         rows = self._data.validation
         budget = min(self._budget, self._room.tokens or self._budget)
+        batch = self._batch(rows, chosen, training=False)
         pieces = cut(chosen, [len(row.tokens) for row in rows], budget, self._unit)
-        return (yield from self._pass(self._batch(rows, chosen, training=False), pieces))
+        while True:
+            try:
+                return (yield from self._pass(batch, pieces))
+            except (MemoryError, RuntimeError) as error:
+                if not is_out_of_memory(error):
+                    raise
+            if all(len(piece.rows) == self._unit for piece in pieces):
+                raise no_room(max(len(row.tokens) for row in batch.rows))
+            pieces = tuple(half for piece in pieces for half in halve(piece, self._unit))
 
     def _snapshot(self, kind: SnapshotKind, state: RunState) -> Snapshot:
         best = state.evaluations.best_step if self._config.early_stopping_patience else 0
