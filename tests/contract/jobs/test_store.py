@@ -37,6 +37,7 @@ from lathe.jobs.model import (
     WeightComparison,
 )
 from lathe.jobs.ports import Quota
+from lathe.jobs.progress import Note
 from lathe.jobs.store import SqlJobStore, tables
 from lathe.jobs.store.tables import metadata
 from lathe.jobs.training import Hyperparameters, Method, TrainingSpec
@@ -330,6 +331,21 @@ async def test_a_whole_job_with_a_lost_engine(world: World) -> None:
     job = await world.job(first.job.id)
     assert (job.state, job.lost_lease_count, job.trained_tokens) == (JobState.SUCCEEDED, 1, 21)
     assert sum(m.startswith("Step") for m in await world.messages(job.id)) == 3
+
+
+async def test_a_nul_in_what_an_engine_says_is_kept_as_a_replacement_character(world: World) -> None:
+    """A sampled answer may have one, and PostgreSQL's text takes none."""
+    lease = await world.leased()
+    note = Note(1, "generation", "The answer: a\0b", {"answer": "a\0b"})
+    for _ in range(2):
+        await world.report(lease, 1, notes=[note])
+    await world.complete(lease, Outcome.FAILED, error=JobError("invalid", "It has a\0b", "p\0"))
+    told = await world.messages(lease.job.id)
+    assert [m for m in told if "a\ufffdb" in m] == ["The answer: a\ufffdb", "The job failed: It has a\ufffdb"]
+    async with world.store.read() as session:
+        attempt = await session.attempt(lease.attempt.id)
+    assert attempt is not None and attempt.error == JobError("invalid", "It has a\ufffdb", "p\ufffd")
+    assert (await world.job(lease.job.id)).state is JobState.FAILED
 
 
 async def test_replicas_launch_one_engine_together(world: World) -> None:

@@ -64,6 +64,11 @@ _BODY_OF = {
 }
 
 
+def storable(text: str) -> str:
+    """The text as PostgreSQL can keep it: a NUL, which a sampled answer may have, becomes U+FFFD."""
+    return text.replace("\0", "\ufffd")
+
+
 def _time(value: str | None) -> datetime | None:
     return datetime.fromisoformat(value) if value else None
 
@@ -178,9 +183,9 @@ def attempt_values(attempt: Attempt) -> dict[str, Any]:
         "final_prefix": final.prefix,
         "final_manifest_sha256": final.manifest_sha256,
         "trained_tokens": attempt.trained_tokens,
-        "error_code": error.code,
-        "error_message": error.message,
-        "error_param": error.param,
+        "error_code": storable(error.code),
+        "error_message": storable(error.message),
+        "error_param": storable(error.param),
         "step": attempt.step,
         "code_version": attempt.code_version,
         "receipt": asdict(attempt.receipt) if attempt.receipt is not None else None,
@@ -314,7 +319,7 @@ def pool_values(item: Pool) -> dict[str, Any]:
         "demand_time": item.demand_time,
         "start_failures": item.start_failures,
         "next_launch_time": item.next_launch_time,
-        "last_error": item.last_error,
+        "last_error": storable(item.last_error),
         "version": item.version,
     }
 
@@ -327,8 +332,8 @@ def new_event_values(job_id: str, event_id: str, sequence: int, now: datetime, n
         "create_time": now,
         "type": str(new.type),
         "level": str(new.level),
-        "message": new.message,
+        "message": storable(new.message),
         "step": new.step,
-        "kind": new.kind,
-        "data": dict(new.data) or None,
+        "kind": storable(new.kind),
+        "data": {storable(key): storable(value) for key, value in new.data.items()} or None,
     }

@@ -307,8 +307,8 @@ class _Progress(_Base):
         query = select(t.events.c.id).where(
             t.events.c.job_id == job_id,
             t.events.c.step == event.step,
-            t.events.c.kind == event.kind,
-            t.events.c.message == event.message,
+            t.events.c.kind == rows.storable(event.kind),
+            t.events.c.message == rows.storable(event.message),
         )
         return await self._first(query.limit(1)) is not None
 
