@@ -281,6 +281,11 @@ class Job:
         return f"jobs/{self.id}/"
 
     @property
+    def parent(self) -> str:
+        """The tuned model it goes on from, or empty. Version 0.1 kept it only as the model that was asked for."""
+        return (self.parent_model or self.model) if self.initial_adapter is not None else ""
+
+    @property
     def place(self) -> Place:
         """Which engines may run it."""
         return Place(self.base.digest, self.compute.engine_class, self.id if self.compute.dedicated else "")

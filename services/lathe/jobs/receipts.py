@@ -9,7 +9,7 @@ from datetime import datetime
 from typing import Any
 
 from lathe.jobs import messages, model
-from lathe.jobs.model import Attempt, DatasetRef, EngineReceipt, Job, TokenObject
+from lathe.jobs.model import Attempt, DatasetRef, Job, TokenObject
 
 # Rises when a member changes its meaning; a new member alone does not.
 SCHEMA_VERSION = 1
@@ -20,7 +20,8 @@ def document(job: Job, attempt: Attempt) -> str:
 
     The same from the moment the training is complete: what the result file says, GetJobReceipt says for good.
     """
-    engine = attempt.receipt or EngineReceipt()
+    # An engine of version 0.1 says nothing of how it computed.
+    engine = attempt.receipt
     content: dict[str, Any] = {
         "schema_version": SCHEMA_VERSION,
         "job": job.id,
@@ -46,15 +47,17 @@ def document(job: Job, attempt: Attempt) -> str:
         },
         "engine": {
             "code_version": attempt.code_version,
-            "versions": _sorted(engine.versions),
-            "flags": _sorted(engine.flags),
-            "halvings": [{"step": step, "times": times} for step, times in engine.halvings],
-            "fused": engine.fused,
+            "versions": _sorted(engine.versions) if engine is not None else None,
+            "flags": _sorted(engine.flags) if engine is not None else None,
+            "halvings": [{"step": step, "times": times} for step, times in engine.halvings]
+            if engine is not None
+            else None,
+            "fused": engine.fused if engine is not None else None,
         },
         "adapter": {
             "model": model.tuned_model_id(job),
             "manifest_sha256": attempt.final_adapter.manifest_sha256 if attempt.final_adapter else "",
-            "weights_sha256": engine.weights_sha256,
+            "weights_sha256": engine.weights_sha256 if engine is not None else None,
         },
         "rerun_of": job.rerun_of or None,
         "comparison": asdict(job.comparison) if job.comparison is not None else None,
@@ -65,7 +68,7 @@ def document(job: Job, attempt: Attempt) -> str:
 def _parent(job: Job) -> dict[str, str] | None:
     if job.initial_adapter is None:
         return None
-    return {"model": job.parent_model, "manifest_sha256": job.initial_adapter.manifest_sha256}
+    return {"model": job.parent, "manifest_sha256": job.initial_adapter.manifest_sha256}
 
 
 def _file(dataset: DatasetRef, tokens: TokenObject | None) -> dict[str, str]:

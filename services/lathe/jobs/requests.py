@@ -14,6 +14,7 @@ from lathe.jobs.training import AUTO, TrainingSpec
 MAX_METADATA_PAIRS = 16
 MAX_METADATA_KEY = 64
 MAX_METADATA_VALUE = 512
+MAX_REQUEST_ID = 128
 
 # An empty class is the operator's default.
 DEFAULT_COMPUTE = ComputeSpec("")
@@ -60,9 +61,19 @@ def _basic_violations(request: JobRequest) -> list[FieldViolation]:
         )
     if request.seed is not None and not 0 <= request.seed <= MAX_SEED:
         wrong.append(FieldViolation("job.seed", f"job.seed is {request.seed}; it must be 0 to {MAX_SEED}."))
-    if len(request.request_id) > 128:
-        wrong.append(FieldViolation("request_id", "request_id must have at most 128 characters."))
-    return wrong
+    return [*wrong, *_request_id_violations(request.request_id)]
+
+
+def _request_id_violations(request_id: str) -> list[FieldViolation]:
+    if len(request_id) <= MAX_REQUEST_ID:
+        return []
+    return [FieldViolation("request_id", f"request_id must have at most {MAX_REQUEST_ID} characters.")]
+
+
+def check_request_id(request_id: str) -> None:
+    """Raise InvalidArgument if it is too long."""
+    for violation in _request_id_violations(request_id):
+        raise InvalidArgument(violation.description, violations=[violation])
 
 
 def _metadata_violations(metadata: Mapping[str, str]) -> list[FieldViolation]:

@@ -73,7 +73,8 @@ class JobsService:
     async def create(self, request: JobRequest, user: User) -> Job:
         """A new job in validating_files, or the one that the same request_id made.
 
-        Raises InvalidArgument, NotFound (model or dataset), FailedPrecondition, ResourceExhausted (quota).
+        Raises InvalidArgument (also for a request_id of another call), NotFound (model or dataset),
+        FailedPrecondition, ResourceExhausted (quota).
         """
         requests.check_request(request)
         earlier = await self._by_request(request.project, request.request_id)
@@ -110,18 +111,23 @@ class JobsService:
                     await self._check_room(session, job.project, quota.max_queued_jobs)
                 await session.add_job(job, request_id, events)
         except AlreadyExists:
-            earlier = await self._by_request(job.project, request_id)
+            earlier = await self._by_request(job.project, request_id, job.rerun_of)
             if earlier is None:
                 raise
             return earlier
         self.changes.ring()
         return replace(job, event_sequence=len(events))
 
-    async def _by_request(self, project: str, request_id: str) -> Job | None:
+    async def _by_request(self, project: str, request_id: str, rerun_of: str = "") -> Job | None:
+        """The job that the same call made. Raises InvalidArgument if another call used the request_id."""
         if not request_id:
             return None
         async with self.store.read() as session:
-            return await session.job_by_request(project, request_id)
+            earlier = await session.job_by_request(project, request_id)
+        if earlier is not None and earlier.rerun_of != rerun_of:
+            text = f"request_id was used by another call, which made {earlier.name}; choose a new one."
+            raise _field_error(InvalidArgument, "request_id", text)
+        return earlier
 
     async def _resolve_model(self, project: str, model_id: str) -> ResolvedModel:
         try:
@@ -216,9 +222,10 @@ class JobsService:
 
         It runs on an engine of its own, where nothing else changes the order of its sums. Raises NotFound (job, model,
         dataset), FailedPrecondition (no receipt; the model is another by now), InvalidArgument (as many workers cannot
-        be had any more), ResourceExhausted.
+        be had any more; a request_id that is too long, or of another call), ResourceExhausted.
         """
-        earlier = await self._by_request(project, request_id)
+        requests.check_request_id(request_id)
+        earlier = await self._by_request(project, request_id, job_id)
         if earlier is not None:
             return earlier
         first, attempt = await self._finished(project, job_id)

@@ -247,7 +247,7 @@ def _registration(
         seed=job.seed,
         code_version=attempt.code_version,
         method=job.spec.method,
-        parent_model_id=job.parent_model,
+        parent_model_id=job.parent,
         parent_manifest_sha256=job.initial_adapter.manifest_sha256 if job.initial_adapter else "",
     )
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from lathe.common.errors import FailedPrecondition, NotFound
+from lathe.common.errors import FailedPrecondition, InvalidArgument, NotFound
 from lathe.jobs import protos
 from lathe.jobs.model import (
     AdapterObject,
@@ -146,6 +146,49 @@ async def test_a_rerun_needs_what_the_first_one_had(world: World) -> None:
     del world.models.models["tiny"]
     with pytest.raises(NotFound):
         await world.service.rerun("acme", first.id, "", USER)
+
+
+async def test_a_reruns_request_id_is_its_own(world: World) -> None:
+    first, other = await succeeded(world), await succeeded(world)
+    made = await world.create(request_id="made")
+    again = await world.service.rerun("acme", first.id, "again", USER)
+    for call in (
+        world.service.rerun("acme", first.id, "x" * 129, USER),
+        world.service.rerun("acme", first.id, "made", USER),
+        world.service.rerun("acme", other.id, "again", USER),
+        world.create(request_id="again"),
+    ):
+        with pytest.raises(InvalidArgument) as raised:
+            await call
+        assert [violation.field for violation in raised.value.violations] == ["request_id"]
+    assert (await world.create(request_id="made")).id == made.id
+    assert (await world.service.rerun("acme", first.id, "again", USER)).id == again.id
+
+
+async def test_the_receipt_does_not_say_what_an_older_engine_did_not(world: World) -> None:
+    """One from before an upgrade tells nothing of how it computed, not even whether it fused."""
+    lease = await world.leased()
+    await world.complete(lease, Outcome.SUCCEEDED)
+    await world.steps.run_once()
+    found = await receipt(world, lease.job)
+    unsaid = ("versions", "flags", "halvings", "fused")
+    assert {name: found["engine"][name] for name in unsaid} == dict.fromkeys(unsaid)
+    assert found["engine"]["code_version"] == "0.1.0" and found["adapter"]["weights_sha256"] is None
+
+
+async def test_a_continued_job_of_the_version_before_names_its_parent(world: World) -> None:
+    """That version kept the parent only as the model that was asked for."""
+    lease = await world.leased()
+    parent = AdapterObject("jobs/p/a/final", "c" * 64)
+    async with world.store.write() as session:
+        job = await session.job(lease.job.id)
+        assert job is not None
+        await session.save(job, replace(job, model="ft:tiny:acme::p", initial_adapter=parent))
+    await world.complete(lease, Outcome.SUCCEEDED, receipt=RECEIPT)
+    await world.steps.run_once()
+    done = await world.job(lease.job.id)
+    assert (await receipt(world, done))["parent"]["model"] == "ft:tiny:acme::p"
+    assert world.models.adapters[done.fine_tuned_model].parent_model_id == "ft:tiny:acme::p"
 
 
 async def test_a_sentence_of_the_engine_is_told_once(world: World) -> None:
