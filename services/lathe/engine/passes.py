@@ -1,7 +1,8 @@
-"""One pass over the whole rows of several slices, padding-free: their losses, and their gradients.
+"""One pass over the whole rows of several slices: their losses, and their gradients.
 
-Rows are laid end to end, those of one adapter side by side, so that LoRA's products are grouped by adapter. What a
-row gives depends on its own adapter, tokens and objective alone.
+Rows are laid end to end without padding (attention alone pads them, see attention.RowAttention), those of one adapter
+side by side, so that LoRA's products are grouped by adapter. What a row gives depends on its own adapter, tokens and
+objective alone.
 """
 
 from __future__ import annotations
