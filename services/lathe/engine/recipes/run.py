@@ -1,7 +1,9 @@
 """One attempt at a job, by any recipe: for each step of the plan, for each of its slices a pass, then optim_step.
 
 The run is a generator, so that the model thread can join its passes with others' and sample between them. What it
-computes depends on the data, the configuration and the slice plan alone: never on time, other jobs or open streams.
+trains depends on the data, the configuration, the slice plan and its recorded halvings alone: never on time, other
+jobs or open streams. Validation is cut to the room there is, which is not recorded: in another attempt its last bits
+may differ where a product's rounding depends on how many tokens the pass has.
 """
 
 from __future__ import annotations
@@ -72,7 +74,6 @@ class Run:
         self._clock = clock
         self._recipe = recipe(Job(engine, key, data, config, plan.train_tokens_per_slice, initial_adapter))
         self._budget, self._unit = plan.train_tokens_per_slice, self._recipe.unit
-        self._joins = not config.full_parameter
         self.plan = slice_plan(
             [len(row.tokens) for row in data.training],
             n_epochs=config.n_epochs,
@@ -202,7 +203,7 @@ class Run:
         workers = self._engine.workers
         for first in range(0, len(slices), workers):
             together = slices[first : first + workers]
-            results += yield from forward(together, training=batch.training, joins=self._joins)
+            results += yield from forward(together, training=batch.training)
         return total(results)
 
     def _batch(self, rows: Sequence[TrainRow], indices: Sequence[int], *, training: bool) -> Batch:

@@ -19,14 +19,10 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Forward:
-    """Slices in one pass; answered by a list of SliceResult. training: add to the gradients.
-
-    joins: training slices may share their pass with other attempts'; those of a whole model may not.
-    """
+    """Slices in one pass; answered by a list of SliceResult. training: add to the gradients."""
 
     pieces: tuple[TrainSlice, ...]
     training: bool = True
-    joins: bool = True
 
     @property
     def input_tokens(self) -> int:
@@ -81,11 +77,9 @@ Turn = Request | Blocked | RecipeEvent
 Turns = Generator[Turn, Any, T]
 
 
-def forward(
-    pieces: Sequence[TrainSlice], *, training: bool = True, joins: bool = True
-) -> Turns[list[SliceResult]]:
+def forward(pieces: Sequence[TrainSlice], *, training: bool = True) -> Turns[list[SliceResult]]:
     """The slices' results; see Engine.forward_backward and Engine.evaluate."""
-    results: list[SliceResult] = yield Forward(tuple(pieces), training, joins)
+    results: list[SliceResult] = yield Forward(tuple(pieces), training)
     return results
 
 
