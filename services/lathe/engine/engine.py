@@ -412,11 +412,17 @@ class Engine:
 
     def _hold_trainable(self, key: str, slot: int, adapter: Adapter | FullModel) -> None:
         assert adapter.gradients is not None
-        if isinstance(adapter, Adapter):
-            # Now, or a preflight that trusts an earlier measurement would not know of it.
-            for linear in self.decoder.weights.linears:
-                linear.prepare()
-        self._hold(key, slot, adapter, AdamW(adapter.master, adapter.gradients))
+        try:
+            if isinstance(adapter, Adapter):
+                # Now, or a preflight that trusts an earlier measurement would not know of it.
+                for linear in self.decoder.weights.linears:
+                    linear.prepare()
+            optimizer = AdamW(adapter.master, adapter.gradients)
+        except BaseException:
+            if slot >= 0:
+                self._bank.remove(slot)  # nobody has its key, so nobody could give its memory back
+            raise
+        self._hold(key, slot, adapter, optimizer)
 
     def _load_trainable(
         self, key: str, folder: Path, lora_dropout: float | None = None

@@ -301,3 +301,18 @@ def test_wrong_calls(make_engine: MakeEngine, tmp_path: Path) -> None:
     assert engine.adapter_keys() == ("frozen",)
     with pytest.raises(InvalidArgument, match=r"optimizer\.safetensors"):
         engine.restore("a", tmp_path)
+
+
+def test_an_adapter_without_room_for_its_optimizer_leaves_nothing(
+    make_engine: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_room(*_: object) -> None:
+        raise torch.OutOfMemoryError("no room for the moments")
+
+    engine = make_engine()
+    with monkeypatch.context() as patch, pytest.raises(torch.OutOfMemoryError):
+        patch.setattr("lathe.engine.engine.AdamW", no_room)
+        engine.create_adapter("a", LoraSpec(r=4), seed=1)
+    assert engine.adapter_keys() == ()
+    assert engine._bank.free_slot() == 0
+    engine.create_adapter("a", LoraSpec(r=4), seed=1)
