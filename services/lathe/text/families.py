@@ -99,8 +99,9 @@ def _unsupported_option(family: Architecture, config: Mapping[str, object]) -> s
     if reason := _bad_number(config, (family.norm_eps, "query_pre_attn_scalar")):
         return reason
     types = config.get("layer_types")
-    odd = set(types) - {"full_attention", "sliding_attention"} if isinstance(types, list) else set()
-    return f"layer type {min(map(str, odd))!r} is not supported." if odd else ""
+    known = ("full_attention", "sliding_attention")
+    odd = [str(kind) for kind in types if kind not in known] if isinstance(types, list) else []
+    return f"layer type {min(odd)!r} is not supported." if odd else ""
 
 
 def _unsupported_rope(config: Mapping[str, object]) -> str:

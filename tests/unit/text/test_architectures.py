@@ -126,6 +126,7 @@ def test_the_tensors_of_a_file_are_named() -> None:
         ("gemma-3-1b", {"hidden_activation": "gelu"}, "hidden_activation 'gelu'"),
         ("gemma-3-1b", {"layer_types": ["full_attention"]}, "layer_types must name each of the 26 layers"),
         ("Qwen3-0.6B", {"num_hidden_layers": 1, "layer_types": ["linear_attention"]}, "'linear_attention'"),
+        ("Qwen3-0.6B", {"num_hidden_layers": 1, "layer_types": [{}]}, "layer type '{}'"),
         ("phi-2", {"qk_layernorm": True}, "qk_layernorm"),
         ("Phi-3-mini-4k", {"rope_scaling": {"type": "dynamic"}}, "'dynamic'"),
         ("Llama-3.2-1B", {"num_hidden_layers": 5000}, "at most 1024"),
@@ -153,7 +154,7 @@ KEYS = sorted(
 )
 VALUES = st.one_of(
     st.none(), st.booleans(), st.integers(-2, 70), st.floats(allow_nan=False), st.text(max_size=3),
-    st.lists(st.sampled_from(["full_attention", "sliding_attention", 3]), max_size=3),
+    st.lists(st.sampled_from(["full_attention", "sliding_attention", 3, {}]), max_size=3),
     st.dictionaries(
         st.sampled_from(["rope_type", "type", "rope_theta", "factor", "full_attention", "short_factor"]),
         st.one_of(st.sampled_from(["linear", "yarn", "llama3", "longrope"]), st.integers(0, 3), st.none()),
