@@ -372,3 +372,10 @@ def test_the_command_refuses_what_makes_no_sense(base: Path, tmp_path: Path) -> 
     bad = command("--base-folder", base, "--out", tmp_path / "out", "--texts", tmp_path / "texts")
     assert "texts, line 2: messages" in str(bad.exception)
     assert not (tmp_path / "out").exists()
+
+
+def test_with_both_folders_no_platform_is_asked(base: Path, adapter: Path, tmp_path: Path) -> None:
+    folders = ("--base-folder", base, "--adapter-folder", adapter)
+    done = command("ft:tiny:acme::1", *folders, "--format", "peft", "--out", tmp_path / "out")
+    assert done.exit_code == 0, done.output
+    assert "ft:tiny:acme::1" in (tmp_path / "out" / "README.md").read_text()

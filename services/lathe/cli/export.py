@@ -61,7 +61,7 @@ def export(
 ) -> None:
     """Write a model to a folder, checked by what will load it. Needs the extra `engine`; `export` to check GGUF.
 
-    With both folders given, no platform is asked.
+    With both folders given, no platform is asked; a MODEL is then what the result is called.
     """
     kind = _checked_type(to, kind)
     _need_engine()
@@ -125,12 +125,12 @@ def _source(
     from lathe.engine.export.source import Lineage, Source
     from lathe.engine.hf_folder import licence_of
 
-    if model is None:
+    if model is None or (base is not None and adapter is not None):
         if base is None:
             raise InvalidArgument(
                 "Name a model, or give --base-folder (and --adapter-folder) to export without a platform."
             )
-        made = adapter.resolve().name if adapter is not None else base.resolve().name
+        made = model or (adapter or base).resolve().name
         base_name = "" if adapter is None else base.resolve().name
         return Source(base, adapter, Lineage(made, base_name, licence_of(base)))
     with client_of(context) as client:
@@ -157,7 +157,7 @@ def _check_digest(base: pb.BaseModel, adapter: pb.Adapter) -> None:
         raise FailedPrecondition(
             f"{adapter.model_id} was trained on a base model with the digest {trained_on}; {base.name} now has "
             f"{base.digest}. Give the base that it was trained on with --base-folder and the adapter with "
-            "--adapter-folder."
+            "--adapter-folder: with both, no platform is asked."
         )
 
 

@@ -173,7 +173,7 @@ def receipt(
     if output is None:
         print(document, end="")
     else:
-        output.write_text(document)
+        output.write_text(document, encoding="utf-8")
 
 
 @app.command()
