@@ -3,7 +3,7 @@
 from typing import Annotated, Any, Literal, TypeVar
 
 from google.protobuf.message import Message
-from pydantic import BeforeValidator, Field
+from pydantic import Field, field_validator
 
 from lathe.common.names import DATASET, PROJECT
 from lathe.gateway.http.errors import invalid, unsupported
@@ -13,24 +13,23 @@ from lathe.v1 import jobs_pb2 as pb
 M = TypeVar("M", bound=Message)
 
 
-def _auto(value: object) -> object:
-    return None if value == "auto" else value
+class Chosen(Model):
+    """Settings that Lathe chooses where they are not given: "auto", null and absent mean the same."""
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _auto(cls, value: object) -> object:
+        return None if value == "auto" else value
 
 
-AUTO = BeforeValidator(_auto)
-Epochs = Annotated[Annotated[int, Field(ge=1, le=50)] | None, AUTO]
-BatchSize = Annotated[Annotated[int, Field(ge=1, le=256)] | None, AUTO]
-Multiplier = Annotated[Annotated[float, Field(gt=0)] | None, AUTO]
-Beta = Annotated[Annotated[float, Field(gt=0, le=2)] | None, AUTO]
-Weight = Annotated[Annotated[float, Field(gt=0, le=100)] | None, AUTO]
+Beta = Annotated[float, Field(gt=0, le=2)] | None
+Weight = Annotated[float, Field(gt=0, le=100)] | None
 
 
-class Hyperparameters(Model):
-    """ "auto", null and absent mean the same."""
-
-    n_epochs: Epochs = None
-    batch_size: BatchSize = None
-    learning_rate_multiplier: Multiplier = None
+class Hyperparameters(Chosen):
+    n_epochs: Annotated[int, Field(ge=1, le=50)] | None = None
+    batch_size: Annotated[int, Field(ge=1, le=256)] | None = None
+    learning_rate_multiplier: Annotated[float, Field(gt=0)] | None = None
 
 
 class DpoHyperparameters(Hyperparameters):
@@ -46,13 +45,13 @@ class OrpoHyperparameters(Hyperparameters):
 
 
 class KtoHyperparameters(Hyperparameters):
-    batch_size: Annotated[Annotated[int, Field(ge=2, le=256)] | None, AUTO] = None
+    batch_size: Annotated[int, Field(ge=2, le=256)] | None = None
     beta: Beta = None
     desirable_weight: Weight = None
     undesirable_weight: Weight = None
 
 
-class Lora(Model):
+class Lora(Chosen):
     """Lathe's own: PEFT's LoraConfig."""
 
     r: Annotated[int, Field(ge=1, le=256)] | None = None
@@ -94,7 +93,7 @@ class Method(Model):
     reinforcement: Any = None
 
 
-class Training(Model):
+class Training(Chosen):
     """Lathe's own: TrainingOptions of jobs.proto, which has the ranges."""
 
     full_parameter: bool | None = None

@@ -255,6 +255,19 @@ def test_preference_methods() -> None:
     assert options == jobs_pb2.TrainingOptions(schedule="linear", eval_every=5)
 
 
+@pytest.mark.parametrize("kind", ["supervised", "dpo", "orpo", "kto"])
+def test_auto_is_the_same_as_absent_for_every_setting(kind: str) -> None:
+    def made(numbers: object, lora: object, training: object) -> jobs_pb2.CreateJobRequest:
+        chosen = {"hyperparameters": numbers, "lora": lora}
+        return job(method={"type": kind, kind: chosen}, training=training)
+
+    method = getattr(jobs_pb2.Method(), kind)
+    settings = (method.hyperparameters, method.lora, jobs_pb2.TrainingOptions())
+    names = [message.DESCRIPTOR.fields_by_name for message in settings]
+    assert made(*(dict.fromkeys(fields, "auto") for fields in names)) == made({}, {}, {})
+    assert wrong(job, training={"eval_every": "often"}) == "training.eval_every"
+
+
 def test_preference_refusals() -> None:
     def dpo(**numbers: object) -> dict[str, object]:
         return {"type": "dpo", "dpo": {"hyperparameters": numbers}}
