@@ -258,9 +258,7 @@ class AttemptRunner:
         method, initial = recipe_of(attempt.config.method), None
         if attempt.initial_adapter is not None and (found is None or method.needs_initial):
             ref = attempt.initial_adapter
-            initial = await self._patiently(
-                lambda: ensure_adapter(self._store, ref, self._settings.cache, self._clock)
-            )
+            initial = await self._patiently(lambda: self._parent(ref))
         memory = self._settings.memory
         recipe = Run(
             method,
@@ -284,6 +282,15 @@ class AttemptRunner:
             self._checkpoints.extend(found.epochs)
             self._metrics.extend(found.manifest.unreported)
         return recipe
+
+    async def _parent(self, ref: AdapterRef) -> Path:
+        """The adapter to start from. Raises FailedPrecondition if it is gone, which no other attempt can change."""
+        try:
+            return await ensure_adapter(self._store, ref, self._settings.cache, self._clock)
+        except NotFound as error:
+            raise FailedPrecondition(
+                f"The model that the job goes on from was deleted: {error.message}", reason="PARENT_DELETED"
+            ) from error
 
     def _choose_plan(self, found: Found | None) -> None:
         # An attempt may have been lost before its first report: its plan is in the manifest then.

@@ -46,7 +46,7 @@ def after_attempt(job: Job, attempt: Attempt, why: str, now: datetime) -> tuple[
     error = attempt.error or JobError("server_error", why or "The attempt gave no reason.")
     match state:
         case JobState.FAILED:
-            return failed(job, trigger, _blame(job, trigger, error), now)
+            return failed(job, trigger, _in_users_words(job, _blame(job, trigger, error)), now)
         case JobState.CANCELLED:
             return ended(job, state, "Cancelled by the user.", now), [messages.cancelled()]
         case JobState.RUNNING:
@@ -71,6 +71,11 @@ def _blame(job: Job, trigger: Trigger, error: JobError) -> JobError:
     return JobError(
         "server_error", f"Given up after {tries}; the last one said: {error.message}", error.param
     )
+
+
+def _in_users_words(job: Job, error: JobError) -> JobError:
+    """An engine knows the parent as a folder only; users know it as a model."""
+    return messages.parent_deleted(job.parent) if error.code == messages.PARENT_DELETED else error
 
 
 def _trained(job: Job, attempt: Attempt, now: datetime) -> Job:

@@ -10,6 +10,8 @@ from lathe.jobs.model import EventLevel, EventType, JobError, NewEvent, StepMetr
 from lathe.jobs.ports import FileFinding
 
 VALIDATING = "The files are being validated for this model."
+# The code of an error of the engine.
+PARENT_DELETED = "parent_deleted"
 
 
 def rerun_created(job_id: str, first: str) -> NewEvent:
@@ -113,6 +115,11 @@ def file_error(param: str, dataset: str, findings: Sequence[FileFinding], count:
 def _finding(finding: FileFinding) -> str:
     where = f"line {finding.line}" + (f", {finding.field}" if finding.field else "")
     return f"{where}: {finding.message.rstrip('.')}"
+
+
+def parent_deleted(model: str) -> JobError:
+    text = f"The model {model}, which the job goes on from, was deleted; create a job on another model."
+    return JobError(PARENT_DELETED, text, "model")
 
 
 def duration(seconds: float) -> str:

@@ -17,6 +17,7 @@ from lathe.engine.batch import TrainRow
 from lathe.engine.loop import LoopLimits, ModelLoop
 from lathe.engine.model import (
     Action,
+    AdapterRef,
     Attempt,
     EngineReceipt,
     Environment,
@@ -360,6 +361,14 @@ async def test_a_configuration_that_cannot_train_fails_the_job_and_lost_tokens_a
     bench.jobs.offer(attempt(2, training=TokenRef("blobs/tokens", "0" * 64)))
     await bench.until(lambda: len(bench.jobs.job.outcomes) == 2)
     assert bench.jobs.job.outcomes[1] is Outcome.RETRYABLE
+
+
+async def test_a_deleted_parent_fails_the_job_at_once(bench: Bench) -> None:
+    bench.jobs.offer(attempt(initial_adapter=AdapterRef("jobs/p/a/final", "c" * 64)))
+    bench.start()
+    await bench.until(lambda: bool(bench.jobs.job.outcomes))
+    assert bench.jobs.job.outcomes == [Outcome.FAILED]
+    assert bench.jobs.job.error is not None and bench.jobs.job.error.code == "parent_deleted"
 
 
 async def test_it_leases_no_more_than_it_can_train(bench: Bench) -> None:

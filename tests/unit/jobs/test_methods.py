@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from lathe.common.errors import InvalidArgument
 from lathe.jobs import hyperparameters, protos, trainingprotos
-from lathe.jobs.model import AdapterObject, DatasetRef, Job
+from lathe.jobs.model import AdapterObject, DatasetRef, Job, JobError, JobState, Outcome
 from lathe.jobs.ports import ResolvedModel
 from lathe.jobs.requests import JobRequest, check_request
 from lathe.jobs.training import Hyperparameters, Method, TrainingSpec, inherit
@@ -215,6 +215,18 @@ async def test_a_job_on_a_tuned_model_records_its_parent(world: World) -> None:
     attempt = protos.attempt_pb(lease)
     assert (attempt.initial_adapter.prefix, attempt.config.method) == (files.prefix, "dpo")
     assert protos.job_pb(await world.job(job.id)).parent_model == "ft:tiny"
+
+
+async def test_a_job_whose_parent_was_deleted_says_which_model_that_was(world: World) -> None:
+    files = AdapterObject("jobs/a/b/final", "0" * 64)
+    world.models.models["ft:tiny"] = ResolvedModel(BASE, True, "", tuple(Method), files, PARENT, "ft:tiny")
+    lease = await world.leased(model="ft:tiny")
+    gone = JobError("parent_deleted", "There is no adapter at jobs/a/b/final.")
+    await world.complete(lease, Outcome.FAILED, error=gone)
+    job = await world.job(lease.job.id)
+    assert job.state is JobState.FAILED and job.error is not None
+    assert (job.error.code, job.error.param) == ("parent_deleted", "model")
+    assert "ft:tiny" in job.error.message and job.error.message in (await world.messages(job.id))[-1]
 
 
 async def test_a_base_model_may_not_offer_a_method(world: World) -> None:
