@@ -17,6 +17,7 @@ before its first slice, so that the slices' size changes nothing:
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,7 +92,7 @@ def no_room(tokens: int) -> FailedPrecondition:
     )
 
 
-class Recipe:
+class Recipe(ABC):
     """A training method. `unit`: how many adjacent rows belong together; batch_size counts units.
 
     needs_initial: whether the adapter that a job began from is needed after its first step too.
@@ -107,16 +108,16 @@ class Recipe:
         """Once an attempt, before its first step; the adapter is there."""
         yield from ()
 
+    @abstractmethod
     def objectives(self, batch: Batch) -> Turns[Objectives]:
         """The objective of each part of a batch. The batch's loss is the sum over its slices. Every method's own."""
-        raise NotImplementedError
 
     def save(self, folder: Path) -> tuple[str, ...]:
         """Writes files of its own into a snapshot's folder; answers their names."""
         return ()
 
-    def restore(self, folder: Path) -> None:
+    def restore(self, folder: Path) -> None:  # noqa: B027 - most have nothing
         """Takes up what `save` wrote; before `begin`."""
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027 - most have nothing
         """Forgets what it loaded into the engine. May come without `begin`."""
