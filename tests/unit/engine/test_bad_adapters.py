@@ -122,3 +122,4 @@ def test_the_bases_own_tensors_beside_the_lora_are_taken(make_engine: MakeEngine
     head = engine.decoder.weights.head.dense()
     tensors(lambda t: t.update({"base_model.model.lm_head.base_layer.weight": head.clone()}))(good)
     engine.load_adapter("a", good)
+    assert engine.adapter_keys() == ("a",)

@@ -187,6 +187,15 @@ def test_a_rank_lost_after_the_sum_leaves_a_whole_step(tmp_path: Path) -> None:
         engine.forward_backward(slices(1)[:2])
 
 
+def test_a_rank_lost_at_the_end_takes_nothing_from_a_finished_job() -> None:
+    engine, peers, left = gang(2)
+    engine.create_adapter("a", LoraSpec(r=4), seed=3)
+    peers[0].lost = True
+    engine.drop_adapter("a")
+    assert not engine.adapter_keys()
+    assert left
+
+
 def test_adapters_for_sampling_are_rank_0s_alone(tmp_path: Path) -> None:
     engine, peers, _ = gang(2)
     engine.create_adapter("a", LoraSpec(r=4), seed=3)

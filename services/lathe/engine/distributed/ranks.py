@@ -9,6 +9,7 @@ the order of a sum in fp32.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -103,7 +104,9 @@ class LeadingEngine(RankEngine):
         if key in self._trained:
             self._trained.remove(key)
             if not self._alone:
-                self._answers([partial(Engine.drop_adapter, key=key)] * len(self._peers), self._peers)
+                # A rank lost now takes nothing from a job that has ended; the next verb tells of it.
+                with suppress(RankLost):
+                    self._answers([partial(Engine.drop_adapter, key=key)] * len(self._peers), self._peers)
 
     def zero_grad(self, key: str) -> None:
         self._everywhere(partial(Engine.zero_grad, key=key))
