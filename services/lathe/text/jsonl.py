@@ -19,12 +19,13 @@ _BOM = b"\xef\xbb\xbf"
 @dataclass(frozen=True, slots=True)
 class Line:
     """number: 1-based, blank lines counted. too_long: data is empty, the line was over the limit.
-    ended: a newline was there (the last line of a file may lack it)."""
+    ended: a newline was there (the last line of a file may lack it). offset: of data's first byte in the stream."""
 
     number: int
     data: bytes
     too_long: bool = False
     ended: bool = True
+    offset: int = 0
 
 
 class LineSplitter:
@@ -37,6 +38,8 @@ class LineSplitter:
         self._size = 0
         self._number = 0
         self._too_long = False
+        # Where the current line begins, and where what was fed so far ends.
+        self._start = self._end = 0
 
     def feed(self, chunk: bytes) -> Iterator[Line]:
         """The lines that this chunk ends. Consume them all before the next call."""
@@ -56,6 +59,7 @@ class LineSplitter:
                 yield line
 
     def _add(self, part: bytes) -> None:
+        self._end += len(part)
         if not part or self._too_long:
             return
         self._size += len(part)
@@ -67,14 +71,16 @@ class LineSplitter:
 
     def _take(self, *, ended: bool) -> Line | None:
         self._number += 1
-        data, too_long = b"".join(self._parts), self._too_long
+        data, too_long, offset = b"".join(self._parts), self._too_long, self._start
         self._parts, self._size, self._too_long = [], 0, False
-        if self._number == 1:
-            data = data.removeprefix(_BOM)
+        self._end += ended
+        self._start = self._end
+        if self._number == 1 and data.startswith(_BOM):
+            data, offset = data.removeprefix(_BOM), len(_BOM)
         data = data.removesuffix(b"\r")
         if too_long or len(data) > self._max:
-            return Line(self._number, b"", too_long=True, ended=ended)
-        return Line(self._number, data, ended=ended) if data.strip() else None
+            return Line(self._number, b"", too_long=True, ended=ended, offset=offset)
+        return Line(self._number, data, ended=ended, offset=offset) if data.strip() else None
 
 
 @overload
