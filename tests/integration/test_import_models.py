@@ -125,10 +125,15 @@ def test_a_gguf_becomes_plain_bf16_weights_with_its_tokenizer_and_template(tmp_p
         assert file.read_bytes() == (again.folder / file.name).read_bytes(), file.name
 
 
-def test_a_gguf_without_a_chat_template_or_cut_short_is_refused(tmp_path: Path) -> None:
+def test_a_gguf_without_a_chat_template_is_a_model_without_one(tmp_path: Path) -> None:
+    from lathe.text.tokenizer import Tokenizer
+
     write_gguf(tmp_path / "plain.gguf", template=None)
-    with pytest.raises(InvalidArgument, match="no chat template"):
-        from_gguf(tmp_path / "plain.gguf", tmp_path / "out")
+    model = from_gguf(tmp_path / "plain.gguf", tmp_path / "out")
+    assert not Tokenizer.from_folder(model.folder).has_template
+
+
+def test_a_gguf_that_is_cut_short_is_refused(tmp_path: Path) -> None:
     write_gguf(tmp_path / "whole.gguf")
     content = (tmp_path / "whole.gguf").read_bytes()
     for size in (20, len(content) // 2):

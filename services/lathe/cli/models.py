@@ -180,7 +180,7 @@ def _show_base(model: pb.BaseModel) -> None:
             ("digest", model.digest),
             ("files", f"{len(model.files)}, {size(sum(file.size_bytes for file in model.files))}"),
             ("imported", when(model.create_time)),
-            ("chat template", model.chat_template.strip().replace("\n", "⏎")),
+            ("chat template", model.chat_template.strip().replace("\n", "⏎") or _without_template(model)),
         )
     )
 
@@ -207,6 +207,11 @@ def _show_adapter(adapter: pb.Adapter) -> None:
 
 def _id(model: pb.BaseModel) -> str:
     return model.name.rsplit("/", 1)[-1]
+
+
+def _without_template(model: pb.BaseModel) -> str:
+    """Nothing is known of a model whose files are not all there."""
+    return "none: it completes text and takes no messages" if model.parameter_count else ""
 
 
 def _parameters(model: pb.BaseModel) -> str:

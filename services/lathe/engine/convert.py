@@ -1,7 +1,7 @@
 """Base-model sources turned into the clean Hugging Face folder that the models service accepts.
 
-A clean folder holds config.json, safetensors weights, tokenizer.json, tokenizer_config.json, a chat template,
-and where the source has them generation_config.json and licence files; nothing that could run code is copied.
+A clean folder holds config.json, safetensors weights, tokenizer.json, tokenizer_config.json, and where the source has
+them a chat template, generation_config.json and licence files; nothing that could run code is copied.
 The same source gives byte-identical weights each time, so importing it twice gives one digest.
 
 torch, transformers and gguf are imported inside the functions that convert: checking and copying need none.
@@ -32,6 +32,7 @@ from lathe.engine.hf_folder import (
     spdx,
     weight_files,
     write_json,
+    write_template,
 )
 from lathe.engine.sources import (
     PINNED_WHEELS,
@@ -58,7 +59,6 @@ _COPIED = (
     "tokenizer.json",
     "special_tokens_map.json",
     "added_tokens.json",
-    "chat_template.jinja",
 )
 _HUB_PATTERNS = ("*.json", "*.safetensors", "*.jinja", "LICENSE*", "LICENCE*", "NOTICE*", "README.md")
 
@@ -107,7 +107,7 @@ def from_folder(path: Path, out: Path) -> ImportedModel:
             shutil.copyfile(path / WEIGHT_INDEX, work / WEIGHT_INDEX)
         write_json(work / "config.json", config)
         write_json(work / "tokenizer_config.json", clean_tokenizer_config(tokenizer_config))
-        (work / "chat_template.jinja").write_text(template, encoding="utf-8", newline="\n")
+        write_template(work, template)
     name = path.resolve().name
     return ImportedModel(out, model_id_of(name), name, licence_of(path), f"folder {name}")
 
@@ -130,7 +130,7 @@ def from_hub(repo_id: str, revision: str | None, out: Path, *, hub: Hub | None =
 def from_gguf(file: Path, out: Path) -> ImportedModel:
     """Dequantises a GGUF file once, to bf16 safetensors with its own tokenizer and chat template.
 
-    Raises InvalidArgument when the file is no GGUF, is one part of several, has no chat template, or holds an
+    Raises InvalidArgument when the file is no GGUF, is one part of several, or holds an
     architecture that transformers cannot convert; FailedPrecondition without the `engine` extra.
     """
     facts = _gguf_facts(file)
@@ -138,7 +138,7 @@ def from_gguf(file: Path, out: Path) -> ImportedModel:
         folder = Path(temporary) / "model"
         _dequantise(file, folder)
         _complete_config(file, folder)
-        (folder / "chat_template.jinja").write_text(facts["chat_template"], encoding="utf-8", newline="\n")
+        write_template(folder, facts["chat_template"])
         for name in legal_files(file.parent):
             shutil.copyfile(file.parent / name, folder / name)
         model = from_folder(folder, out)
@@ -233,7 +233,7 @@ def _from_cache(entry: Path, out: Path) -> ImportedModel:
 
 
 def _gguf_facts(file: Path) -> dict[str, str]:
-    """Chat template and licence from a GGUF file's metadata."""
+    """Chat template and licence from a GGUF file's metadata, empty where it has none."""
     if not file.is_file():
         raise InvalidArgument(f"{file} does not exist")
     with file.open("rb") as stream:
@@ -261,9 +261,7 @@ def _gguf_facts(file: Path) -> dict[str, str]:
         raise InvalidArgument(
             f"{file.name} is one part of {values['parts']}: merge them with llama-gguf-split --merge"
         )
-    if not values["chat_template"]:
-        raise InvalidArgument(f"{file.name} has no chat template: import the instruct version of the model")
-    return {"chat_template": str(values["chat_template"]), "licence": str(values["licence"] or "")}
+    return {name: str(values[name] or "") for name in ("chat_template", "licence")}
 
 
 def _dequantise(file: Path, folder: Path) -> None:

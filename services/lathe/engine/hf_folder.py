@@ -72,19 +72,21 @@ def clean_tokenizer_config(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def chat_template(path: Path, tokenizer_config: dict[str, Any]) -> str:
-    """chat_template.jinja, else tokenizer_config's own (the one named "default" where there are several)."""
-    if (path / "chat_template.jinja").is_file():
-        return (path / "chat_template.jinja").read_text(encoding="utf-8")
+    """chat_template.jinja, else tokenizer_config's own (the one named "default" where there are several); empty for
+    a model that only completes text."""
     template = tokenizer_config.get("chat_template")
     if isinstance(template, list):
         named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
         template = named.get("default")
-    if not isinstance(template, str) or not template.strip():
-        raise InvalidArgument(
-            f"{path.name} has no chat template: put chat_template.jinja beside tokenizer.json, or import the "
-            "instruct version of the model"
-        )
-    return template
+    if (path / "chat_template.jinja").is_file():
+        template = (path / "chat_template.jinja").read_text(encoding="utf-8")
+    return template if isinstance(template, str) and template.strip() else ""
+
+
+def write_template(folder: Path, template: str) -> None:
+    """Nothing for an empty one."""
+    if template:
+        (folder / "chat_template.jinja").write_text(template, encoding="utf-8", newline="\n")
 
 
 def weight_files(path: Path) -> dict[str, str]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 from lathe.common.clock import Clock
-from lathe.common.errors import FailedPrecondition, InvalidArgument, Unavailable
+from lathe.common.errors import FailedPrecondition, FieldViolation, InvalidArgument, Unavailable
 from lathe.common.ids import IdFactory
 from lathe.common.metrics import Metrics
 from lathe.common.rpc.principal import Principal, Role
@@ -163,6 +163,13 @@ class Inference:
         )
         model = await self._models.resolve(principal, request.model)
         tokenizer = await self._tokenizers.get(model.base)
+        if not tokenizer.has_template:
+            raise InvalidArgument(
+                f"{request.model} completes text and takes no messages: its base model {model.base.name} has no chat "
+                "template. Import the base model with a chat_template.jinja, or call another model.",
+                reason="NO_CHAT_TEMPLATE",
+                violations=[FieldViolation(f"{prefix}messages", f"{request.model} has no chat template.")],
+            )
         now = self._clock.now()
         # A long prompt takes its time to tokenise, and the loop has other streams to serve.
         prompt = await asyncio.to_thread(

@@ -127,6 +127,7 @@ class RpcModels:
             adapter=AdapterObject(adapter.object.prefix, adapter.object.manifest_sha256) if adapter else None,
             lora=_lora(adapter.lineage.hyperparameters_json) if adapter else None,
             model_id=adapter.model_id if adapter else "",
+            chats=bool(base.chat_template),
         )
 
     async def register_adapter(self, adapter: AdapterRegistration) -> None:

@@ -109,7 +109,7 @@ class Datasets(Protocol):
 class ResolvedModel:
     """A model id that a client wrote.
 
-    model_id and adapter: set for a tuned model, with the `lora` it was made with.
+    model_id and adapter: set for a tuned model, with the `lora` it was made with. chats: its base has a chat template.
     """
 
     base: BaseRef
@@ -119,6 +119,7 @@ class ResolvedModel:
     adapter: AdapterObject | None = None
     lora: TrainingSpec | None = None
     model_id: str = ""
+    chats: bool = True
 
 
 @dataclass(frozen=True, slots=True)

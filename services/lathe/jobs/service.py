@@ -91,9 +91,9 @@ class JobsService:
         request = replace(request, compute=compute)
         resolved = await self._resolve(request)
         spec, project = request.spec, request.project
-        examples = await self._dataset(project, request.training, "training", spec, user)
+        examples = await self._dataset(project, request.training, "training", spec, user, model=resolved)
         validation = (
-            await self._dataset(project, request.validation, "validation", spec, user)
+            await self._dataset(project, request.validation, "validation", spec, user, model=resolved)
             if request.validation
             else None
         )
@@ -153,7 +153,7 @@ class JobsService:
         return resolved
 
     async def _dataset(
-        self, project: str, dataset: str, kind: str, spec: TrainingSpec, user: User
+        self, project: str, dataset: str, kind: str, spec: TrainingSpec, user: User, *, model: ResolvedModel
     ) -> DatasetRef:
         path = f"job.{kind}_dataset"
         try:
@@ -162,6 +162,8 @@ class JobsService:
             raise _field_error(NotFound, path, f"The {kind} file {dataset} does not exist.") from error
         _check_dataset(info, kind, path)
         training.check_format(spec, info.format, path, f"the {kind} file {dataset}")
+        if not model.chats:
+            training.check_needs_no_template(model.base.id, info.format, path, f"the {kind} file {dataset}")
         return DatasetRef(dataset, info.sha256)
 
     async def _check_room(self, session: JobSession, project: str, limit: int) -> None:
@@ -237,7 +239,7 @@ class JobsService:
             )
         for kind, dataset in (("training", first.training), ("validation", first.validation)):
             if dataset is not None:
-                await self._dataset(project, dataset.id, kind, first.spec, user)
+                await self._dataset(project, dataset.id, kind, first.spec, user, model=resolved)
         await self.gangs.check(first.compute.workers)
         job = receipts.rerun(first, attempt, self.ids.new("ftjob"), self.clock.now())
         return await self._add(job, messages.rerun_created(job.id, first.id), request_id)

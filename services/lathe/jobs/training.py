@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from lathe.common.errors import FieldViolation, InvalidArgument
-from lathe.text.formats import METHOD_FORMATS
+from lathe.text.formats import METHOD_FORMATS, RowFormat
 
 # OpenAI keeps the checkpoints of the last three epochs.
 KEPT_CHECKPOINTS = 3
@@ -200,6 +200,19 @@ def check_format(spec: TrainingSpec, format_: str, path: str, file: str) -> None
         f"{' or '.join(name.replace('_', ' ') for name in wanted)} rows; {other}another file."
     )
     raise InvalidArgument(text, reason="WRONG_FORMAT", violations=[FieldViolation(path, text)])
+
+
+def check_needs_no_template(base_id: str, format_: str, path: str, file: str) -> None:
+    """Raise InvalidArgument for rows that are messages whatever they say: a base without a chat template renders none.
+
+    Rows of the other formats may be texts; the audit looks at each.
+    """
+    if format_ == RowFormat.CHAT:
+        text = (
+            f"{path}: {file} has chat rows, and {base_id} has no chat template to render messages with; choose a file "
+            "of text or completion rows, or a base model that has one (imported with a chat_template.jinja)."
+        )
+        raise InvalidArgument(text, reason="NO_CHAT_TEMPLATE", violations=[FieldViolation(path, text)])
 
 
 def inherit(spec: TrainingSpec, parent: TrainingSpec) -> TrainingSpec:

@@ -49,9 +49,6 @@ async def inspect(model: BaseModel, store: ObjectStore) -> Facts:
             f"{family.vocab_size}: tokenizer and weights do not belong together."
         )
     reason = family.reason or _weights_reason(found)
-    template = tokenizer.template.source if tokenizer.has_template else ""
-    if not reason and not template:
-        reason = "the model has no chat template; import it again with a chat_template.jinja."
     return Facts(
         tokenizer_digest=tokenizer.digest,
         template_digest=tokenizer.template_digest,
@@ -62,7 +59,7 @@ async def inspect(model: BaseModel, store: ObjectStore) -> Facts:
         not_tunable_reason=reason,
         methods=family.methods if not reason else (),
         target_modules=family.target_modules if not reason else (),
-        chat_template=template,
+        chat_template=tokenizer.template.source if tokenizer.has_template else "",
     )
 
 

@@ -34,6 +34,11 @@ from lathe.text.rows import Plain
 from lathe.text.template import ChatTemplate
 from lathe.text.tokenizer import Tokenizer
 
+NO_TEMPLATE = (
+    "the base model has no chat template, which messages are rendered with; give texts (text, or prompt and "
+    "completion), or tune a base model that was imported with a chat_template.jinja"
+)
+
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -165,7 +170,7 @@ def _render(
     if not turns:
         raise RowError("messages", "nothing_trained", "every message of the assistant has weight 0")
     if not tokenizer.has_template or now is None:
-        raise RowError("messages", "template_error", "the base model has no chat template")
+        raise RowError("messages", "template_error", NO_TEMPLATE)
     template = tokenizer.template
     return render_spans(Source(template, prepare(row.messages, template), row.tools, weights, now))
 

@@ -127,9 +127,7 @@ class Tokenizer:
     def template(self) -> ChatTemplate:
         """Raises TemplateError where the model has no chat template."""
         if self._template is None:
-            raise TemplateError(
-                "the base model has no chat template; give one (chat_template.jinja) at import"
-            )
+            raise TemplateError("the base model has no chat template")
         return self._template
 
     @property

@@ -12,6 +12,7 @@ from safetensors.numpy import save_file
 from lathe.common.errors import InvalidArgument, Unavailable
 from lathe.engine.convert import ImportedModel, from_folder, from_gguf, from_hub, from_wheel, model_id_of
 from lathe.engine.sources import PINNED_WHEELS, PinnedWheel, check_requirement, sha256_file
+from lathe.text.tokenizer import Tokenizer
 from tests.fixtures.tiny import CHATML, build_tiny_tokenizer
 
 CONFIG = {
@@ -100,8 +101,6 @@ def break_folder(folder: Path, how: str) -> None:
             weights.write_bytes(weights.read_bytes()[:-3])
         case "not safetensors":
             weights.write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
-        case "no template":
-            edit(folder, "tokenizer_config.json", chat_template=None)
         case "outside":
             (folder / "model.safetensors.index.json").write_text(
                 '{"weight_map": {"a": "../secret.safetensors"}}'
@@ -122,7 +121,6 @@ def break_folder(folder: Path, how: str) -> None:
         ("quantised", "quantization_config"),
         ("cut short", r"model\.safetensors is \d+ bytes long"),
         ("not safetensors", r"model\.safetensors is not a safetensors file"),
-        ("no template", "no chat template"),
         ("outside", "outside the folder"),
         ("bad json", r"config\.json is not JSON"),
         ("config.json", r"no config\.json"),
@@ -138,6 +136,18 @@ def test_what_cannot_be_imported_is_refused_by_name_and_leaves_nothing(
     with pytest.raises(InvalidArgument, match=said):
         from_folder(source, tmp_path / "out")
     assert names(tmp_path) == before
+
+
+@pytest.mark.parametrize("blank_file", [False, True])
+def test_a_model_without_a_chat_template_is_imported_without_one(
+    source: Path, tmp_path: Path, blank_file: bool
+) -> None:
+    edit(source, "tokenizer_config.json", chat_template=None)
+    if blank_file:
+        (source / "chat_template.jinja").write_text("\n")
+    model = from_folder(source, tmp_path / "out")
+    assert "chat_template.jinja" not in names(model.folder)
+    assert not Tokenizer.from_folder(model.folder).has_template
 
 
 def test_a_folder_that_holds_something_is_not_written_over(source: Path, tmp_path: Path) -> None:

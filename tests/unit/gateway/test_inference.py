@@ -135,6 +135,13 @@ async def test_an_answer_with_usage(world: World) -> None:
     assert world.engines.open == 0
 
 
+async def test_a_base_without_a_chat_template_takes_no_messages(tmp_path: Path) -> None:
+    world = World(Tokenizer.from_folder(build_tiny_tokenizer(tmp_path, chat_template=None)))
+    with pytest.raises(InvalidArgument, match=r"tiny completes text.*chat_template\.jinja") as raised:
+        await world.inference.chat(ALICE, ASK)
+    assert [violation.field for violation in raised.value.violations] == ["messages"]
+
+
 async def test_the_stream_has_role_first_finish_then_usage_last(world: World) -> None:
     world.engines.scripts = {"a:1": world.answer("one two", end=False)}
     deltas = await gather(world, ASK)

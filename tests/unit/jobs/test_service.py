@@ -74,6 +74,20 @@ async def test_what_cannot_be_used_is_named(
     assert [violation.field for violation in raised.value.violations] == [path]
 
 
+async def test_chat_rows_on_a_base_without_a_chat_template_are_refused_in_words(world: World) -> None:
+    world.models.models["plain"] = ResolvedModel(BASE, True, methods=tuple(Method), chats=False)
+    world.datasets.add("file-chats", format_="chat")
+    world.datasets.add("file-texts", format_="text")
+    with pytest.raises(
+        InvalidArgument, match=rf"{BASE.id} has no chat template.*text or completion"
+    ) as raised:
+        await world.create(model="plain", training="file-chats")
+    assert [violation.field for violation in raised.value.violations] == ["job.training_dataset"]
+    with pytest.raises(InvalidArgument, match="no chat template"):
+        await world.create(model="plain", training="file-texts", validation="file-chats")
+    assert (await world.create(model="plain", training="file-texts")).model == "plain"
+
+
 async def test_the_same_request_id_makes_one_job(world: World) -> None:
     made = await asyncio.gather(*(world.create(request_id="r1") for _ in range(3)))
     assert len({job.id for job in made}) == 1

@@ -145,15 +145,18 @@ async def test_a_folder_that_cannot_be_used_is_refused_at_commit(models, path, c
     assert (await models.get_base_model("tiny")).state is BaseModelState.UPLOADING
 
 
-async def test_a_model_that_cannot_be_tuned_says_why(models):
+async def test_a_model_without_a_chat_template_can_be_tuned(models):
     plain = json.loads(tiny_folder().contents["tokenizer_config.json"])
     del plain["chat_template"]
     await upload(models, tiny_folder().with_file("tokenizer_config.json", json.dumps(plain).encode()))
     facts = (await models.commit_base_model("tiny")).facts
-    assert not facts.tunable and "chat template" in facts.not_tunable_reason and facts.methods == ()
+    assert facts.tunable and facts.methods and facts.chat_template == ""
+
+
+async def test_a_model_that_cannot_be_tuned_says_why(models):
     await upload(models, tiny_folder(architectures=["GPT2LMHeadModel"]), "gpt2")
     facts = (await models.commit_base_model("gpt2")).facts
-    assert not facts.tunable and "GPT2LMHeadModel" in facts.not_tunable_reason
+    assert not facts.tunable and "GPT2LMHeadModel" in facts.not_tunable_reason and facts.methods == ()
 
 
 async def test_two_imports_of_one_folder_at_the_same_time_are_one_model(world, models):
