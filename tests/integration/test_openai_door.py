@@ -128,13 +128,21 @@ async def test_files(door: Door) -> None:
 async def test_a_file_with_errors_says_so_by_line(door: Door) -> None:
     report = datasets_pb2.ValidationReport(example_count=9, finding_count=2)
     report.findings.add(line=3, field="messages[0].role", code="unrecognized_role", message="no such role.")
+    report.groups.add(
+        code="unrecognized_role",
+        severity=datasets_pb2.SEVERITY_ERROR,
+        count=2,
+        first_lines=[3, 8],
+        message="a message has an unknown role",
+        advice="Correct it.",
+    )
     name = "projects/acme/datasets/file-bad"
     door.owners.datasets[name] = datasets_pb2.Dataset(
         name=name, state=datasets_pb2.DATASET_STATE_ERROR, purpose="fine-tune", report=report
     )
     file = await door.client().files.retrieve("file-bad")
     assert file.status == "error"
-    assert file.status_details == "line 3, messages[0].role: no such role; and 1 more."
+    assert file.status_details == "line 3, messages[0].role: no such role; and 1 more. Correct it."
 
 
 async def test_a_result_file_comes_in_base64(door: Door) -> None:

@@ -9,6 +9,7 @@ import typer
 
 from lathe.cli import exits
 from lathe.cli.connection import client_of
+from lathe.cli.dataset_report import say_report
 from lathe.cli.output import (
     JSON,
     note,
@@ -47,7 +48,7 @@ def upload(
         print_json(dataset)
     else:
         print(last_id(dataset))
-        _say_report(dataset)
+        say_report(dataset.report, dataset.state == pb.DATASET_STATE_READY)
     if dataset.state == pb.DATASET_STATE_ERROR:
         raise typer.Exit(exits.INVALID)
 
@@ -103,7 +104,7 @@ def show(context: typer.Context, dataset: DATASET, as_json: JSON = False) -> Non
             ("expires", when(found.expire_time)),
         )
     )
-    _say_report(found)
+    say_report(found.report, found.state == pb.DATASET_STATE_READY)
 
 
 @app.command()
@@ -146,17 +147,6 @@ def delete(context: typer.Context, dataset: DATASET, as_json: JSON = False) -> N
 def last_id(dataset: pb.Dataset) -> str:
     """OpenAI's file id."""
     return dataset.name.rsplit("/", 1)[-1]
-
-
-def _say_report(dataset: pb.Dataset) -> None:
-    report = dataset.report
-    if dataset.state == pb.DATASET_STATE_READY:
-        note(f"{report.example_count} examples, ready.")
-    for finding in report.findings:
-        where = f"line {finding.line}" if finding.line else "file"
-        note(f"  {where}{', ' + finding.field if finding.field else ''}: {finding.message}")
-    if report.finding_count > len(report.findings):
-        note(f"  and {report.finding_count - len(report.findings)} more findings.")
 
 
 @contextmanager

@@ -15,11 +15,10 @@ from pathlib import Path
 
 from lathe.common.errors import DataLoss, LatheError, NotFound, RetryableError, Unavailable
 from lathe.common.objectstore.base import ObjectStore
-from lathe.datasets.model import AuditResult, AuditState, AuditTask, TokenizerFile, blob_key
+from lathe.datasets.model import AuditResult, AuditState, AuditTask, TokenizerFile, blob_key, whole_file
 from lathe.datasets.ports import DatasetStore
 from lathe.datasets.service import render_options
 from lathe.datasets.tokenpass import Outcome, TokenPass, file_sha256
-from lathe.datasets.validation import whole_file
 from lathe.text import VERSION
 from lathe.text.arrow import TokenWriter
 from lathe.text.tokenizer import Tokenizer

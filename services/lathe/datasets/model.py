@@ -5,19 +5,18 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from enum import StrEnum
 
 from lathe.common.errors import FieldViolation, InvalidArgument, Unimplemented
+from lathe.text.findings import Finding, FindingGroup, Severity, Tally, kind_of, tally_of
 from lathe.text.formats import METHOD_FORMATS, RowFormat, described
 
 PURPOSES = ("fine-tune", "evals", "batch", "assistants", "vision", "user_data")
 RESULTS_PURPOSE = "fine-tune-results"
 MAX_BYTES = 8 << 30
 MAX_RESULT_BYTES = 3 << 20
-MAX_FINDINGS = 20
 MIN_LIFE = timedelta(hours=1)
 MAX_LIFE = timedelta(days=30)
 # A client computes expire_time from its own clock and the call takes a while.
@@ -50,24 +49,57 @@ class AuditState(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Finding:
-    """line: 1-based, 0 for the whole file. field: path within the line. code: stable. message: for people."""
+class Distribution:
+    """Of the values of all rows. A quantile is the smallest value at or below which that share of them lies."""
 
-    line: int
-    field: str
-    code: str
-    message: str
+    count: int = 0
+    min: int = 0
+    p10: int = 0
+    median: int = 0
+    mean: float = 0.0
+    p90: int = 0
+    p99: int = 0
+    max: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """So many rows are of that kind."""
+
+    value: str
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
+class Statistics:
+    """What an audit counted over all rows; see the message of the same name."""
+
+    prompt_tokens: Distribution = Distribution()
+    completion_tokens: Distribution = Distribution()
+    turn_tokens: Distribution = Distribution()
+    row_tokens: Distribution = Distribution()
+    turns: Distribution = Distribution()
+    languages: tuple[Share, ...] = ()
+    answers: tuple[Share, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Report:
     """What validation or an audit found: the first findings of `finding_count`. format: that of a training file's rows;
-    None for other files, and where no row is a good one."""
+    None for other files, and where no row is a good one. groups: all findings by code, the gravest first. statistics:
+    an audit's."""
 
     example_count: int = 0
     finding_count: int = 0
     findings: tuple[Finding, ...] = ()
     format: RowFormat | None = None
+    groups: tuple[FindingGroup, ...] = ()
+    statistics: Statistics | None = None
+
+    @property
+    def has_errors(self) -> bool:
+        """Whether something keeps the file from being trained on."""
+        return any(kind_of(group.code).severity is Severity.ERROR for group in self.groups)
 
 
 @dataclass(frozen=True, slots=True)
@@ -254,14 +286,15 @@ def check_format(method: str, report: Report) -> Finding | None:
 
 
 def report_of(
-    example_count: int,
-    errors: Iterable[Finding],
-    notes: Iterable[Finding],
-    count: int,
-    found: RowFormat | None,
+    example_count: int, tally: Tally, found: RowFormat | None = None, statistics: Statistics | None = None
 ) -> Report:
-    """A report that shows errors before notes. count: how many of both there are in all."""
-    return Report(example_count, count, (*errors, *notes)[:MAX_FINDINGS], found)
+    """The report on a file whose findings were tallied."""
+    return Report(example_count, tally.count, tally.first(), found, tally.groups(), statistics)
+
+
+def whole_file(code: str, message: str) -> Report:
+    """A report with one finding about the whole file."""
+    return report_of(0, tally_of([Finding(0, "", code, message)]))
 
 
 def invalid(field: str, message: str) -> InvalidArgument:

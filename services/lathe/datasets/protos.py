@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from datetime import UTC, datetime
 
 from google.protobuf.timestamp_pb2 import Timestamp
 
-from lathe.datasets.model import Audit, AuditOptions, AuditState, Dataset, DatasetState, Report
+from lathe.datasets.model import (
+    Audit,
+    AuditOptions,
+    AuditState,
+    Dataset,
+    DatasetState,
+    Distribution,
+    Report,
+    Share,
+    Statistics,
+)
+from lathe.text.findings import Finding, FindingGroup, Severity, kind_of
 from lathe.v1 import datasets_pb2 as pb
 
 _STATES = {
@@ -24,21 +36,70 @@ _AUDIT_STATES = {
 }
 
 
+_SEVERITIES = {
+    Severity.ERROR: pb.SEVERITY_ERROR,
+    Severity.WARNING: pb.SEVERITY_WARNING,
+    Severity.NOTE: pb.SEVERITY_NOTE,
+}
+
+
 def expire_time(message: pb.Dataset) -> datetime | None:
     return message.expire_time.ToDatetime(UTC) if message.HasField("expire_time") else None
 
 
 def report_pb(report: Report) -> pb.ValidationReport:
-    findings = [
-        pb.Finding(line=item.line, field=item.field, code=item.code, message=item.message)
-        for item in report.findings
-    ]
     return pb.ValidationReport(
         example_count=report.example_count,
         finding_count=report.finding_count,
-        findings=findings,
+        findings=[_finding_pb(finding) for finding in report.findings],
         format=report.format or "",
+        groups=[_group_pb(group) for group in report.groups],
+        statistics=_statistics_pb(report.statistics) if report.statistics is not None else None,
     )
+
+
+def _finding_pb(finding: Finding) -> pb.Finding:
+    kind = kind_of(finding.code)
+    return pb.Finding(
+        line=finding.line,
+        field=finding.field,
+        code=finding.code,
+        message=finding.message,
+        severity=_SEVERITIES[kind.severity],
+        advice=kind.advice,
+    )
+
+
+def _group_pb(group: FindingGroup) -> pb.FindingGroup:
+    kind = kind_of(group.code)
+    return pb.FindingGroup(
+        code=group.code,
+        severity=_SEVERITIES[kind.severity],
+        count=group.count,
+        first_lines=group.lines,
+        message=kind.meaning,
+        advice=kind.advice,
+    )
+
+
+def _statistics_pb(found: Statistics) -> pb.Statistics:
+    return pb.Statistics(
+        prompt_tokens=_distribution_pb(found.prompt_tokens),
+        completion_tokens=_distribution_pb(found.completion_tokens),
+        turn_tokens=_distribution_pb(found.turn_tokens),
+        row_tokens=_distribution_pb(found.row_tokens),
+        turns=_distribution_pb(found.turns),
+        languages=[_share_pb(share) for share in found.languages],
+        answers=[_share_pb(share) for share in found.answers],
+    )
+
+
+def _distribution_pb(found: Distribution) -> pb.Distribution:
+    return pb.Distribution(**asdict(found))
+
+
+def _share_pb(share: Share) -> pb.Share:
+    return pb.Share(value=share.value, count=share.count)
 
 
 def dataset_pb(dataset: Dataset) -> pb.Dataset:

@@ -25,6 +25,7 @@ from lathe.datasets.model import (
 )
 from lathe.datasets.ports import BaseModels, DatasetStore
 from lathe.text import VERSION
+from lathe.text.findings import tally_of
 from lathe.text.render import RenderOptions
 
 
@@ -175,7 +176,7 @@ class DatasetsService:
         resolved = rules.resolve_options(options, base)
         wrong = rules.check_format(resolved.method, dataset.report or Report())
         if wrong is not None:
-            return Audit("", AuditState.ERROR, Report(0, 1, (wrong,)))
+            return Audit("", AuditState.ERROR, rules.report_of(0, tally_of([wrong])))
         key = rules.audit_key(
             dataset.sha256,
             base.tokenizer_digest,

@@ -20,10 +20,13 @@ from lathe.datasets.model import (
     AuditTask,
     Dataset,
     DatasetState,
-    Finding,
+    Distribution,
     Report,
+    Share,
+    Statistics,
     TokenizerFile,
 )
+from lathe.text.findings import Finding, FindingGroup, tally_of
 from lathe.text.formats import RowFormat
 
 metadata = sa.MetaData()
@@ -336,11 +339,31 @@ def _is(project: str, dataset_id: str) -> tuple[sa.ColumnElement[bool], sa.Colum
 
 def _report(content: Mapping[str, Any]) -> Report:
     findings = tuple(Finding(**finding) for finding in content["findings"])
-    # Rows that an earlier version wrote have no format.
+    # Rows that an earlier version wrote have neither a format nor groups.
     found = content.get("format")
+    groups = content.get("groups")
+    statistics = content.get("statistics")
     return Report(
-        content["example_count"], content["finding_count"], findings, RowFormat(found) if found else None
+        content["example_count"],
+        content["finding_count"],
+        findings,
+        RowFormat(found) if found else None,
+        tally_of(findings).groups()
+        if groups is None
+        else tuple(FindingGroup(item["code"], item["count"], tuple(item["lines"])) for item in groups),
+        None if statistics is None else _statistics(statistics),
     )
+
+
+def _statistics(content: Mapping[str, Any]) -> Statistics:
+    """Distributions are objects, shares lists of objects."""
+    values: dict[str, Any] = {
+        name: Distribution(**value)
+        if isinstance(value, Mapping)
+        else tuple(Share(**share) for share in value)
+        for name, value in content.items()
+    }
+    return Statistics(**values)
 
 
 def _dataset(row: Any) -> Dataset:

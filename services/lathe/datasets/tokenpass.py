@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
-from lathe.datasets.model import AuditResult, Finding, Report, report_of
+from lathe.datasets.model import AuditResult, Report, report_of
 from lathe.text.arrow import TokenRow, TokenWriter
 from lathe.text.errors import RowError
+from lathe.text.findings import Finding, Tally
 from lathe.text.formats import RowFormat
-from lathe.text.jsonl import MAX_FINDINGS, Line, LineSplitter
+from lathe.text.jsonl import Line, LineSplitter
 from lathe.text.render import RenderOptions
 from lathe.text.rows import TrainingRow, parse_line
 from lathe.text.sequences import Tokenised, tokenise_rows
@@ -31,19 +32,6 @@ class Outcome:
     report: Report
 
 
-class _Found:
-    """Counts findings and keeps the first ones."""
-
-    def __init__(self) -> None:
-        self.count = 0
-        self.first: list[Finding] = []
-
-    def add(self, finding: Finding) -> None:
-        self.count += 1
-        if len(self.first) < MAX_FINDINGS:
-            self.first.append(finding)
-
-
 class TokenPass:
     """Is fed a dataset's bytes in chunks; every row is rendered and tokenised once.
 
@@ -60,7 +48,7 @@ class TokenPass:
         self._splitter = LineSplitter()
         self._pending: list[tuple[int, TrainingRow]] = []
         self._pending_bytes = 0
-        self._errors, self._notes = _Found(), _Found()
+        self._tally = Tally()
         self._format = RowFormat.CHAT
         self._examples = self._rows = self._tokens = self._trained = self._truncated = self._longest = 0
 
@@ -74,10 +62,9 @@ class TokenPass:
         for line in self._splitter.finish():
             self._take(line)
         self._render()
-        if not self._examples and not self._errors.count:
-            self._errors.add(Finding(0, "", "empty_file", "The file has no example."))
-        count = self._errors.count + self._notes.count
-        report = report_of(self._examples, self._errors.first, self._notes.first, count, self._format)
+        if not self._examples and not self._tally.has_errors:
+            self._tally.add(Finding(0, "", "empty_file", "The file has no example."))
+        report = report_of(self._examples, self._tally, self._format)
         result = AuditResult(
             rows=self._rows,
             tokens=self._tokens,
@@ -90,7 +77,7 @@ class TokenPass:
     @property
     def has_errors(self) -> bool:
         """Whether a row cannot be trained on."""
-        return self._errors.count > 0
+        return self._tally.has_errors
 
     def _take(self, line: Line) -> None:
         try:
@@ -129,10 +116,10 @@ class TokenPass:
         note = _shortened(row, self._options.context_limit)
         if note:
             field = "messages" if self._format is RowFormat.CHAT else ""
-            self._notes.add(Finding(line, field, "truncated" if row.truncated else "split", note))
+            self._tally.add(Finding(line, field, "truncated" if row.truncated else "split", note))
 
     def _error(self, line: int, error: RowError) -> None:
-        self._errors.add(Finding(line, error.field, error.code, error.detail))
+        self._tally.add(Finding(line, error.field, error.code, error.detail))
 
 
 def _shortened(row: Tokenised, limit: int) -> str:

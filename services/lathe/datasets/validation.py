@@ -11,9 +11,18 @@ from typing import Protocol
 
 from lathe.common.errors import NotFound, RetryableError, Unavailable
 from lathe.common.objectstore.base import ObjectStore
-from lathe.datasets.model import RESULTS_PURPOSE, Dataset, DatasetState, Finding, Report, blob_key
+from lathe.datasets.model import (
+    RESULTS_PURPOSE,
+    Dataset,
+    DatasetState,
+    Report,
+    blob_key,
+    report_of,
+    whole_file,
+)
 from lathe.datasets.ports import DatasetStore
-from lathe.text.jsonl import MAX_FINDINGS, LineSplitter
+from lathe.text.findings import Finding, Tally
+from lathe.text.jsonl import LineSplitter
 from lathe.text.jsonl import Validator as RowValidator
 
 log = logging.getLogger(__name__)
@@ -38,8 +47,7 @@ class TrainingRows:
 
     def report(self) -> Report:
         found = self._validator.finish()
-        findings = tuple(Finding(item.line, item.field, item.code, item.message) for item in found.findings)
-        return Report(found.rows, found.finding_count, findings, found.format)
+        return Report(found.rows, found.finding_count, found.findings, found.format, found.groups)
 
 
 class ObjectRows:
@@ -48,8 +56,7 @@ class ObjectRows:
     def __init__(self) -> None:
         self._splitter = LineSplitter()
         self._rows = 0
-        self._count = 0
-        self._findings: list[Finding] = []
+        self._tally = Tally()
 
     def feed(self, chunk: bytes) -> None:
         for line in self._splitter.feed(chunk):
@@ -59,10 +66,10 @@ class ObjectRows:
         for line in self._splitter.finish():
             self._check(line.number, line.data, line.too_long)
         if not self._rows:
-            self._add(
+            self._tally.add(
                 Finding(0, "", "empty_file", "The file has no line; it must have one JSON object a line.")
             )
-        return Report(self._rows, self._count, tuple(self._findings))
+        return report_of(self._rows, self._tally)
 
     def _check(self, number: int, data: bytes, too_long: bool) -> None:
         self._rows += 1
@@ -73,12 +80,7 @@ class ObjectRows:
         except (ValueError, RecursionError) as error:
             wrong = f"the line is not JSON: {error}"
         if wrong is not None:
-            self._add(Finding(number, "", "line_too_long" if too_long else "invalid_json", wrong))
-
-    def _add(self, finding: Finding) -> None:
-        self._count += 1
-        if len(self._findings) < MAX_FINDINGS:
-            self._findings.append(finding)
+            self._tally.add(Finding(number, "", "line_too_long" if too_long else "invalid_json", wrong))
 
 
 class AnyBytes:
@@ -99,11 +101,6 @@ def row_check(purpose: str) -> RowCheck:
     if purpose == "fine-tune":
         return TrainingRows()
     return ObjectRows() if purpose in ("evals", "batch") else AnyBytes()
-
-
-def whole_file(code: str, message: str) -> Report:
-    """A report with one finding about the whole file."""
-    return Report(0, 1, (Finding(0, "", code, message),))
 
 
 class Validation:

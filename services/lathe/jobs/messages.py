@@ -7,9 +7,10 @@ import io
 from collections.abc import Iterable, Sequence
 
 from lathe.jobs.model import EventLevel, EventType, JobError, NewEvent, StepMetrics, WeightComparison
-from lathe.jobs.ports import FileFinding
+from lathe.jobs.ports import FileFinding, FileWarning
 
 VALIDATING = "The files are being validated for this model."
+_LINES_SHOWN = 10
 # The code of an error of the engine.
 PARENT_DELETED = "parent_deleted"
 
@@ -91,12 +92,31 @@ def attempt_lost(number: int, why: str) -> NewEvent:
     )
 
 
-def rows_truncated(rows: int, file: str) -> NewEvent:
-    noun = "example was" if rows == 1 else "examples were"
+def file_warning(file: str, warning: FileWarning) -> NewEvent:
+    """One kind of warning about a file, with the lines that have it."""
     return NewEvent(
-        f"{rows} {noun} cut at the model's context length in {file}; its report names the lines",
-        level=EventLevel.WARN,
+        f"The {file}, {_lines(warning)}: {warning.message}. {warning.advice}", level=EventLevel.WARN
     )
+
+
+def _lines(warning: FileWarning) -> str:
+    """`lines 3, 7, 9 and 40 more`"""
+    if 0 in warning.lines:
+        return "as a whole"
+    shown = warning.lines[:_LINES_SHOWN]
+    more = warning.count - len(shown)
+    listed = ", ".join(map(str, shown)) + (f" and {more} more" if more else "")
+    return f"line{'' if warning.count == 1 else 's'} {listed}"
+
+
+def files_valid(warnings: int) -> str:
+    """Why a job waits whose files can train."""
+    if not warnings:
+        return "The files are valid; the job waits for an engine."
+    noun = (
+        "1 kind of warning (its event says" if warnings == 1 else f"{warnings} kinds of warnings (events say"
+    )
+    return f"The files can train, with {noun} which lines); the job waits for an engine."
 
 
 def file_error(param: str, dataset: str, findings: Sequence[FileFinding], count: int) -> JobError:

@@ -18,6 +18,7 @@ from lathe.jobs.ports import (
     DatasetInfo,
     DatasetState,
     FileFinding,
+    FileWarning,
     Quota,
     ResolvedModel,
     User,
@@ -65,7 +66,7 @@ class RpcDatasets:
             state=_known(_DATASET_STATES, found.state, "dataset state"),
             sha256=found.sha256,
             findings=_findings(found.report),
-            finding_count=found.report.finding_count,
+            finding_count=_error_count(found.report),
             format=found.report.format,
         )
 
@@ -83,9 +84,9 @@ class RpcDatasets:
             state=_known(_AUDIT_STATES, found.state, "audit state"),
             tokens=TokenObject(found.object_key, found.sha256) if found.object_key else None,
             rows=found.rows,
-            truncated_rows=found.truncated_rows,
+            warnings=_warnings(found.report),
             findings=_findings(found.report),
-            finding_count=found.report.finding_count,
+            finding_count=_error_count(found.report),
         )
 
     async def create_result_file(
@@ -176,7 +177,25 @@ class RpcAccounts:
 
 
 def _findings(report: datasets_pb2.ValidationReport) -> tuple[FileFinding, ...]:
-    return tuple(FileFinding(f.line, f.field, f.code, f.message) for f in report.findings)
+    """The errors among them; what names no severity comes from a version that reported nothing else."""
+    errors = (datasets_pb2.SEVERITY_ERROR, datasets_pb2.SEVERITY_UNSPECIFIED)
+    return tuple(
+        FileFinding(f.line, f.field, f.code, f.message) for f in report.findings if f.severity in errors
+    )
+
+
+def _error_count(report: datasets_pb2.ValidationReport) -> int:
+    if not report.groups:
+        return report.finding_count
+    return sum(group.count for group in report.groups if group.severity == datasets_pb2.SEVERITY_ERROR)
+
+
+def _warnings(report: datasets_pb2.ValidationReport) -> tuple[FileWarning, ...]:
+    return tuple(
+        FileWarning(group.code, group.count, tuple(group.first_lines), group.message, group.advice)
+        for group in report.groups
+        if group.severity == datasets_pb2.SEVERITY_WARNING
+    )
 
 
 def _known(table: Mapping[int, T], number: int, what: str) -> T:

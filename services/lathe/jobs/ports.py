@@ -39,6 +39,18 @@ class FileFinding:
 
 
 @dataclass(frozen=True, slots=True)
+class FileWarning:
+    """What trains, but hardly as it was meant: all findings of one code. lines: the first of them, 0 for the file as a
+    whole. count: how many lines."""
+
+    code: str
+    count: int
+    lines: tuple[int, ...]
+    message: str
+    advice: str
+
+
+@dataclass(frozen=True, slots=True)
 class User:
     """On whose behalf a call is made: the fields of the caller's principal."""
 
@@ -76,13 +88,13 @@ class AuditState(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Audit:
-    """A dataset rendered and tokenised for one base model."""
+    """A dataset rendered and tokenised for one base model. findings: the first of finding_count errors."""
 
     key: str
     state: AuditState
     tokens: TokenObject | None = None
     rows: int = 0
-    truncated_rows: int = 0
+    warnings: tuple[FileWarning, ...] = ()
     findings: tuple[FileFinding, ...] = ()
     finding_count: int = 0
 

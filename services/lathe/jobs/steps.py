@@ -129,16 +129,17 @@ class JobSteps:
         # A rerun brings its own, and the digest of the tokens that it should train on.
         chosen = job.hyperparameters or hyperparameters.resolve(job.spec, job.base, training.rows)
         events = [
-            messages.rows_truncated(audit.truncated_rows, noun)
-            for audit, noun in zip(audits, ("the training file", "the validation file"), strict=False)
-            if audit.truncated_rows
+            messages.file_warning(noun, warning)
+            for audit, noun in zip(audits, ("training file", "validation file"), strict=False)
+            for warning in audit.warnings
         ]
+        reason = messages.files_valid(len(events))
         if job.rerun_of and job.training_tokens and training.tokens != job.training_tokens:
             events.append(messages.other_tokens(job.rerun_of))
         changed = replace(
             job,
             state=transitions.apply(job.state, Trigger.FILES_VALID),
-            state_reason="The files are valid; the job waits for an engine.",
+            state_reason=reason,
             queue_time=job.queue_time or self.clock.now(),
             hyperparameters=chosen,
             total_steps=hyperparameters.total_steps(chosen, training.rows),

@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 from typing import overload
 
 from lathe.text.errors import RowError
+from lathe.text.findings import Finding, FindingGroup, Tally
 from lathe.text.formats import RowFormat, described
 from lathe.text.rows import TrainingRow, parse_line
 
 MAX_LINE_BYTES = 16 << 20
 MIN_EXAMPLES = 10
-MAX_FINDINGS = 20
 _BOM = b"\xef\xbb\xbf"
 
 
@@ -125,25 +125,16 @@ def _checked(line: Line, limit: int) -> tuple[int, bytes]:
 
 
 @dataclass(frozen=True, slots=True)
-class Finding:
-    """line: 1-based; 0 for the file as a whole. field: path within the row. code, message: see RowError."""
-
-    line: int
-    field: str
-    code: str
-    message: str
-
-
-@dataclass(frozen=True, slots=True)
 class Report:
     """examples: rows without a finding. rows: lines that are not blank. findings: the first 20 of
-    finding_count. format: that of the good rows; None where there is none."""
+    finding_count. format: that of the good rows; None where there is none. groups: all findings by code."""
 
     examples: int
     rows: int
     findings: tuple[Finding, ...]
     finding_count: int
     format: RowFormat | None
+    groups: tuple[FindingGroup, ...] = ()
 
     @property
     def valid(self) -> bool:
@@ -164,8 +155,7 @@ class Validator:
     _splitter: LineSplitter = field(init=False)
     _examples: int = field(default=0, init=False)
     _rows: int = field(default=0, init=False)
-    _count: int = field(default=0, init=False)
-    _findings: list[Finding] = field(default_factory=list, init=False)
+    _tally: Tally = field(default_factory=Tally, init=False)
     _first: tuple[int, RowFormat] | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
@@ -185,7 +175,8 @@ class Validator:
             )
             self._add(Finding(0, "", "invalid_n_examples", message))
         found = self._first[1] if self._first is not None else None
-        return Report(self._examples, self._rows, tuple(self._findings), self._count, found)
+        tally = self._tally
+        return Report(self._examples, self._rows, tally.first(), tally.count, found, tally.groups())
 
     def _check(self, lines: Iterator[Line]) -> list[tuple[int, TrainingRow]]:
         good: list[tuple[int, TrainingRow]] = []
@@ -219,6 +210,4 @@ class Validator:
         return row
 
     def _add(self, finding: Finding) -> None:
-        self._count += 1
-        if len(self._findings) < MAX_FINDINGS:
-            self._findings.append(finding)
+        self._tally.add(finding)

@@ -42,6 +42,31 @@ DATASET_STATE_READY: DatasetState.ValueType  # 3
 DATASET_STATE_ERROR: DatasetState.ValueType  # 4
 DATASET_STATE_DELETING: DatasetState.ValueType  # 5
 
+class _Severity:
+    ValueType = typing.NewType("ValueType", builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _SeverityEnumTypeWrapper(enum_type_wrapper._EnumTypeWrapper[_Severity.ValueType], builtins.type):
+    DESCRIPTOR: descriptor.EnumDescriptor
+    SEVERITY_UNSPECIFIED: _Severity.ValueType  # 0
+    SEVERITY_NOTE: _Severity.ValueType  # 1
+    """Good to know."""
+    SEVERITY_WARNING: _Severity.ValueType  # 2
+    """Trains, but hardly as it was meant."""
+    SEVERITY_ERROR: _Severity.ValueType  # 3
+    """Cannot be trained on."""
+
+class Severity(_Severity, metaclass=_SeverityEnumTypeWrapper):
+    """Whether a job starts: it does where nothing is an ERROR."""
+
+SEVERITY_UNSPECIFIED: Severity.ValueType  # 0
+SEVERITY_NOTE: Severity.ValueType  # 1
+"""Good to know."""
+SEVERITY_WARNING: Severity.ValueType  # 2
+"""Trains, but hardly as it was meant."""
+SEVERITY_ERROR: Severity.ValueType  # 3
+"""Cannot be trained on."""
+
 class _AuditState:
     ValueType = typing.NewType("ValueType", builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -120,15 +145,25 @@ class ValidationReport(message.Message):
     FINDING_COUNT_FIELD_NUMBER: builtins.int
     FINDINGS_FIELD_NUMBER: builtins.int
     FORMAT_FIELD_NUMBER: builtins.int
+    GROUPS_FIELD_NUMBER: builtins.int
+    STATISTICS_FIELD_NUMBER: builtins.int
     example_count: builtins.int
     finding_count: builtins.int
-    """How many findings there are; the first 20 are listed."""
+    """How many findings there are; the first 20 are listed, the gravest first."""
     format: builtins.str
     """What the rows of a fine-tune file are: chat, preference, unpaired_preference, completion or text. Empty for files
     of another purpose, and where no row is a good one.
     """
     @builtins.property
     def findings(self) -> containers.RepeatedCompositeFieldContainer[Finding]: ...
+    @builtins.property
+    def groups(self) -> containers.RepeatedCompositeFieldContainer[FindingGroup]:
+        """All findings, counted by code, the gravest first."""
+
+    @builtins.property
+    def statistics(self) -> Statistics:
+        """Of an audit: what the rows are, over all of them."""
+
     def __init__(
         self,
         *,
@@ -136,10 +171,171 @@ class ValidationReport(message.Message):
         finding_count: builtins.int = ...,
         findings: abc.Iterable[Finding] | None = ...,
         format: builtins.str = ...,
+        groups: abc.Iterable[FindingGroup] | None = ...,
+        statistics: Statistics | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = typing.Literal["statistics", b"statistics"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["example_count", b"example_count", "finding_count", b"finding_count", "findings", b"findings", "format", b"format", "groups", b"groups", "statistics", b"statistics"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class FindingGroup(message.Message):
+    """All findings of one code."""
+
+    DESCRIPTOR: descriptor.Descriptor
+
+    CODE_FIELD_NUMBER: builtins.int
+    SEVERITY_FIELD_NUMBER: builtins.int
+    COUNT_FIELD_NUMBER: builtins.int
+    FIRST_LINES_FIELD_NUMBER: builtins.int
+    MESSAGE_FIELD_NUMBER: builtins.int
+    ADVICE_FIELD_NUMBER: builtins.int
+    code: builtins.str
+    severity: Severity.ValueType
+    count: builtins.int
+    """How many lines have it; the file as a whole counts as one."""
+    message: builtins.str
+    """What the code means."""
+    advice: builtins.str
+    """What to do about it."""
+    @builtins.property
+    def first_lines(self) -> containers.RepeatedScalarFieldContainer[builtins.int]:
+        """The first 20 lines that have it, ascending; 0 is the file as a whole."""
+
+    def __init__(
+        self,
+        *,
+        code: builtins.str = ...,
+        severity: Severity.ValueType = ...,
+        count: builtins.int = ...,
+        first_lines: abc.Iterable[builtins.int] | None = ...,
+        message: builtins.str = ...,
+        advice: builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["example_count", b"example_count", "finding_count", b"finding_count", "findings", b"findings", "format", b"format"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["advice", b"advice", "code", b"code", "count", b"count", "first_lines", b"first_lines", "message", b"message", "severity", b"severity"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class Statistics(message.Message):
+    DESCRIPTOR: descriptor.Descriptor
+
+    PROMPT_TOKENS_FIELD_NUMBER: builtins.int
+    COMPLETION_TOKENS_FIELD_NUMBER: builtins.int
+    TURN_TOKENS_FIELD_NUMBER: builtins.int
+    ROW_TOKENS_FIELD_NUMBER: builtins.int
+    TURNS_FIELD_NUMBER: builtins.int
+    LANGUAGES_FIELD_NUMBER: builtins.int
+    ANSWERS_FIELD_NUMBER: builtins.int
+    @builtins.property
+    def prompt_tokens(self) -> Distribution:
+        """Tokens of a row before the first trained one."""
+
+    @builtins.property
+    def completion_tokens(self) -> Distribution:
+        """Trained tokens of a row."""
+
+    @builtins.property
+    def turn_tokens(self) -> Distribution:
+        """Tokens of one trained turn."""
+
+    @builtins.property
+    def row_tokens(self) -> Distribution:
+        """Tokens of a row as it is trained."""
+
+    @builtins.property
+    def turns(self) -> Distribution:
+        """Messages of a row; 1 for a text."""
+
+    @builtins.property
+    def languages(self) -> containers.RepeatedCompositeFieldContainer[Share]:
+        """Rows by the language of their text, ISO 639-1, the most frequent first; "und" where it could not be told."""
+
+    @builtins.property
+    def answers(self) -> containers.RepeatedCompositeFieldContainer[Share]:
+        """Rows by their answer, the most frequent first; only where the answers are few."""
+
+    def __init__(
+        self,
+        *,
+        prompt_tokens: Distribution | None = ...,
+        completion_tokens: Distribution | None = ...,
+        turn_tokens: Distribution | None = ...,
+        row_tokens: Distribution | None = ...,
+        turns: Distribution | None = ...,
+        languages: abc.Iterable[Share] | None = ...,
+        answers: abc.Iterable[Share] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = typing.Literal["completion_tokens", b"completion_tokens", "prompt_tokens", b"prompt_tokens", "row_tokens", b"row_tokens", "turn_tokens", b"turn_tokens", "turns", b"turns"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["answers", b"answers", "completion_tokens", b"completion_tokens", "languages", b"languages", "prompt_tokens", b"prompt_tokens", "row_tokens", b"row_tokens", "turn_tokens", b"turn_tokens", "turns", b"turns"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class Distribution(message.Message):
+    """Of the values of all rows. A quantile is the smallest value at or below which that share of them lies."""
+
+    DESCRIPTOR: descriptor.Descriptor
+
+    COUNT_FIELD_NUMBER: builtins.int
+    MIN_FIELD_NUMBER: builtins.int
+    P10_FIELD_NUMBER: builtins.int
+    MEDIAN_FIELD_NUMBER: builtins.int
+    MEAN_FIELD_NUMBER: builtins.int
+    P90_FIELD_NUMBER: builtins.int
+    P99_FIELD_NUMBER: builtins.int
+    MAX_FIELD_NUMBER: builtins.int
+    count: builtins.int
+    """How many values there are; the rest is 0 where there is none."""
+    min: builtins.int
+    p10: builtins.int
+    median: builtins.int
+    mean: builtins.float
+    p90: builtins.int
+    p99: builtins.int
+    max: builtins.int
+    def __init__(
+        self,
+        *,
+        count: builtins.int = ...,
+        min: builtins.int = ...,
+        p10: builtins.int = ...,
+        median: builtins.int = ...,
+        mean: builtins.float = ...,
+        p90: builtins.int = ...,
+        p99: builtins.int = ...,
+        max: builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["count", b"count", "max", b"max", "mean", b"mean", "median", b"median", "min", b"min", "p10", b"p10", "p90", b"p90", "p99", b"p99"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class Share(message.Message):
+    """So many rows are of that kind."""
+
+    DESCRIPTOR: descriptor.Descriptor
+
+    VALUE_FIELD_NUMBER: builtins.int
+    COUNT_FIELD_NUMBER: builtins.int
+    value: builtins.str
+    count: builtins.int
+    def __init__(
+        self,
+        *,
+        value: builtins.str = ...,
+        count: builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["count", b"count", "value", b"value"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -151,6 +347,8 @@ class Finding(message.Message):
     FIELD_FIELD_NUMBER: builtins.int
     CODE_FIELD_NUMBER: builtins.int
     MESSAGE_FIELD_NUMBER: builtins.int
+    SEVERITY_FIELD_NUMBER: builtins.int
+    ADVICE_FIELD_NUMBER: builtins.int
     line: builtins.int
     """1-based line of the file; 0 when the finding is about the whole file."""
     field: builtins.str
@@ -158,6 +356,9 @@ class Finding(message.Message):
     code: builtins.str
     """A stable reason such as unrecognized_role."""
     message: builtins.str
+    severity: Severity.ValueType
+    advice: builtins.str
+    """What to do about it."""
     def __init__(
         self,
         *,
@@ -165,10 +366,12 @@ class Finding(message.Message):
         field: builtins.str = ...,
         code: builtins.str = ...,
         message: builtins.str = ...,
+        severity: Severity.ValueType = ...,
+        advice: builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["code", b"code", "field", b"field", "line", b"line", "message", b"message"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["advice", b"advice", "code", b"code", "field", b"field", "line", b"line", "message", b"message", "severity", b"severity"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

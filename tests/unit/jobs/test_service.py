@@ -13,8 +13,8 @@ from lathe.common.errors import (
     ResourceExhausted,
     Unavailable,
 )
-from lathe.jobs.model import AdapterObject, Job, JobState, Outcome
-from lathe.jobs.ports import Audit, AuditState, DatasetState, FileFinding, Quota, ResolvedModel
+from lathe.jobs.model import AdapterObject, EventLevel, Job, JobState, Outcome
+from lathe.jobs.ports import Audit, AuditState, DatasetState, FileFinding, FileWarning, Quota, ResolvedModel
 from lathe.jobs.training import Method, TrainingSpec
 from tests.fakes.jobs import BASE, World
 
@@ -133,6 +133,25 @@ async def test_bad_files_fail_the_job_with_lines(world: World) -> None:
     assert job.state is JobState.FAILED and job.error is not None
     assert (job.error.code, job.error.param) == ("invalid_training_file", "training_file")
     assert "line 3, messages[1].role" in job.error.message
+
+
+async def test_warnings_are_told_and_the_job_goes_on(world: World) -> None:
+    job = await world.create()
+    warning = FileWarning(
+        "duplicate", 12, tuple(range(2, 14)), "a row is the same as an earlier one", "Drop it."
+    )
+    audit = replace(world.datasets.audits["file-1"], warnings=(warning,))
+    world.datasets.audits["file-1"] = audit
+    await world.steps.run_once()
+    job = await world.job(job.id)
+    assert job.state is JobState.QUEUED and "1 kind of warning" in job.state_reason
+    async with world.store.read() as session:
+        events = await session.events(job.id, after=0, limit=100)
+    told = [event for event in events if event.level is EventLevel.WARN]
+    assert [event.message for event in told] == [
+        "The training file, lines 2, 3, 4, 5, 6, 7, 8, 9, 10, 11 and 2 more: a row is the same as an earlier one. "
+        "Drop it."
+    ]
 
 
 async def test_a_file_that_was_deleted_fails_the_job(world: World) -> None:

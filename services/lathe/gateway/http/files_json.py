@@ -43,17 +43,30 @@ def file_json(dataset: pb.Dataset) -> Json:
             "sha256": dataset.sha256 or None,
             "example_count": report.example_count if report is not None else None,
             "finding_count": report.finding_count if report is not None else None,
+            "findings": [_group_json(group) for group in report.groups] if report is not None else None,
         },
     }
 
 
 def status_details(report: pb.ValidationReport) -> str | None:
-    """The findings in words, by line; None when there are none."""
+    """The findings in words, by line, and what to do about them; None when there are none."""
     if not report.findings:
         return None
     more = report.finding_count - len(report.findings)
     lines = [_finding(finding) for finding in report.findings]
-    return "; ".join(lines) + (f"; and {more} more." if more > 0 else ".")
+    found = "; ".join(lines) + (f"; and {more} more." if more > 0 else ".")
+    return " ".join([found, *dict.fromkeys(group.advice for group in report.groups if group.advice)])
+
+
+def _group_json(group: pb.FindingGroup) -> Json:
+    return {
+        "code": group.code,
+        "severity": pb.Severity.Name(group.severity).removeprefix("SEVERITY_").lower(),
+        "count": group.count,
+        "lines": list(group.first_lines),
+        "message": group.message,
+        "advice": group.advice,
+    }
 
 
 def _finding(finding: pb.Finding) -> str:
