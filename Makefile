@@ -116,6 +116,10 @@ test-charts: $(VENV)/.dev ## test what deploys Lathe: chart, alerts, dashboard, 
 bench-engine: $(VENV)/.dev ## the engine beside TRL, transformers, PEFT and llama.cpp on SmolLM2 (ARGS="--only sampling")
 	PYTHONPATH=services:. $(BIN)/python -m tests.benchmarks.engine $(ARGS)
 
+.PHONY: bench-datasets
+bench-datasets: $(VENV)/.dev ## validation beside the cookbook's checker and Hugging Face's datasets (ARGS="--only validate")
+	PYTHONPATH=services:. $(BIN)/python -m tests.benchmarks.datasets $(ARGS)
+
 # --- images: docker/README.md ------------------------------------------------------------------------------
 #
 # BASE_IMAGE  what they are made from: a slim Python, or any Debian with Python 3.11 (docker/debian-base.sh makes one)

@@ -10,14 +10,18 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any
 
+from msgspec import Struct
+
+from lathe.text.decoding import check_depth, check_unicode, decode_json, type_name
 from lathe.text.errors import RowError
 
 Message = dict[str, Any]
 Tool = dict[str, Any]
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
+_PLAIN_WEIGHTS = {"system": 0, "developer": 0, "user": 0, "tool": 0, "assistant": 1}
 CHAT_KEYS = frozenset({"messages", "tools", "parallel_tool_calls", "functions"})
 _COMMON_KEYS = frozenset({"role", "content", "name"})
 _ASSISTANT_KEYS = _COMMON_KEYS | {"weight", "tool_calls", "function_call"}
@@ -26,8 +30,7 @@ _EMPTY_ASSISTANT_KEYS = frozenset({"refusal", "audio", "annotations"})
 _TOOL_KEYS = _COMMON_KEYS | {"tool_call_id"}
 
 
-@dataclass(frozen=True, slots=True)
-class Chat:
+class Chat(Struct, frozen=True):
     """A conversation to train on.
 
     weights: one per message; 1 where an assistant's turn is trained (the default), 0 elsewhere.
@@ -75,6 +78,9 @@ def parse_messages(
 
     `field_prefix` is put before each field's path.
     """
+    for name, value in (("messages", messages), ("tools", tools), ("functions", functions)):
+        check_depth(value, f"{field_prefix}{name}")
+        check_unicode(value, f"{field_prefix}{name}")
     parsed, _ = parse_turns(messages, f"{field_prefix}messages")
     return Conversation(tuple(parsed), parse_tools(tools, functions, field_prefix))
 
@@ -95,7 +101,7 @@ def parse_tools(tools: object, functions: object = None, field_prefix: str = "")
         tool = {"type": "function", "function": entry} if name == "functions" else entry
         _check_tool(tool, f"{path}[{index}]", "" if name == "functions" else ".function")
         found.append(tool)
-    check_unicode(found, path)
+    check_depth(found, path)
     return tuple(found) or None
 
 
@@ -106,28 +112,9 @@ def parse_parallel_tool_calls(value: object, field_prefix: str = "") -> bool | N
     return value
 
 
-def decode_json(line: bytes) -> Any:
-    """Strict JSON of one line. Raises RowError with code invalid_utf8 or invalid_json."""
-    try:
-        text = line.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise RowError("", "invalid_utf8", f"byte {error.start + 1} of the line is not UTF-8") from None
-    try:
-        return json.loads(text, parse_constant=_refuse_constant)
-    except json.JSONDecodeError as error:
-        place = f"at character {error.pos + 1} of {len(text)}"
-        raise RowError("", "invalid_json", f"the line is not JSON: {error.msg} {place}") from None
-    except (ValueError, RecursionError) as error:
-        cause = "nested too deeply" if isinstance(error, RecursionError) else str(error)
-        raise RowError("", "invalid_json", f"the line is not JSON: {cause}") from None
-
-
-def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not a JSON number")
-
-
 def parse_turns(messages: object, path: str) -> tuple[list[Message], list[int]]:
-    """The messages and their weights; there is at least one. `path` is where they stand. Raises RowError."""
+    """The messages and their weights; there is at least one. `path` is where they stand. They are text throughout, as
+    decode_json gives them. Raises RowError."""
     if not isinstance(messages, list):
         raise RowError(
             path, "missing_messages_list", f"must be a list of messages, not {type_name(messages)}"
@@ -137,10 +124,25 @@ def parse_turns(messages: object, path: str) -> tuple[list[Message], list[int]]:
     parsed: list[Message] = []
     weights: list[int] = []
     for index, message in enumerate(messages):
-        result, weight = _parse_message(message, f"{path}[{index}]")
+        plain_weight = _plain_weight(message)
+        if plain_weight is None:
+            result, weight = _parse_message(message, f"{path}[{index}]")
+        else:
+            result, weight = message, plain_weight
         parsed.append(result)
         weights.append(weight)
     return parsed, weights
+
+
+def _plain_weight(message: object) -> int | None:
+    """The weight of a message that is its own parsed form, as most are: role and text, nothing else. None for any
+    other, good or bad."""
+    if type(message) is not dict or len(message) != 2:
+        return None
+    role, content = message.get("role"), message.get("content")
+    if type(content) is not str or not content or type(role) is not str:
+        return None
+    return _PLAIN_WEIGHTS.get(role)
 
 
 def _parse_message(message: object, path: str) -> tuple[Message, int]:
@@ -168,7 +170,6 @@ def _parse_message(message: object, path: str) -> tuple[Message, int]:
                     f"{path}.{key}", "data_type", f"must be a string, not {type_name(message[key])}"
                 )
             result[key] = message[key]
-    check_unicode(result, path)
     return result, _weight(message, path) if role == "assistant" else 0
 
 
@@ -286,8 +287,8 @@ def _function(function: object, path: str) -> dict[str, Any]:
     arguments = function.get("arguments")
     if isinstance(arguments, str):
         try:
-            arguments = json.loads(arguments, parse_constant=_refuse_constant) if arguments.strip() else {}
-        except (ValueError, RecursionError):
+            arguments = decode_json(arguments.encode()) if arguments.strip() else {}
+        except RowError:
             raise RowError(f"{path}.arguments", "invalid_tools", "the arguments are not valid JSON") from None
     if arguments is None:
         arguments = {}
@@ -295,6 +296,7 @@ def _function(function: object, path: str) -> dict[str, Any]:
         raise RowError(
             f"{path}.arguments", "invalid_tools", "the arguments must be a JSON object (in a string)"
         )
+    check_depth(arguments, f"{path}.arguments")
     return {"name": function["name"], "arguments": arguments}
 
 
@@ -314,27 +316,3 @@ def _check_tool(tool: object, path: str, inner: str) -> None:
         if function.get(key) is not None and not isinstance(function[key], kind):
             wanted = "a string" if kind is str else "a JSON schema object"
             raise RowError(f"{path}{inner}.{key}", "invalid_tools", f"must be {wanted}")
-
-
-def check_unicode(value: object, path: str) -> None:
-    """Refuses lone surrogates: JSON can write them (`\\ud800`), but they are no text and have no UTF-8."""
-    if isinstance(value, str):
-        try:
-            value.encode("utf-8")
-        except UnicodeEncodeError:
-            raise RowError(path, "invalid_utf8", "has half a surrogate pair, which is not text") from None
-    elif isinstance(value, dict):
-        for key, item in value.items():
-            check_unicode(key, path)
-            check_unicode(item, f"{path}.{key}")
-    elif isinstance(value, list):
-        for index, item in enumerate(value):
-            check_unicode(item, f"{path}[{index}]")
-
-
-def type_name(value: object) -> str:
-    if value is None:
-        return "null"
-    names: dict[type, str] = {bool: "a boolean", int: "a number", float: "a number", str: "a string"}
-    names |= {list: "a list", dict: "an object"}
-    return names.get(type(value), type(value).__name__)

@@ -10,11 +10,13 @@ class RowError(InvalidArgument):
 
     field: path within the row (`messages[2].content`), empty for the row as a whole.
     code: stable lower-case code (`missing_content`), as the vendor's data-preparation notebook names them.
+    Field and message may quote the row; they are cut, since a row may have any length.
     """
 
     default_reason = "INVALID_ROW"
 
     def __init__(self, field: str, code: str, message: str) -> None:
+        field, message = _cut(field, 200), _cut(message, 500)
         super().__init__(
             f"{field}: {message}" if field else message,
             metadata={"field": field, "code": code},
@@ -23,6 +25,10 @@ class RowError(InvalidArgument):
         self.field = field
         self.code = code
         self.detail = message
+
+
+def _cut(text: str, limit: int) -> str:
+    return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
 class TemplateError(InvalidArgument):

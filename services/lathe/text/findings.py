@@ -50,6 +50,7 @@ _TOOLS = "Write tools and tool calls as OpenAI's API takes them."
 _ERRORS = {
     "invalid_utf8": ("a line is not UTF-8", "Save the file as UTF-8; half a surrogate pair is no text."),
     "invalid_json": ("a line is not JSON", _JSON),
+    "too_deep": ("a value nests too deeply", "Flatten the schema or the arguments: nothing that deep can be rendered."),
     "line_too_long": (
         "a line is longer than a row may be",
         "Split the row; what is that long does not fit into a context.",

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import overload
+
+from msgspec import Struct
 
 from lathe.text.errors import RowError
 from lathe.text.findings import Finding, FindingGroup, Tally
@@ -16,16 +18,15 @@ MIN_EXAMPLES = 10
 _BOM = b"\xef\xbb\xbf"
 
 
-@dataclass(frozen=True, slots=True)
-class Line:
-    """number: 1-based, blank lines counted. too_long: data is empty, the line was over the limit.
-    ended: a newline was there (the last line of a file may lack it). offset: of data's first byte in the stream."""
+class Line(Struct, frozen=True, gc=False):
+    """number: 1-based, blank lines counted. data: without the newline. offset: of its first byte in the file. too_long:
+    data is empty, the line was over the limit. ended: a newline was there (the last line of a file may lack it)."""
 
     number: int
     data: bytes
+    offset: int
     too_long: bool = False
     ended: bool = True
-    offset: int = 0
 
 
 class LineSplitter:
@@ -37,50 +38,56 @@ class LineSplitter:
         self._parts: list[bytes] = []
         self._size = 0
         self._number = 0
-        self._too_long = False
-        # Where the current line begins, and where what was fed so far ends.
-        self._start = self._end = 0
+        self._offset = 0
 
     def feed(self, chunk: bytes) -> Iterator[Line]:
         """The lines that this chunk ends. Consume them all before the next call."""
-        *ends, rest = chunk.split(b"\n")
-        for part in ends:
-            self._add(part)
-            line = self._take(ended=True)
+        first, *others = chunk.split(b"\n")
+        self._hold(first)
+        if not others:
+            return
+        line = self._held(ended=True)
+        if line is not None:
+            yield line
+        rest = others.pop()
+        for part in others:
+            line = self._line(part, len(part))
             if line is not None:
                 yield line
-        self._add(rest)
+        self._hold(rest)
 
     def finish(self) -> Iterator[Line]:
         """The last line, where no newline ends it."""
-        if self._size or self._too_long:
-            line = self._take(ended=False)
+        if self._size:
+            line = self._held(ended=False)
             if line is not None:
                 yield line
 
-    def _add(self, part: bytes) -> None:
-        self._end += len(part)
-        if not part or self._too_long:
-            return
-        self._size += len(part)
-        if self._size > self._max + len(_BOM) + 1:
-            self._too_long = True
-            self._parts.clear()
-            return
-        self._parts.append(part)
+    def _hold(self, part: bytes) -> None:
+        if part:
+            self._size += len(part)
+            self._parts.append(part)
+            if self._size > self._max + len(_BOM) + 1:
+                self._parts.clear()
 
-    def _take(self, *, ended: bool) -> Line | None:
+    def _held(self, *, ended: bool) -> Line | None:
+        data, size = b"".join(self._parts), self._size
+        self._parts.clear()
+        self._size = 0
+        return self._line(data, size, ended=ended)
+
+    def _line(self, data: bytes, size: int, *, ended: bool = True) -> Line | None:
+        """A line of `size` bytes; `data` may lack some of them only where they are too many."""
+        offset = self._offset
+        self._offset += size + 1
         self._number += 1
-        data, too_long, offset = b"".join(self._parts), self._too_long, self._start
-        self._parts, self._size, self._too_long = [], 0, False
-        self._end += ended
-        self._start = self._end
         if self._number == 1 and data.startswith(_BOM):
-            data, offset = data.removeprefix(_BOM), len(_BOM)
-        data = data.removesuffix(b"\r")
-        if too_long or len(data) > self._max:
-            return Line(self._number, b"", too_long=True, ended=ended, offset=offset)
-        return Line(self._number, data, ended=ended, offset=offset) if data.strip() else None
+            data, offset, size = data[len(_BOM) :], len(_BOM), size - len(_BOM)
+        if data.endswith(b"\r"):
+            data, size = data[:-1], size - 1
+        if size > self._max:
+            return Line(self._number, b"", offset, too_long=True, ended=ended)
+        return Line(self._number, data, offset, ended=ended) if data and not data.isspace() else None
 
 
 @overload
@@ -146,12 +153,13 @@ class Validator:
     """Fed a training file in chunks, checks every row; `finish` gives the report.
 
     A file has one format, that of its first good row. One finding a row, the first. `file_kind` names the file in the
-    sentence about too few examples.
+    sentence about too few examples. `on_row` is given each good row, in order.
     """
 
     max_line_bytes: int = MAX_LINE_BYTES
     min_examples: int = MIN_EXAMPLES
     file_kind: str = "Training file"
+    on_row: Callable[[Line, TrainingRow], object] | None = None
     _splitter: LineSplitter = field(init=False)
     _examples: int = field(default=0, init=False)
     _rows: int = field(default=0, init=False)
@@ -161,13 +169,15 @@ class Validator:
     def __post_init__(self) -> None:
         self._splitter = LineSplitter(self.max_line_bytes)
 
-    def feed(self, chunk: bytes) -> list[tuple[int, TrainingRow]]:
-        """Checks the rows that this chunk ends; gives those that are good, with their line numbers."""
-        return self._check(self._splitter.feed(chunk))
+    def feed(self, chunk: bytes) -> None:
+        """Checks the rows that this chunk ends."""
+        for line in self._splitter.feed(chunk):
+            self._check(line)
 
     def finish(self) -> Report:
-        """Call once, after the last chunk (and use the last row's effect on the report, not the row)."""
-        self._check(self._splitter.finish())
+        """Call once, after the last chunk."""
+        for line in self._splitter.finish():
+            self._check(line)
         if self._rows < self.min_examples:
             message = (
                 f"{self.file_kind} has {self._rows} example(s), "
@@ -178,17 +188,16 @@ class Validator:
         tally = self._tally
         return Report(self._examples, self._rows, tally.first(), tally.count, found, tally.groups())
 
-    def _check(self, lines: Iterator[Line]) -> list[tuple[int, TrainingRow]]:
-        good: list[tuple[int, TrainingRow]] = []
-        for line in lines:
-            self._rows += 1
-            try:
-                good.append((line.number, self._row(line)))
-            except RowError as error:
-                self._add(Finding(line.number, error.field, error.code, error.detail))
-            else:
-                self._examples += 1
-        return good
+    def _check(self, line: Line) -> None:
+        self._rows += 1
+        try:
+            row = self._row(line)
+        except RowError as error:
+            self._add(Finding(line.number, error.field, error.code, error.detail))
+            return
+        self._examples += 1
+        if self.on_row is not None:
+            self.on_row(line, row)
 
     def _row(self, line: Line) -> TrainingRow:
         if line.too_long:

@@ -8,21 +8,20 @@ output always is, so a `weight` there is refused. An output is one turn of the a
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
 from typing import Any
+
+from msgspec import Struct
 
 from lathe.text.chat import (
     CHAT_KEYS,
     Chat,
     Message,
-    check_unicode,
-    decode_json,
     parse_chat,
     parse_parallel_tool_calls,
     parse_tools,
     parse_turns,
-    type_name,
 )
+from lathe.text.decoding import decode_json, type_name
 from lathe.text.errors import RowError
 from lathe.text.formats import Role, RowFormat
 
@@ -33,24 +32,21 @@ _PROMPTED_KEYS = frozenset({"prompt", "completion"})
 _TOOL_KEYS = CHAT_KEYS - {"messages"}
 
 
-@dataclass(frozen=True, slots=True)
-class Plain:
+class Plain(Struct, frozen=True):
     """A text outside any chat template: only `completion` is trained. prompt is empty for plain text."""
 
     prompt: str
     completion: str
 
 
-@dataclass(frozen=True, slots=True)
-class Part:
+class Part(Struct, frozen=True):
     """One sequence of a row."""
 
     role: Role
     content: Chat | Plain
 
 
-@dataclass(frozen=True, slots=True)
-class TrainingRow:
+class TrainingRow(Struct, frozen=True):
     """parts: one; of a preference row two, the chosen and the rejected one, with equal prompts."""
 
     format: RowFormat
@@ -192,7 +188,6 @@ def _text(data: Mapping[str, Any], key: str, *, optional: bool = False) -> str:
         )
     if not value and not optional:
         raise RowError(key, "missing_content", "the text is empty")
-    check_unicode(value, key)
     return value
 
 

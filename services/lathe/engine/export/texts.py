@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from lathe.common.errors import InvalidArgument
-from lathe.text.chat import decode_json, parse_messages
+from lathe.text.chat import parse_messages
+from lathe.text.decoding import decode_json
 from lathe.text.errors import RowError, TemplateError
 from lathe.text.render import prepare
 from lathe.text.tokenizer import Tokenizer

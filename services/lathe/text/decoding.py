@@ -1,0 +1,100 @@
+"""One line's JSON, strictly: what is not text or not a number is refused, and so is what nests without end."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any, NoReturn
+
+import msgspec
+
+from lathe.text.errors import RowError
+
+MAX_DEPTH = 100
+"""How deep a value may nest that is kept as it is: a tool's schema, the arguments of a call."""
+
+
+def decode_json(line: bytes) -> Any:
+    """The JSON value of one line. Of equal keys in one object the last wins.
+
+    Raises RowError with code invalid_utf8 (also for half a surrogate pair, which JSON can write but which is no text)
+    or invalid_json (also for NaN and for numbers that no float holds).
+    """
+    try:
+        return msgspec.json.decode(line)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        # The standard library's decoder is slower and says better what is wrong; where the two differ, it is right.
+        return _decode_exactly(line)
+
+
+def _decode_exactly(line: bytes) -> Any:
+    try:
+        text = line.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise RowError("", "invalid_utf8", f"byte {error.start + 1} of the line is not UTF-8") from None
+    try:
+        value = json.loads(text, parse_constant=_refuse_constant, parse_float=_finite)
+        check_unicode(value, "")
+    except json.JSONDecodeError as error:
+        place = f"at character {error.pos + 1} of {len(text)}"
+        raise RowError("", "invalid_json", f"the line is not JSON: {error.msg} {place}") from None
+    except RowError:
+        raise
+    except (ValueError, RecursionError) as error:
+        cause = "nested too deeply" if isinstance(error, RecursionError) else str(error)
+        raise RowError("", "invalid_json", f"the line is not JSON: {cause}") from None
+    return value
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not a JSON number")
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if math.isinf(number):
+        raise ValueError(f"the number {text[:40]} is too large")
+    return number
+
+
+def check_unicode(value: object, path: str) -> None:
+    """Refuses lone surrogates: JSON can write them (`\\ud800`), but they are no text and have no UTF-8.
+
+    Raises RowError, and RecursionError for what nests too deeply.
+    """
+    if isinstance(value, str):
+        try:
+            value.encode("utf-8")
+        except UnicodeEncodeError:
+            raise RowError(path, "invalid_utf8", "has half a surrogate pair, which is not text") from None
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            check_unicode(key, path)
+            check_unicode(item, f"{path}.{key}" if path else key)
+    elif isinstance(value, list):
+        for index, item in enumerate(value):
+            check_unicode(item, f"{path}[{index}]")
+
+
+def check_depth(value: object, path: str) -> None:
+    """Refuses a value that nests deeper than MAX_DEPTH: what renders it would run out of stack. Raises RowError."""
+    level = [value]
+    for _ in range(MAX_DEPTH):
+        level = [
+            child
+            for item in level
+            if isinstance(item, (dict, list))
+            for child in (item.values() if isinstance(item, dict) else item)
+        ]
+        if not level:
+            return
+    raise RowError(path, "too_deep", f"nests deeper than {MAX_DEPTH} levels")
+
+
+def type_name(value: object) -> str:
+    """A JSON value's type in words: "a list"."""
+    if value is None:
+        return "null"
+    names: dict[type, str] = {bool: "a boolean", int: "a number", float: "a number", str: "a string"}
+    names |= {list: "a list", dict: "an object"}
+    return names.get(type(value), type(value).__name__)
