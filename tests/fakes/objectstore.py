@@ -6,7 +6,7 @@ import asyncio
 import secrets
 from collections.abc import AsyncIterable, AsyncIterator, Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 from pathlib import Path
 
 from lathe.common.clock import Clock, SystemClock
@@ -36,6 +36,8 @@ class MemoryObjectStore:
         self._clock = clock if clock is not None else SystemClock()
         self._objects: dict[str, _Object] = {}
         self.outage: LatheError | None = None
+        # What presigned URLs begin with; None: clients cannot reach this store.
+        self.public_url: str | None = None
 
     def keys(self) -> list[str]:
         """Every key, ordered."""
@@ -107,6 +109,10 @@ class MemoryObjectStore:
         for key in self.keys():
             if key.startswith(prefix):
                 del self._objects[key]
+
+    async def presigned_put(self, key: str, lifetime: timedelta) -> str | None:
+        validate_key(key)
+        return f"{self.public_url}/{key}" if self.public_url else None
 
     async def check(self) -> None:
         self._usable()

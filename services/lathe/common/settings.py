@@ -106,7 +106,10 @@ class StoreSettings(SettingsGroup):
     region: str = "us-east-1"
     secure: bool = True
     public_endpoint: str | None = Field(
-        default=None, description="where clients reach the store; presigned URLs use it"
+        default=None,
+        pattern=r"^(https?://)?[A-Za-z0-9.-]+(:[0-9]{1,5})?$",
+        description="where clients reach the S3 service, [https://]host[:port] (without scheme as `secure` says): "
+        "large files then go straight to it, by presigned URLs",
     )
 
     @model_validator(mode="after")
@@ -115,7 +118,15 @@ class StoreSettings(SettingsGroup):
         missing = [name for name in needed if getattr(self, name) is None]
         if missing:
             raise ValueError(f"a store of kind {self.kind!r} needs {' and '.join(missing)}")
+        if self.public_endpoint is not None and (self.kind == "folder" or self.access_key is None):
+            raise ValueError("public_endpoint needs a store of kind 's3' with access_key and secret_key")
         return self
+
+    def public_url(self) -> str | None:
+        """`public_endpoint` with its scheme."""
+        if self.public_endpoint is None or "://" in self.public_endpoint:
+            return self.public_endpoint
+        return f"{'https' if self.secure else 'http'}://{self.public_endpoint}"
 
 
 class MetricsSettings(SettingsGroup):

@@ -10,7 +10,8 @@ from datetime import timedelta
 from lathe.common.clock import Clock
 from lathe.common.objectstore.base import ObjectStore
 from lathe.datasets.model import Dataset, DatasetState, blob_key
-from lathe.datasets.ports import DatasetStore
+from lathe.datasets.ports import DatasetStore, UploadStore
+from lathe.datasets.uploads import REMEMBERED_FOR
 from lathe.datasets.validation import clear_staging, validation_owner
 
 log = logging.getLogger(__name__)
@@ -28,6 +29,7 @@ class Cleaner:
     """
 
     store: DatasetStore
+    uploads: UploadStore
     objects: ObjectStore
     clock: Clock
     busy: Collection[str] = ()
@@ -35,6 +37,8 @@ class Cleaner:
     async def sweep(self) -> None:
         """Delete all there is to delete now. Raises Unavailable if the database or the store is away."""
         now = self.clock.now()
+        await self.uploads.expire_uploads(now)
+        await self.uploads.forget_uploads(now - REMEMBERED_FOR)
         for dataset in await self.store.outlived(now, now - ABANDONED_AFTER):
             log.info("%s has expired or was never uploaded; it goes.", dataset.name)
             await self.store.begin_delete(dataset.project, dataset.id)

@@ -29,6 +29,8 @@ from lathe.datasets.service import DatasetsService
 from lathe.datasets.servicer import DatasetsInternalServicer, DatasetsServicer
 from lathe.datasets.settings import DatasetsSettings
 from lathe.datasets.store import SqlDatasetStore
+from lathe.datasets.upload_service import UploadService
+from lathe.datasets.upload_store import SqlUploadStore
 from lathe.datasets.validation import Validation
 from lathe.v1.datasets_pb2_grpc import (
     add_DatasetsInternalServiceServicer_to_server,
@@ -57,16 +59,20 @@ async def running(
         base_models = RpcBaseModels(ModelsInternalServiceStub(channel))
         ids = ids or RandomIds()
         service = DatasetsService(store, objects, base_models, clock, ids)
+        session_store = SqlUploadStore(db)
+        uploads = UploadService(service, session_store)
         busy: set[str] = set()
         validation = Validation(store, objects, busy)
-        cleaner = Cleaner(store, objects, clock, busy)
+        cleaner = Cleaner(store, session_store, objects, clock, busy)
         registrations = [
             Registration(
-                add_DatasetsServiceServicer_to_server, DatasetsServicer(service), "lathe.v1.DatasetsService"
+                add_DatasetsServiceServicer_to_server,
+                DatasetsServicer(service, uploads),
+                "lathe.v1.DatasetsService",
             ),
             Registration(
                 add_DatasetsInternalServiceServicer_to_server,
-                DatasetsInternalServicer(service),
+                DatasetsInternalServicer(service, uploads),
                 "lathe.v1.DatasetsInternalService",
             ),
             diagnosis(

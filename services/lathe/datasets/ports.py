@@ -16,6 +16,7 @@ from lathe.datasets.model import (
     DatasetState,
     Report,
 )
+from lathe.datasets.uploads import UploadSession
 
 
 class DatasetStore(Protocol):
@@ -53,6 +54,15 @@ class DatasetStore(Protocol):
 
     async def begin_validation(self, project: str, dataset_id: str, size_bytes: int, sha256: str) -> bool:
         """UPLOADING -> VALIDATING; a results file that is VALIDATING gets new facts. False from any other state."""
+        ...
+
+    async def staged_parts(self, project: str, dataset_id: str) -> tuple[Sequence[str], str]:
+        """The names of its parts in the order of the file, and the MD5 that was announced; ((), "") for a dataset that
+        was not uploaded in parts with names."""
+        ...
+
+    async def note_digest(self, project: str, dataset_id: str, sha256: str) -> bool:
+        """Say which blob a VALIDATING one is about to need; False if it is not VALIDATING any more."""
         ...
 
     async def finish_validation(
@@ -126,6 +136,36 @@ class DatasetStore(Protocol):
 
     async def audit_claims(self) -> Sequence[tuple[str, str]]:
         """(sha256, owner) of the blobs whose audits were removed and which are still to delete."""
+        ...
+
+
+class UploadStore(Protocol):
+    """The uploads in parts that are kept, each by its dataset."""
+
+    async def add_upload(self, session: UploadSession) -> UploadSession:
+        """Keep a new one, or answer with the one that its dataset has."""
+        ...
+
+    async def get_upload(self, project: str, dataset_id: str) -> UploadSession | None:
+        """As it was written: whether its time has come is the caller's question."""
+        ...
+
+    async def complete_upload(
+        self, project: str, dataset_id: str, parts: Sequence[str], md5: str, now: datetime
+    ) -> bool:
+        """PENDING -> COMPLETED and its dataset UPLOADING -> VALIDATING, both or neither (False)."""
+        ...
+
+    async def cancel_upload(self, project: str, dataset_id: str, now: datetime) -> bool:
+        """PENDING -> CANCELLED and its dataset DELETING; False if it is not PENDING or has expired."""
+        ...
+
+    async def expire_uploads(self, now: datetime) -> None:
+        """Every PENDING one whose time has come -> EXPIRED, its dataset DELETING."""
+        ...
+
+    async def forget_uploads(self, expired_before: datetime) -> None:
+        """Remove those whose time came before then and that no validation needs any more."""
         ...
 
 

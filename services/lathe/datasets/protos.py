@@ -18,6 +18,8 @@ from lathe.datasets.model import (
     Share,
     Statistics,
 )
+from lathe.datasets.upload_service import PartTarget, SignedParts
+from lathe.datasets.uploads import UploadSession, UploadState
 from lathe.text.findings import Finding, FindingGroup, Severity, kind_of
 from lathe.v1 import datasets_pb2 as pb
 
@@ -27,6 +29,12 @@ _STATES = {
     DatasetState.READY: pb.DATASET_STATE_READY,
     DatasetState.ERROR: pb.DATASET_STATE_ERROR,
     DatasetState.DELETING: pb.DATASET_STATE_DELETING,
+}
+_UPLOAD_STATES = {
+    UploadState.PENDING: pb.UPLOAD_SESSION_STATE_PENDING,
+    UploadState.COMPLETED: pb.UPLOAD_SESSION_STATE_COMPLETED,
+    UploadState.CANCELLED: pb.UPLOAD_SESSION_STATE_CANCELLED,
+    UploadState.EXPIRED: pb.UPLOAD_SESSION_STATE_EXPIRED,
 }
 _AUDIT_STATES = {
     AuditState.RUNNING: pb.AUDIT_STATE_RUNNING,
@@ -116,11 +124,42 @@ def dataset_pb(dataset: Dataset) -> pb.Dataset:
     )
 
 
-def upload_pb(dataset: Dataset) -> pb.Upload:
+def upload_pb(dataset: Dataset, *, in_parts: bool) -> pb.Upload:
     uploading = dataset.state is DatasetState.UPLOADING
     return pb.Upload(
-        name=dataset.name, state=_STATES[dataset.state], staging_key=dataset.staging_key if uploading else ""
+        name=dataset.name,
+        state=_STATES[dataset.state],
+        staging_key=dataset.staging_key if uploading else "",
+        in_parts=in_parts,
     )
+
+
+def session_pb(session: UploadSession, dataset: Dataset | None = None) -> pb.UploadSession:
+    return pb.UploadSession(
+        name=session.name,
+        state=_UPLOAD_STATES[session.state],
+        display_name=session.display_name,
+        purpose=session.purpose,
+        size_bytes=session.size_bytes,
+        sha256=session.sha256,
+        create_time=_timestamp(session.create_time),
+        expire_time=_timestamp(session.expire_time),
+        dataset=dataset_pb(dataset) if dataset is not None else None,
+    )
+
+
+def part_target_pb(target: PartTarget) -> pb.UploadPartTarget:
+    return pb.UploadPartTarget(
+        part_id=target.part_id, object_key=target.object_key, max_bytes=target.max_bytes
+    )
+
+
+def signed_pb(signed: SignedParts) -> pb.SignUploadPartsResponse:
+    parts = [
+        pb.SignedPart(number=part.number, offset=part.offset, size_bytes=part.size, url=url)
+        for part, url in signed.parts
+    ]
+    return pb.SignUploadPartsResponse(parts=parts, expire_time=_timestamp(signed.expire_time))
 
 
 def audit_options(message: pb.AuditOptions) -> AuditOptions:

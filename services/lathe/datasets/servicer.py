@@ -14,6 +14,7 @@ from lathe.common.rpc.context import ServicerContext
 from lathe.common.rpc.principal import require_project, require_role
 from lathe.datasets import protos
 from lathe.datasets.service import DatasetsService
+from lathe.datasets.upload_service import UploadService
 from lathe.v1 import datasets_pb2 as pb
 from lathe.v1 import datasets_pb2_grpc as pb_grpc
 
@@ -24,17 +25,23 @@ _MAX_PAGE = 200
 class DatasetsServicer(pb_grpc.DatasetsServiceServicer):
     """The public methods. The streams of bytes end in the gateway."""
 
-    def __init__(self, service: DatasetsService) -> None:
+    def __init__(self, service: DatasetsService, uploads: UploadService) -> None:
         self._service = service
+        self._uploads = uploads
 
     async def CreateDataset(self, request: pb.CreateDatasetRequest, context: ServicerContext) -> pb.Dataset:
         (project,) = names.PROJECT.parse(request.parent, field="parent")
         require_project(request.parent, field="parent")
         require_role("member")
-        new = request.dataset
+        new, in_parts = request.dataset, request.HasField("in_parts")
+        announced = (request.in_parts.size_bytes, request.in_parts.sha256)
+        if in_parts:
+            await self._uploads.check(*announced, presigned=request.in_parts.presigned)
         dataset = await self._service.create(
             project, new.display_name, new.purpose, protos.expire_time(new), request.request_id
         )
+        if in_parts:
+            await self._uploads.open(dataset, *announced, presigned=request.in_parts.presigned)
         return protos.dataset_pb(dataset)
 
     async def UploadDataset(
@@ -97,16 +104,51 @@ class DatasetsServicer(pb_grpc.DatasetsServiceServicer):
         await self._service.delete(project, dataset)
         return Empty()
 
+    async def GetUploadSession(
+        self, request: pb.GetUploadSessionRequest, context: ServicerContext
+    ) -> pb.UploadSession:
+        return protos.session_pb(*await self._uploads.get(*_ids(request.name)))
+
+    async def SignUploadParts(
+        self, request: pb.SignUploadPartsRequest, context: ServicerContext
+    ) -> pb.SignUploadPartsResponse:
+        project, dataset = _ids(request.name)
+        require_role("member")
+        return protos.signed_pb(await self._uploads.sign(project, dataset))
+
+    async def CompleteUploadSession(
+        self, request: pb.CompleteUploadSessionRequest, context: ServicerContext
+    ) -> pb.UploadSession:
+        project, dataset = _ids(request.name)
+        require_role("member")
+        done = await self._uploads.complete(project, dataset, request.part_ids, request.md5)
+        return protos.session_pb(*done)
+
+    async def CancelUploadSession(
+        self, request: pb.CancelUploadSessionRequest, context: ServicerContext
+    ) -> pb.UploadSession:
+        project, dataset = _ids(request.name)
+        require_role("member")
+        return protos.session_pb(await self._uploads.cancel(project, dataset))
+
 
 class DatasetsInternalServicer(pb_grpc.DatasetsInternalServiceServicer):
     """What the gateway and jobs call."""
 
-    def __init__(self, service: DatasetsService) -> None:
+    def __init__(self, service: DatasetsService, uploads: UploadService) -> None:
         self._service = service
+        self._uploads = uploads
 
     async def GetUpload(self, request: pb.GetUploadRequest, context: ServicerContext) -> pb.Upload:
+        dataset = await self._service.get(*_ids(request.name))
+        return protos.upload_pb(dataset, in_parts=await self._uploads.is_in_parts(dataset))
+
+    async def OpenUploadPart(
+        self, request: pb.OpenUploadPartRequest, context: ServicerContext
+    ) -> pb.UploadPartTarget:
         project, dataset = _ids(request.name)
-        return protos.upload_pb(await self._service.get(project, dataset))
+        require_role("member")
+        return protos.part_target_pb(await self._uploads.open_part(project, dataset))
 
     async def CommitUpload(self, request: pb.CommitUploadRequest, context: ServicerContext) -> pb.Dataset:
         project, dataset = _ids(request.name)

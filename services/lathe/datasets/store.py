@@ -68,6 +68,21 @@ audits = sa.Table(
     sa.Column("truncated_rows", sa.BigInteger),
     sa.Column("max_row_tokens", sa.Integer),
 )
+uploads = sa.Table(
+    "uploads",
+    metadata,
+    sa.Column("dataset_id", sa.String, primary_key=True),
+    sa.Column("project", sa.String),
+    sa.Column("display_name", sa.String),
+    sa.Column("purpose", sa.String),
+    sa.Column("state", sa.String),
+    sa.Column("size_bytes", sa.BigInteger),
+    sa.Column("sha256", sa.String),
+    sa.Column("md5", sa.String),
+    sa.Column("parts", sa.JSON),
+    sa.Column("create_time", UtcDateTime()),
+    sa.Column("expire_time", UtcDateTime()),
+)
 claims = sa.Table(
     "claims",
     metadata,
@@ -172,6 +187,21 @@ class SqlDatasetStore:
                 sa.or_(datasets.c.state == DatasetState.UPLOADING.value, repeated),
             )
             .values(state=DatasetState.VALIDATING.value, size_bytes=size_bytes, sha256=sha256)
+        )
+
+    async def staged_parts(self, project: str, dataset_id: str) -> tuple[Sequence[str], str]:
+        query = sa.select(uploads.c.parts, uploads.c.md5).where(
+            uploads.c.project == project, uploads.c.dataset_id == dataset_id
+        )
+        async with self._db.read() as connection:
+            row = (await connection.execute(query)).one_or_none()
+        return (row.parts, row.md5) if row is not None else ((), "")
+
+    async def note_digest(self, project: str, dataset_id: str, sha256: str) -> bool:
+        return await self._change(
+            datasets.update()
+            .where(*_is(project, dataset_id), datasets.c.state == DatasetState.VALIDATING.value)
+            .values(sha256=sha256)
         )
 
     async def finish_validation(

@@ -6,7 +6,8 @@ import asyncio
 import hashlib
 import json
 import logging
-from collections.abc import AsyncIterator, Collection, Sequence
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 from lathe.common.errors import NotFound, RetryableError, Unavailable
@@ -142,69 +143,83 @@ class Validation:
 
     async def validate(self, dataset: Dataset) -> None:
         """VALIDATING -> READY or ERROR. The blob is made only when the digest is right, and the state written last."""
-        sources = await self._sources(dataset)
-        if not sources and dataset.size_bytes:
+        parts, md5 = await self._store.staged_parts(dataset.project, dataset.id)
+        try:
+            source = await self._frozen(dataset, parts)
+        except NotFound:
+            source = None
+        if source is None and dataset.size_bytes:
             report = whole_file(
                 "upload_lost", "The uploaded bytes are not there any more. Upload the file again."
             )
             await self._finish(dataset, DatasetState.ERROR, "", report)
             return
         try:
-            digest, size, report = await self._read(dataset, sources)
+            found, report = await self._read(dataset, source, with_md5=bool(md5))
         except NotFound:
             # Deleted while it was read, or validated by another process at the same moment: the state knows.
             return
-        if (digest, size) != (dataset.sha256, dataset.size_bytes):
-            report = whole_file(
-                "digest_mismatch",
-                f"{size} bytes with sha256 {digest} were stored, {dataset.size_bytes} with {dataset.sha256} were "
-                "announced: the file was damaged or stops half-way. Upload it again.",
-            )
-            await self._finish(dataset, DatasetState.ERROR, "", report)
+        damage = _damage(dataset, md5, found)
+        if damage:
+            await self._finish(dataset, DatasetState.ERROR, "", whole_file("digest_mismatch", damage))
             return
-        if await self._store.is_claimed(digest):
+        # The row first: from here on nobody deletes the blob.
+        if not await self._store.note_digest(dataset.project, dataset.id, found.sha256):
+            return
+        if await self._store.is_claimed(found.sha256):
             raise Unavailable(f"An earlier copy of {dataset.name} is still being deleted.", retry_after=1)
-        await self._make_blob(sources, blob_key(digest), size)
+        await self._make_blob(source, blob_key(found.sha256), found.size)
         state = DatasetState.ERROR if report.finding_count else DatasetState.READY
-        await self._finish(dataset, state, digest, report)
+        await self._finish(dataset, state, found.sha256, report)
 
-    async def _sources(self, dataset: Dataset) -> list[str]:
-        """The staged object, or the staged parts in order."""
+    async def _frozen(self, dataset: Dataset, parts: Sequence[str]) -> str | None:
+        """The upload as one object under a key that no uploader knows; None if nothing is there.
+
+        What is hashed must be what is kept, and equal content is kept once for all projects: a stream or a presigned
+        URL may still write to the keys in staging.
+        """
         if not dataset.staging_key:
-            return []
+            return None
+        frozen = frozen_key(dataset)
+        if await self._objects.head(frozen) is not None:
+            return frozen
         if await self._objects.head(dataset.staging_key) is not None:
-            return [dataset.staging_key]
-        return [info.key async for info in self._objects.list(dataset.staging_key + "/")]
+            await self._objects.copy(dataset.staging_key, frozen)
+            return frozen
+        prefix = f"{dataset.staging_key}/"
+        sources = [prefix + part for part in parts]
+        sources = sources or [info.key async for info in self._objects.list(prefix)]
+        if len(sources) == 1:
+            await self._objects.copy(sources[0], frozen)
+        elif sources:
+            await self._objects.compose(sources, frozen)
+        return frozen if sources else None
 
-    async def _read(self, dataset: Dataset, sources: Sequence[str]) -> tuple[str, int, Report]:
-        digest, size = hashlib.sha256(), 0
+    async def _read(self, dataset: Dataset, source: str | None, *, with_md5: bool) -> tuple[_Found, Report]:
+        sha256, md5, size = hashlib.sha256(), hashlib.md5(usedforsecurity=False), 0
         check = row_check(dataset.purpose)
 
         def take(chunk: bytes) -> None:
-            digest.update(chunk)
+            sha256.update(chunk)
+            if with_md5:
+                md5.update(chunk)
             check.feed(chunk)
 
-        async for chunk in self._chunks(sources):
-            size += len(chunk)
-            await asyncio.to_thread(take, chunk)
+        if source is not None:
+            async for chunk in self._objects.stream(source):
+                size += len(chunk)
+                await asyncio.to_thread(take, chunk)
         report = await asyncio.to_thread(check.report)
-        return digest.hexdigest(), size, report
+        return _Found(sha256.hexdigest(), md5.hexdigest(), size), report
 
-    async def _chunks(self, sources: Sequence[str]) -> AsyncIterator[bytes]:
-        for key in sources:
-            async for chunk in self._objects.stream(key):
-                yield chunk
-
-    async def _make_blob(self, sources: Sequence[str], key: str, size: int) -> None:
+    async def _make_blob(self, source: str | None, key: str, size: int) -> None:
         there = await self._objects.head(key)
         if there is not None and there.size == size:
             return
-        if not sources:
+        if source is None:
             await self._objects.put(key, b"")
-        elif len(sources) == 1:
-            await self._objects.copy(sources[0], key)
         else:
-            await self._objects.compose(sources, key)
+            await self._objects.copy(source, key)
 
     async def _finish(self, dataset: Dataset, state: DatasetState, sha256: str, report: Report) -> None:
         if await self._store.finish_validation(dataset.project, dataset.id, state, sha256, report):
@@ -217,6 +232,32 @@ class Validation:
             await self._store.release_blob(sha256, owner)
 
 
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """The bytes as they were read. Digests in lower-case hex; md5 means something only if it was wanted."""
+
+    sha256: str
+    md5: str
+    size: int
+
+
+def _damage(dataset: Dataset, md5: str, found: _Found) -> str:
+    """What is not as it was announced, in words; empty where all is. A digest may not have been announced."""
+    if found.size == dataset.size_bytes and dataset.sha256 in ("", found.sha256):
+        if md5 in ("", found.md5):
+            return ""
+        return f"The bytes have the MD5 {found.md5}, and {md5} was announced. Upload the file again."
+    return (
+        f"{found.size} bytes with sha256 {found.sha256} were stored, {dataset.size_bytes} with "
+        f"{dataset.sha256 or 'any'} were announced: the file was damaged or stops half-way. Upload it again."
+    )
+
+
+def frozen_key(dataset: Dataset) -> str:
+    """Where an upload lies while it is read."""
+    return f"{dataset.staging_key}.whole"
+
+
 def validation_owner(dataset: Dataset) -> str:
     """Under which name a validation claims the blob of a dataset that was deleted meanwhile."""
     return f"{dataset.name}:validation"
@@ -227,4 +268,5 @@ async def clear_staging(dataset: Dataset, store: DatasetStore, objects: ObjectSt
     if dataset.staging_key:
         await objects.delete_prefix(dataset.staging_key + "/")
         await objects.delete(dataset.staging_key)
+        await objects.delete(frozen_key(dataset))
         await store.clear_staging(dataset.project, dataset.id)

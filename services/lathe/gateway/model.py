@@ -260,10 +260,21 @@ def system_fingerprint(model: ServedModel, version: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class UploadTarget:
-    """Where the bytes of a dataset go while they come in; open until the upload was committed."""
+    """Where the bytes of a dataset go while they come in; open until the upload was committed. in_parts: it takes
+    parts, not a stream."""
 
     staging_key: str
     open: bool
+    in_parts: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class PartTarget:
+    """Where one part of an upload goes, and the most bytes that it may have."""
+
+    part_id: str
+    object_key: str
+    max_bytes: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,6 +17,7 @@ from lathe.gateway.model import (
     AnnouncedFile,
     BaseModelRef,
     EngineInfo,
+    PartTarget,
     ServedModel,
     StoredFile,
     StoredUpload,
@@ -179,7 +180,14 @@ class PeerDatasets:
     async def target(self, principal: Principal, name: str) -> UploadTarget:
         request = datasets_pb2.GetUploadRequest(name=name)
         found = await self._peers.call(self._peers.datasets_internal.GetUpload, request, principal=principal)
-        return UploadTarget(found.staging_key, found.state == datasets_pb2.DATASET_STATE_UPLOADING)
+        uploading = found.state == datasets_pb2.DATASET_STATE_UPLOADING
+        return UploadTarget(found.staging_key, uploading, found.in_parts)
+
+    async def open_part(self, principal: Principal, name: str) -> PartTarget:
+        request = datasets_pb2.OpenUploadPartRequest(name=name)
+        method = self._peers.datasets_internal.OpenUploadPart
+        found = await self._peers.call(method, request, principal=principal)
+        return PartTarget(found.part_id, found.object_key, found.max_bytes)
 
     async def commit(self, principal: Principal, name: str, upload: StoredUpload) -> datasets_pb2.Dataset:
         request = datasets_pb2.CommitUploadRequest(

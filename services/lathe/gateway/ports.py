@@ -12,6 +12,7 @@ from lathe.gateway.model import (
     Deployment,
     EngineInfo,
     IdempotencyRow,
+    PartTarget,
     SampleCall,
     SampleEvent,
     ServedModel,
@@ -132,6 +133,10 @@ class DatasetOwner(Protocol[Committed_co]):
 
     async def target(self, principal: Principal, name: str) -> UploadTarget:
         """Where the dataset's bytes go. Raises NotFound."""
+        ...
+
+    async def open_part(self, principal: Principal, name: str) -> PartTarget:
+        """Where the next part of an upload in parts goes. Raises NotFound, FailedPrecondition when it is over."""
         ...
 
     async def commit(self, principal: Principal, name: str, upload: StoredUpload) -> Committed_co:

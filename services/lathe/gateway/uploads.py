@@ -43,25 +43,24 @@ class UploadChunk:
     sha256: str = ""
 
 
-class Digest:
-    """Counts and hashes bytes as they pass. Raises InvalidArgument past `max_bytes`."""
+class Counted:
+    """Counts bytes as they pass. Raises InvalidArgument past `max_bytes`. what: file or part, for words and codes."""
 
-    def __init__(self, max_bytes: int | None, metrics: Metrics) -> None:
-        self._hash = hashlib.sha256()
+    def __init__(self, max_bytes: int | None, metrics: Metrics, *, what: str = "file") -> None:
         self._max_bytes = max_bytes
         self._metrics = metrics
+        self._what = what
         self.size = 0
 
     def add(self, data: bytes, *, counted: bool = True) -> None:
-        """counted: false for bytes that were uploaded earlier and are only hashed again."""
+        """counted: false for bytes that were uploaded earlier and are only read again."""
         self.size += len(data)
         if self._max_bytes is not None and self.size > self._max_bytes:
             raise InvalidArgument(
-                f"The file is larger than {self._max_bytes} bytes; split it into several.",
-                reason="FILE_TOO_LARGE",
+                f"The {self._what} is larger than {self._max_bytes} bytes; split it into several.",
+                reason=f"{self._what.upper()}_TOO_LARGE",
                 metadata={"max_bytes": str(self._max_bytes)},
             )
-        self._hash.update(data)
         if counted:
             self._metrics.upload_bytes.inc(len(data))
 
@@ -70,6 +69,18 @@ class Digest:
         async for chunk in chunks:
             self.add(chunk)
             yield chunk
+
+
+class Digest(Counted):
+    """Hashes bytes as they pass, and counts them."""
+
+    def __init__(self, max_bytes: int | None, metrics: Metrics) -> None:
+        super().__init__(max_bytes, metrics)
+        self._hash = hashlib.sha256()
+
+    def add(self, data: bytes, *, counted: bool = True) -> None:
+        super().add(data, counted=counted)
+        self._hash.update(data)
 
     @property
     def sha256(self) -> str:
@@ -122,6 +133,17 @@ class DatasetUploads(Generic[Committed]):
                 await self._store.delete(key)
                 raise
             return await self._commit(principal, dataset_name, key, digest)
+
+    async def put_part(self, principal: Principal, dataset_name: str, chunks: AsyncIterable[bytes]) -> str:
+        """Store one part of an upload in parts; the id that names it at the end. Parts may come beside each other.
+
+        Raises InvalidArgument for one that is too large, NotFound, FailedPrecondition when the upload is over.
+        """
+        demand_role(principal, Role.MEMBER)
+        target = await self._owner.open_part(principal, dataset_name)
+        counted = Counted(target.max_bytes, self._metrics, what="part")
+        await self._store.put(target.object_key, counted.passing(chunks))
+        return target.part_id
 
     async def offset(self, principal: Principal, dataset_name: str) -> int:
         """Where a resumable upload goes on. Raises NotFound, FailedPrecondition once it is complete."""
@@ -183,6 +205,11 @@ class DatasetUploads(Generic[Committed]):
             raise FailedPrecondition(
                 f"{dataset_name} has been uploaded already; create another dataset for other bytes.",
                 reason="UPLOAD_COMPLETE",
+            )
+        if target.in_parts:
+            raise FailedPrecondition(
+                f"{dataset_name} was created for an upload in parts; create another dataset to send a stream.",
+                reason="UPLOAD_IN_PARTS",
             )
         return target.staging_key
 

@@ -67,6 +67,26 @@ SEVERITY_WARNING: Severity.ValueType  # 2
 SEVERITY_ERROR: Severity.ValueType  # 3
 """Cannot be trained on."""
 
+class _UploadSessionState:
+    ValueType = typing.NewType("ValueType", builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _UploadSessionStateEnumTypeWrapper(enum_type_wrapper._EnumTypeWrapper[_UploadSessionState.ValueType], builtins.type):
+    DESCRIPTOR: descriptor.EnumDescriptor
+    UPLOAD_SESSION_STATE_UNSPECIFIED: _UploadSessionState.ValueType  # 0
+    UPLOAD_SESSION_STATE_PENDING: _UploadSessionState.ValueType  # 1
+    UPLOAD_SESSION_STATE_COMPLETED: _UploadSessionState.ValueType  # 2
+    UPLOAD_SESSION_STATE_CANCELLED: _UploadSessionState.ValueType  # 3
+    UPLOAD_SESSION_STATE_EXPIRED: _UploadSessionState.ValueType  # 4
+
+class UploadSessionState(_UploadSessionState, metaclass=_UploadSessionStateEnumTypeWrapper): ...
+
+UPLOAD_SESSION_STATE_UNSPECIFIED: UploadSessionState.ValueType  # 0
+UPLOAD_SESSION_STATE_PENDING: UploadSessionState.ValueType  # 1
+UPLOAD_SESSION_STATE_COMPLETED: UploadSessionState.ValueType  # 2
+UPLOAD_SESSION_STATE_CANCELLED: UploadSessionState.ValueType  # 3
+UPLOAD_SESSION_STATE_EXPIRED: UploadSessionState.ValueType  # 4
+
 class _AuditState:
     ValueType = typing.NewType("ValueType", builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -382,6 +402,7 @@ class CreateDatasetRequest(message.Message):
     PARENT_FIELD_NUMBER: builtins.int
     DATASET_FIELD_NUMBER: builtins.int
     REQUEST_ID_FIELD_NUMBER: builtins.int
+    IN_PARTS_FIELD_NUMBER: builtins.int
     parent: builtins.str
     """projects/{project}"""
     request_id: builtins.str
@@ -389,16 +410,49 @@ class CreateDatasetRequest(message.Message):
     def dataset(self) -> Dataset:
         """display_name, purpose and expire_time are read."""
 
+    @builtins.property
+    def in_parts(self) -> PartsAnnouncement:
+        """The bytes come in parts, which may be sent in any order and beside each other."""
+
     def __init__(
         self,
         *,
         parent: builtins.str = ...,
         dataset: Dataset | None = ...,
         request_id: builtins.str = ...,
+        in_parts: PartsAnnouncement | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = typing.Literal["dataset", b"dataset"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = typing.Literal["dataset", b"dataset", "in_parts", b"in_parts"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["dataset", b"dataset", "parent", b"parent", "request_id", b"request_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["dataset", b"dataset", "in_parts", b"in_parts", "parent", b"parent", "request_id", b"request_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class PartsAnnouncement(message.Message):
+    DESCRIPTOR: descriptor.Descriptor
+
+    SIZE_BYTES_FIELD_NUMBER: builtins.int
+    SHA256_FIELD_NUMBER: builtins.int
+    PRESIGNED_FIELD_NUMBER: builtins.int
+    size_bytes: builtins.int
+    """Of the whole file: 1 to 8 GiB."""
+    sha256: builtins.str
+    """Lower-case hex of the whole file, checked by validation when given."""
+    presigned: builtins.bool
+    """The parts go straight to the object store, see SignUploadParts. Refused at once with NO_PRESIGNED_PARTS where that
+    is not offered. Such an upload stays open for a day, any other for an hour.
+    """
+    def __init__(
+        self,
+        *,
+        size_bytes: builtins.int = ...,
+        sha256: builtins.str = ...,
+        presigned: builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["presigned", b"presigned", "sha256", b"sha256", "size_bytes", b"size_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -598,6 +652,234 @@ class DeleteDatasetRequest(message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 @typing.final
+class UploadSession(message.Message):
+    DESCRIPTOR: descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: builtins.int
+    STATE_FIELD_NUMBER: builtins.int
+    DISPLAY_NAME_FIELD_NUMBER: builtins.int
+    PURPOSE_FIELD_NUMBER: builtins.int
+    SIZE_BYTES_FIELD_NUMBER: builtins.int
+    SHA256_FIELD_NUMBER: builtins.int
+    CREATE_TIME_FIELD_NUMBER: builtins.int
+    EXPIRE_TIME_FIELD_NUMBER: builtins.int
+    DATASET_FIELD_NUMBER: builtins.int
+    name: builtins.str
+    """Of the dataset: projects/{project}/datasets/{dataset}"""
+    state: UploadSessionState.ValueType
+    display_name: builtins.str
+    purpose: builtins.str
+    size_bytes: builtins.int
+    """What was announced."""
+    sha256: builtins.str
+    @builtins.property
+    def create_time(self) -> timestamp_pb2.Timestamp: ...
+    @builtins.property
+    def expire_time(self) -> timestamp_pb2.Timestamp:
+        """Until when parts are taken and it can be completed."""
+
+    @builtins.property
+    def dataset(self) -> Dataset:
+        """From COMPLETED on, while there is one."""
+
+    def __init__(
+        self,
+        *,
+        name: builtins.str = ...,
+        state: UploadSessionState.ValueType = ...,
+        display_name: builtins.str = ...,
+        purpose: builtins.str = ...,
+        size_bytes: builtins.int = ...,
+        sha256: builtins.str = ...,
+        create_time: timestamp_pb2.Timestamp | None = ...,
+        expire_time: timestamp_pb2.Timestamp | None = ...,
+        dataset: Dataset | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = typing.Literal["create_time", b"create_time", "dataset", b"dataset", "expire_time", b"expire_time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["create_time", b"create_time", "dataset", b"dataset", "display_name", b"display_name", "expire_time", b"expire_time", "name", b"name", "purpose", b"purpose", "sha256", b"sha256", "size_bytes", b"size_bytes", "state", b"state"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class GetUploadSessionRequest(message.Message):
+    DESCRIPTOR: descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: builtins.int
+    name: builtins.str
+    """projects/{project}/datasets/{dataset}"""
+    def __init__(
+        self,
+        *,
+        name: builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["name", b"name"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class SignUploadPartsRequest(message.Message):
+    DESCRIPTOR: descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: builtins.int
+    name: builtins.str
+    """projects/{project}/datasets/{dataset}"""
+    def __init__(
+        self,
+        *,
+        name: builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["name", b"name"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class SignUploadPartsResponse(message.Message):
+    DESCRIPTOR: descriptor.Descriptor
+
+    PARTS_FIELD_NUMBER: builtins.int
+    EXPIRE_TIME_FIELD_NUMBER: builtins.int
+    @builtins.property
+    def parts(self) -> containers.RepeatedCompositeFieldContainer[SignedPart]:
+        """Missing parts, at most 100 of them; none when all are stored."""
+
+    @builtins.property
+    def expire_time(self) -> timestamp_pb2.Timestamp:
+        """When the URLs stop working."""
+
+    def __init__(
+        self,
+        *,
+        parts: abc.Iterable[SignedPart] | None = ...,
+        expire_time: timestamp_pb2.Timestamp | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = typing.Literal["expire_time", b"expire_time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["expire_time", b"expire_time", "parts", b"parts"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class SignedPart(message.Message):
+    """The bytes from offset on go to the URL, with the method PUT and nothing added."""
+
+    DESCRIPTOR: descriptor.Descriptor
+
+    NUMBER_FIELD_NUMBER: builtins.int
+    OFFSET_FIELD_NUMBER: builtins.int
+    SIZE_BYTES_FIELD_NUMBER: builtins.int
+    URL_FIELD_NUMBER: builtins.int
+    number: builtins.int
+    offset: builtins.int
+    size_bytes: builtins.int
+    url: builtins.str
+    def __init__(
+        self,
+        *,
+        number: builtins.int = ...,
+        offset: builtins.int = ...,
+        size_bytes: builtins.int = ...,
+        url: builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["number", b"number", "offset", b"offset", "size_bytes", b"size_bytes", "url", b"url"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class CompleteUploadSessionRequest(message.Message):
+    DESCRIPTOR: descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: builtins.int
+    PART_IDS_FIELD_NUMBER: builtins.int
+    MD5_FIELD_NUMBER: builtins.int
+    name: builtins.str
+    """projects/{project}/datasets/{dataset}"""
+    md5: builtins.str
+    """Lower-case hex of the whole file, checked by validation when given."""
+    @builtins.property
+    def part_ids(self) -> containers.RepeatedScalarFieldContainer[builtins.str]:
+        """The parts in the order of the file. Empty for presigned parts, which are numbered."""
+
+    def __init__(
+        self,
+        *,
+        name: builtins.str = ...,
+        part_ids: abc.Iterable[builtins.str] | None = ...,
+        md5: builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["md5", b"md5", "name", b"name", "part_ids", b"part_ids"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class CancelUploadSessionRequest(message.Message):
+    DESCRIPTOR: descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: builtins.int
+    name: builtins.str
+    """projects/{project}/datasets/{dataset}"""
+    def __init__(
+        self,
+        *,
+        name: builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["name", b"name"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class OpenUploadPartRequest(message.Message):
+    DESCRIPTOR: descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: builtins.int
+    name: builtins.str
+    """projects/{project}/datasets/{dataset}"""
+    def __init__(
+        self,
+        *,
+        name: builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["name", b"name"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class UploadPartTarget(message.Message):
+    DESCRIPTOR: descriptor.Descriptor
+
+    PART_ID_FIELD_NUMBER: builtins.int
+    OBJECT_KEY_FIELD_NUMBER: builtins.int
+    MAX_BYTES_FIELD_NUMBER: builtins.int
+    part_id: builtins.str
+    object_key: builtins.str
+    max_bytes: builtins.int
+    """The most that the part may have."""
+    def __init__(
+        self,
+        *,
+        part_id: builtins.str = ...,
+        object_key: builtins.str = ...,
+        max_bytes: builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["max_bytes", b"max_bytes", "object_key", b"object_key", "part_id", b"part_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
 class GetUploadRequest(message.Message):
     DESCRIPTOR: descriptor.Descriptor
 
@@ -622,22 +904,26 @@ class Upload(message.Message):
     NAME_FIELD_NUMBER: builtins.int
     STATE_FIELD_NUMBER: builtins.int
     STAGING_KEY_FIELD_NUMBER: builtins.int
+    IN_PARTS_FIELD_NUMBER: builtins.int
     name: builtins.str
     """projects/{project}/datasets/{dataset}"""
     state: DatasetState.ValueType
     """UPLOADING takes bytes; any later state refuses them."""
     staging_key: builtins.str
     """staging/{random}: one object of that key, or parts below it. Empty from VALIDATING on."""
+    in_parts: builtins.bool
+    """It takes parts, not a stream."""
     def __init__(
         self,
         *,
         name: builtins.str = ...,
         state: DatasetState.ValueType = ...,
         staging_key: builtins.str = ...,
+        in_parts: builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["name", b"name", "staging_key", b"staging_key", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["in_parts", b"in_parts", "name", b"name", "staging_key", b"staging_key", "state", b"state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

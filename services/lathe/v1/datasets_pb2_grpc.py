@@ -71,6 +71,26 @@ class DatasetsServiceStub:
                 request_serializer=lathe_dot_v1_dot_datasets__pb2.DeleteDatasetRequest.SerializeToString,
                 response_deserializer=google_dot_protobuf_dot_empty__pb2.Empty.FromString,
                 _registered_method=True)
+        self.GetUploadSession = channel.unary_unary(
+                '/lathe.v1.DatasetsService/GetUploadSession',
+                request_serializer=lathe_dot_v1_dot_datasets__pb2.GetUploadSessionRequest.SerializeToString,
+                response_deserializer=lathe_dot_v1_dot_datasets__pb2.UploadSession.FromString,
+                _registered_method=True)
+        self.SignUploadParts = channel.unary_unary(
+                '/lathe.v1.DatasetsService/SignUploadParts',
+                request_serializer=lathe_dot_v1_dot_datasets__pb2.SignUploadPartsRequest.SerializeToString,
+                response_deserializer=lathe_dot_v1_dot_datasets__pb2.SignUploadPartsResponse.FromString,
+                _registered_method=True)
+        self.CompleteUploadSession = channel.unary_unary(
+                '/lathe.v1.DatasetsService/CompleteUploadSession',
+                request_serializer=lathe_dot_v1_dot_datasets__pb2.CompleteUploadSessionRequest.SerializeToString,
+                response_deserializer=lathe_dot_v1_dot_datasets__pb2.UploadSession.FromString,
+                _registered_method=True)
+        self.CancelUploadSession = channel.unary_unary(
+                '/lathe.v1.DatasetsService/CancelUploadSession',
+                request_serializer=lathe_dot_v1_dot_datasets__pb2.CancelUploadSessionRequest.SerializeToString,
+                response_deserializer=lathe_dot_v1_dot_datasets__pb2.UploadSession.FromString,
+                _registered_method=True)
 
 
 class DatasetsServiceServicer:
@@ -78,7 +98,7 @@ class DatasetsServiceServicer:
     """
 
     def CreateDataset(self, request, context):
-        """Makes a dataset in UPLOADING, ready for UploadDataset.
+        """Makes a dataset in UPLOADING, ready for UploadDataset; with in_parts, for parts instead.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -123,6 +143,36 @@ class DatasetsServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetUploadSession(self, request, context):
+        """The upload in parts of a dataset. It is known for a day longer than it is open, whatever became of the dataset.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SignUploadParts(self, request, context):
+        """URLs to which the parts that are still missing can be sent, straight to the object store. Call again when there are
+        more of them or the URLs have expired; when there is none left, complete. FAILED_PRECONDITION with the reason
+        NO_PRESIGNED_PARTS where clients cannot reach the store: use UploadDataset.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def CompleteUploadSession(self, request, context):
+        """Takes the stored parts over: the dataset becomes VALIDATING at once. Doing it again answers the same.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def CancelUploadSession(self, request, context):
+        """Gives a pending upload up; the dataset goes with it. Doing it again answers the same.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_DatasetsServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -160,6 +210,26 @@ def add_DatasetsServiceServicer_to_server(servicer, server):
                     servicer.DeleteDataset,
                     request_deserializer=lathe_dot_v1_dot_datasets__pb2.DeleteDatasetRequest.FromString,
                     response_serializer=google_dot_protobuf_dot_empty__pb2.Empty.SerializeToString,
+            ),
+            'GetUploadSession': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetUploadSession,
+                    request_deserializer=lathe_dot_v1_dot_datasets__pb2.GetUploadSessionRequest.FromString,
+                    response_serializer=lathe_dot_v1_dot_datasets__pb2.UploadSession.SerializeToString,
+            ),
+            'SignUploadParts': grpc.unary_unary_rpc_method_handler(
+                    servicer.SignUploadParts,
+                    request_deserializer=lathe_dot_v1_dot_datasets__pb2.SignUploadPartsRequest.FromString,
+                    response_serializer=lathe_dot_v1_dot_datasets__pb2.SignUploadPartsResponse.SerializeToString,
+            ),
+            'CompleteUploadSession': grpc.unary_unary_rpc_method_handler(
+                    servicer.CompleteUploadSession,
+                    request_deserializer=lathe_dot_v1_dot_datasets__pb2.CompleteUploadSessionRequest.FromString,
+                    response_serializer=lathe_dot_v1_dot_datasets__pb2.UploadSession.SerializeToString,
+            ),
+            'CancelUploadSession': grpc.unary_unary_rpc_method_handler(
+                    servicer.CancelUploadSession,
+                    request_deserializer=lathe_dot_v1_dot_datasets__pb2.CancelUploadSessionRequest.FromString,
+                    response_serializer=lathe_dot_v1_dot_datasets__pb2.UploadSession.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -362,6 +432,114 @@ class DatasetsService:
             metadata,
             _registered_method=True)
 
+    @staticmethod
+    def GetUploadSession(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/lathe.v1.DatasetsService/GetUploadSession',
+            lathe_dot_v1_dot_datasets__pb2.GetUploadSessionRequest.SerializeToString,
+            lathe_dot_v1_dot_datasets__pb2.UploadSession.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SignUploadParts(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/lathe.v1.DatasetsService/SignUploadParts',
+            lathe_dot_v1_dot_datasets__pb2.SignUploadPartsRequest.SerializeToString,
+            lathe_dot_v1_dot_datasets__pb2.SignUploadPartsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CompleteUploadSession(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/lathe.v1.DatasetsService/CompleteUploadSession',
+            lathe_dot_v1_dot_datasets__pb2.CompleteUploadSessionRequest.SerializeToString,
+            lathe_dot_v1_dot_datasets__pb2.UploadSession.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CancelUploadSession(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/lathe.v1.DatasetsService/CancelUploadSession',
+            lathe_dot_v1_dot_datasets__pb2.CancelUploadSessionRequest.SerializeToString,
+            lathe_dot_v1_dot_datasets__pb2.UploadSession.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
 
 class DatasetsInternalServiceStub:
     """For the gateway and for jobs only; never forwarded to clients.
@@ -377,6 +555,11 @@ class DatasetsInternalServiceStub:
                 '/lathe.v1.DatasetsInternalService/GetUpload',
                 request_serializer=lathe_dot_v1_dot_datasets__pb2.GetUploadRequest.SerializeToString,
                 response_deserializer=lathe_dot_v1_dot_datasets__pb2.Upload.FromString,
+                _registered_method=True)
+        self.OpenUploadPart = channel.unary_unary(
+                '/lathe.v1.DatasetsInternalService/OpenUploadPart',
+                request_serializer=lathe_dot_v1_dot_datasets__pb2.OpenUploadPartRequest.SerializeToString,
+                response_deserializer=lathe_dot_v1_dot_datasets__pb2.UploadPartTarget.FromString,
                 _registered_method=True)
         self.CommitUpload = channel.unary_unary(
                 '/lathe.v1.DatasetsInternalService/CommitUpload',
@@ -401,6 +584,13 @@ class DatasetsInternalServiceServicer:
 
     def GetUpload(self, request, context):
         """Where the bytes of a dataset go while they come in.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def OpenUploadPart(self, request, context):
+        """Where one part of a pending upload in parts goes, under an id that is new each time.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -436,6 +626,11 @@ def add_DatasetsInternalServiceServicer_to_server(servicer, server):
                     servicer.GetUpload,
                     request_deserializer=lathe_dot_v1_dot_datasets__pb2.GetUploadRequest.FromString,
                     response_serializer=lathe_dot_v1_dot_datasets__pb2.Upload.SerializeToString,
+            ),
+            'OpenUploadPart': grpc.unary_unary_rpc_method_handler(
+                    servicer.OpenUploadPart,
+                    request_deserializer=lathe_dot_v1_dot_datasets__pb2.OpenUploadPartRequest.FromString,
+                    response_serializer=lathe_dot_v1_dot_datasets__pb2.UploadPartTarget.SerializeToString,
             ),
             'CommitUpload': grpc.unary_unary_rpc_method_handler(
                     servicer.CommitUpload,
@@ -481,6 +676,33 @@ class DatasetsInternalService:
             '/lathe.v1.DatasetsInternalService/GetUpload',
             lathe_dot_v1_dot_datasets__pb2.GetUploadRequest.SerializeToString,
             lathe_dot_v1_dot_datasets__pb2.Upload.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def OpenUploadPart(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/lathe.v1.DatasetsInternalService/OpenUploadPart',
+            lathe_dot_v1_dot_datasets__pb2.OpenUploadPartRequest.SerializeToString,
+            lathe_dot_v1_dot_datasets__pb2.UploadPartTarget.FromString,
             options,
             channel_credentials,
             insecure,

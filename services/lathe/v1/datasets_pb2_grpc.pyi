@@ -35,7 +35,7 @@ class DatasetsServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> DatasetsServiceAsyncStub: ...
     CreateDataset: _grpc.UnaryUnaryMultiCallable[_datasets_pb2.CreateDatasetRequest, _datasets_pb2.Dataset]
-    """Makes a dataset in UPLOADING, ready for UploadDataset."""
+    """Makes a dataset in UPLOADING, ready for UploadDataset; with in_parts, for parts instead."""
     UploadDataset: _grpc.StreamUnaryMultiCallable[_datasets_pb2.UploadDatasetRequest, _datasets_pb2.Dataset]
     """Resumable: ask GetDatasetUpload for the offset and go on from there. Ends in the gateway."""
     GetDatasetUpload: _grpc.UnaryUnaryMultiCallable[_datasets_pb2.GetDatasetUploadRequest, _datasets_pb2.DatasetUpload]
@@ -45,6 +45,17 @@ class DatasetsServiceStub:
     GetDataset: _grpc.UnaryUnaryMultiCallable[_datasets_pb2.GetDatasetRequest, _datasets_pb2.Dataset]
     ListDatasets: _grpc.UnaryUnaryMultiCallable[_datasets_pb2.ListDatasetsRequest, _datasets_pb2.ListDatasetsResponse]
     DeleteDataset: _grpc.UnaryUnaryMultiCallable[_datasets_pb2.DeleteDatasetRequest, _empty_pb2.Empty]
+    GetUploadSession: _grpc.UnaryUnaryMultiCallable[_datasets_pb2.GetUploadSessionRequest, _datasets_pb2.UploadSession]
+    """The upload in parts of a dataset. It is known for a day longer than it is open, whatever became of the dataset."""
+    SignUploadParts: _grpc.UnaryUnaryMultiCallable[_datasets_pb2.SignUploadPartsRequest, _datasets_pb2.SignUploadPartsResponse]
+    """URLs to which the parts that are still missing can be sent, straight to the object store. Call again when there are
+    more of them or the URLs have expired; when there is none left, complete. FAILED_PRECONDITION with the reason
+    NO_PRESIGNED_PARTS where clients cannot reach the store: use UploadDataset.
+    """
+    CompleteUploadSession: _grpc.UnaryUnaryMultiCallable[_datasets_pb2.CompleteUploadSessionRequest, _datasets_pb2.UploadSession]
+    """Takes the stored parts over: the dataset becomes VALIDATING at once. Doing it again answers the same."""
+    CancelUploadSession: _grpc.UnaryUnaryMultiCallable[_datasets_pb2.CancelUploadSessionRequest, _datasets_pb2.UploadSession]
+    """Gives a pending upload up; the dataset goes with it. Doing it again answers the same."""
 
 @_typing.type_check_only
 class DatasetsServiceAsyncStub(DatasetsServiceStub):
@@ -52,7 +63,7 @@ class DatasetsServiceAsyncStub(DatasetsServiceStub):
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     CreateDataset: _aio.UnaryUnaryMultiCallable[_datasets_pb2.CreateDatasetRequest, _datasets_pb2.Dataset]  # type: ignore[assignment]
-    """Makes a dataset in UPLOADING, ready for UploadDataset."""
+    """Makes a dataset in UPLOADING, ready for UploadDataset; with in_parts, for parts instead."""
     UploadDataset: _aio.StreamUnaryMultiCallable[_datasets_pb2.UploadDatasetRequest, _datasets_pb2.Dataset]  # type: ignore[assignment]
     """Resumable: ask GetDatasetUpload for the offset and go on from there. Ends in the gateway."""
     GetDatasetUpload: _aio.UnaryUnaryMultiCallable[_datasets_pb2.GetDatasetUploadRequest, _datasets_pb2.DatasetUpload]  # type: ignore[assignment]
@@ -62,6 +73,17 @@ class DatasetsServiceAsyncStub(DatasetsServiceStub):
     GetDataset: _aio.UnaryUnaryMultiCallable[_datasets_pb2.GetDatasetRequest, _datasets_pb2.Dataset]  # type: ignore[assignment]
     ListDatasets: _aio.UnaryUnaryMultiCallable[_datasets_pb2.ListDatasetsRequest, _datasets_pb2.ListDatasetsResponse]  # type: ignore[assignment]
     DeleteDataset: _aio.UnaryUnaryMultiCallable[_datasets_pb2.DeleteDatasetRequest, _empty_pb2.Empty]  # type: ignore[assignment]
+    GetUploadSession: _aio.UnaryUnaryMultiCallable[_datasets_pb2.GetUploadSessionRequest, _datasets_pb2.UploadSession]  # type: ignore[assignment]
+    """The upload in parts of a dataset. It is known for a day longer than it is open, whatever became of the dataset."""
+    SignUploadParts: _aio.UnaryUnaryMultiCallable[_datasets_pb2.SignUploadPartsRequest, _datasets_pb2.SignUploadPartsResponse]  # type: ignore[assignment]
+    """URLs to which the parts that are still missing can be sent, straight to the object store. Call again when there are
+    more of them or the URLs have expired; when there is none left, complete. FAILED_PRECONDITION with the reason
+    NO_PRESIGNED_PARTS where clients cannot reach the store: use UploadDataset.
+    """
+    CompleteUploadSession: _aio.UnaryUnaryMultiCallable[_datasets_pb2.CompleteUploadSessionRequest, _datasets_pb2.UploadSession]  # type: ignore[assignment]
+    """Takes the stored parts over: the dataset becomes VALIDATING at once. Doing it again answers the same."""
+    CancelUploadSession: _aio.UnaryUnaryMultiCallable[_datasets_pb2.CancelUploadSessionRequest, _datasets_pb2.UploadSession]  # type: ignore[assignment]
+    """Gives a pending upload up; the dataset goes with it. Doing it again answers the same."""
 
 class DatasetsServiceServicer(metaclass=_abc_1.ABCMeta):
     """Immutable uploaded files and their validation."""
@@ -72,7 +94,7 @@ class DatasetsServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _datasets_pb2.CreateDatasetRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_datasets_pb2.Dataset, _abc.Awaitable[_datasets_pb2.Dataset]]:
-        """Makes a dataset in UPLOADING, ready for UploadDataset."""
+        """Makes a dataset in UPLOADING, ready for UploadDataset; with in_parts, for parts instead."""
 
     @_abc_1.abstractmethod
     def UploadDataset(
@@ -119,6 +141,41 @@ class DatasetsServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_empty_pb2.Empty, _abc.Awaitable[_empty_pb2.Empty]]: ...
 
+    @_abc_1.abstractmethod
+    def GetUploadSession(
+        self,
+        request: _datasets_pb2.GetUploadSessionRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_datasets_pb2.UploadSession, _abc.Awaitable[_datasets_pb2.UploadSession]]:
+        """The upload in parts of a dataset. It is known for a day longer than it is open, whatever became of the dataset."""
+
+    @_abc_1.abstractmethod
+    def SignUploadParts(
+        self,
+        request: _datasets_pb2.SignUploadPartsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_datasets_pb2.SignUploadPartsResponse, _abc.Awaitable[_datasets_pb2.SignUploadPartsResponse]]:
+        """URLs to which the parts that are still missing can be sent, straight to the object store. Call again when there are
+        more of them or the URLs have expired; when there is none left, complete. FAILED_PRECONDITION with the reason
+        NO_PRESIGNED_PARTS where clients cannot reach the store: use UploadDataset.
+        """
+
+    @_abc_1.abstractmethod
+    def CompleteUploadSession(
+        self,
+        request: _datasets_pb2.CompleteUploadSessionRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_datasets_pb2.UploadSession, _abc.Awaitable[_datasets_pb2.UploadSession]]:
+        """Takes the stored parts over: the dataset becomes VALIDATING at once. Doing it again answers the same."""
+
+    @_abc_1.abstractmethod
+    def CancelUploadSession(
+        self,
+        request: _datasets_pb2.CancelUploadSessionRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_datasets_pb2.UploadSession, _abc.Awaitable[_datasets_pb2.UploadSession]]:
+        """Gives a pending upload up; the dataset goes with it. Doing it again answers the same."""
+
 def add_DatasetsServiceServicer_to_server(servicer: DatasetsServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
 
 class DatasetsInternalServiceStub:
@@ -130,6 +187,8 @@ class DatasetsInternalServiceStub:
     def __new__(cls, channel: _aio.Channel) -> DatasetsInternalServiceAsyncStub: ...
     GetUpload: _grpc.UnaryUnaryMultiCallable[_datasets_pb2.GetUploadRequest, _datasets_pb2.Upload]
     """Where the bytes of a dataset go while they come in."""
+    OpenUploadPart: _grpc.UnaryUnaryMultiCallable[_datasets_pb2.OpenUploadPartRequest, _datasets_pb2.UploadPartTarget]
+    """Where one part of a pending upload in parts goes, under an id that is new each time."""
     CommitUpload: _grpc.UnaryUnaryMultiCallable[_datasets_pb2.CommitUploadRequest, _datasets_pb2.Dataset]
     """Takes a finished upload over from staging: state becomes VALIDATING, validation starts."""
     EnsureAudit: _grpc.UnaryUnaryMultiCallable[_datasets_pb2.EnsureAuditRequest, _datasets_pb2.Audit]
@@ -148,6 +207,8 @@ class DatasetsInternalServiceAsyncStub(DatasetsInternalServiceStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     GetUpload: _aio.UnaryUnaryMultiCallable[_datasets_pb2.GetUploadRequest, _datasets_pb2.Upload]  # type: ignore[assignment]
     """Where the bytes of a dataset go while they come in."""
+    OpenUploadPart: _aio.UnaryUnaryMultiCallable[_datasets_pb2.OpenUploadPartRequest, _datasets_pb2.UploadPartTarget]  # type: ignore[assignment]
+    """Where one part of a pending upload in parts goes, under an id that is new each time."""
     CommitUpload: _aio.UnaryUnaryMultiCallable[_datasets_pb2.CommitUploadRequest, _datasets_pb2.Dataset]  # type: ignore[assignment]
     """Takes a finished upload over from staging: state becomes VALIDATING, validation starts."""
     EnsureAudit: _aio.UnaryUnaryMultiCallable[_datasets_pb2.EnsureAuditRequest, _datasets_pb2.Audit]  # type: ignore[assignment]
@@ -169,6 +230,14 @@ class DatasetsInternalServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_datasets_pb2.Upload, _abc.Awaitable[_datasets_pb2.Upload]]:
         """Where the bytes of a dataset go while they come in."""
+
+    @_abc_1.abstractmethod
+    def OpenUploadPart(
+        self,
+        request: _datasets_pb2.OpenUploadPartRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_datasets_pb2.UploadPartTarget, _abc.Awaitable[_datasets_pb2.UploadPartTarget]]:
+        """Where one part of a pending upload in parts goes, under an id that is new each time."""
 
     @_abc_1.abstractmethod
     def CommitUpload(

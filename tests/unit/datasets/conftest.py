@@ -10,6 +10,7 @@ from lathe.datasets.auditing import Auditor
 from lathe.datasets.cleaner import Cleaner
 from lathe.datasets.service import DatasetsService
 from lathe.datasets.store import SqlDatasetStore
+from lathe.datasets.upload_store import SqlUploadStore
 from lathe.datasets.validation import Validation
 from tests.fakes.clock import FakeClock
 from tests.fakes.datasets import FakeBaseModels
@@ -46,6 +47,10 @@ class World:
     def store(self):
         return SqlDatasetStore(self.db)
 
+    @property
+    def uploads(self):
+        return SqlUploadStore(self.db)
+
     def start(self, *, store=None, objects=None):
         return DatasetsService(
             store or self.store, objects or self.objects, self.base_models, self.clock, self.ids
@@ -58,7 +63,10 @@ class World:
         await Auditor(store or self.store, objects or self.objects, self.folder).step()
 
     async def sweep(self, *, store=None, objects=None):
-        await Cleaner(store or self.store, objects or self.objects, self.clock).sweep()
+        await self.cleaner(store=store, objects=objects).sweep()
+
+    def cleaner(self, *, store=None, objects=None, busy=()):
+        return Cleaner(store or self.store, self.uploads, objects or self.objects, self.clock, busy)
 
     async def upload(self, content=GOOD, *, purpose="fine-tune", parts=0, name="train.jsonl"):
         """Create, put the bytes into staging as the gateway does, commit."""

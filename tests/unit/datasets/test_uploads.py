@@ -6,7 +6,6 @@ from datetime import timedelta
 import pytest
 
 from lathe.common.errors import FailedPrecondition, InvalidArgument, NotFound, Unavailable
-from lathe.datasets.cleaner import Cleaner
 from lathe.datasets.model import DatasetState, blob_key
 from lathe.datasets.validation import Validation
 from tests.fixtures.worlds import Died, DyingRows, DyingStore
@@ -148,7 +147,7 @@ async def test_deleting_hides_at_once_and_the_bytes_go_with_the_last_reference(w
 async def test_deleted_while_it_is_validated_leaves_nothing(world, service):
     dataset = await world.upload()
     await service.delete("acme", dataset.id)
-    await Cleaner(world.store, world.objects, world.clock, busy={dataset.name}).sweep()
+    await world.cleaner(busy={dataset.name}).sweep()
     assert world.objects.keys() != []
     await Validation(world.store, world.objects).validate(dataset)
     await world.sweep()

@@ -11,7 +11,7 @@ import re
 from collections.abc import AsyncIterable, AsyncIterator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Protocol
 
@@ -89,6 +89,11 @@ class ObjectStore(Protocol):
 
     async def delete_prefix(self, prefix: str) -> None:
         """Remove every object whose key begins with `prefix`, which may not be empty."""
+        ...
+
+    async def presigned_put(self, key: str, lifetime: timedelta) -> str | None:
+        """A URL to which anybody may PUT this object's bytes until `lifetime` (7 days at most) is over; None if clients
+        cannot reach this store."""
         ...
 
     async def check(self) -> None:

@@ -29,6 +29,7 @@ def open_store(settings: StoreSettings) -> ObjectStore:
             secret_key=settings.secret_key.get_secret_value() if settings.secret_key is not None else None,
             region=settings.region,
             secure=settings.secure,
+            public_url=settings.public_url(),
         )
     )
 

@@ -8,11 +8,12 @@ from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterator, Se
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar, cast
+from urllib.parse import urlsplit
 
 import urllib3
 from minio import Minio
@@ -50,7 +51,7 @@ _REFUSED = frozenset({"AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMat
 
 @dataclass(frozen=True, slots=True)
 class S3Config:
-    """Where the bucket is. endpoint: `host:port`. secure: TLS."""
+    """Where the bucket is. endpoint: `host:port`. secure: TLS. public_url: where clients reach the same service."""
 
     endpoint: str
     bucket: str
@@ -58,6 +59,7 @@ class S3Config:
     secret_key: str | None = None
     region: str = "us-east-1"
     secure: bool = True
+    public_url: str | None = None
 
 
 class S3Store:
@@ -78,6 +80,7 @@ class S3Store:
         self._bucket = config.bucket
         self._client = _client(config, connect_timeout_s, read_timeout_s, retries)
         self._copier = _client(config, connect_timeout_s, max(read_timeout_s, _COPY_S), retries)
+        self._signer = _signer(config)
         # Not the loop's own threads: a store that stands still would take them all, and everybody else waits.
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="s3")
         # An upload keeps its thread while its source is read, and the source may need a thread too: with one
@@ -250,6 +253,11 @@ class S3Store:
     def _remove(self, batch: Sequence[DeleteObject]) -> tuple[DeleteError, ...]:
         return tuple(self._client.remove_objects(self._bucket, batch))
 
+    async def presigned_put(self, key: str, lifetime: timedelta) -> str | None:
+        validate_key(key)
+        # Signing asks nobody: the region is given.
+        return self._signer.presigned_put_object(self._bucket, key, lifetime) if self._signer else None
+
     async def check(self) -> None:
         found = await self._run("check", lambda: self._client.bucket_exists(self._bucket))
         if not found:
@@ -271,6 +279,20 @@ class S3Store:
     async def _run(self, key: str, work: Callable[[], T]) -> T:
         with _outages(key):
             return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+
+
+def _signer(config: S3Config) -> Minio | None:
+    """Signs for the address that clients use: it is part of what is signed."""
+    if config.public_url is None:
+        return None
+    url = urlsplit(config.public_url)
+    return Minio(
+        url.netloc,
+        access_key=config.access_key,
+        secret_key=config.secret_key,
+        region=config.region,
+        secure=url.scheme == "https",
+    )
 
 
 def _client(config: S3Config, connect_timeout_s: float, read_timeout_s: float, retries: int) -> Minio:

@@ -9,7 +9,7 @@ from starlette.responses import JSONResponse, Response
 
 from lathe.common.errors import LatheError
 from lathe.gateway.gateway import Gateway
-from lathe.gateway.http import chat, files, fine_tuning, info, models
+from lathe.gateway.http import chat, files, fine_tuning, info, models, uploads
 from lathe.gateway.http.answers import error_response
 from lathe.gateway.http.errors import error_answer, error_body
 from lathe.gateway.http.middleware import Door
@@ -26,7 +26,7 @@ def create_app(gateway: Gateway) -> FastAPI:
     )
     app.state.gateway = gateway
     app.add_middleware(Door, gateway=gateway)
-    for module in (chat, files, fine_tuning, models, info):
+    for module in (chat, files, uploads, fine_tuning, models, info):
         app.include_router(module.router)
     return app
 

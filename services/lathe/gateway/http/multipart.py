@@ -160,6 +160,16 @@ async def read_head(form: AsyncIterator[Event]) -> FileForm:
     raise invalid("file", "Missing required parameter: 'file'.", "MISSING_REQUIRED_PARAMETER")
 
 
+async def read_to_data(form: AsyncIterator[Event]) -> None:
+    """Everything up to the first byte of `data`, the one field of a part's form. Raises InvalidArgument."""
+    async for event in form:
+        if isinstance(event, PartBegin):
+            if event.name == "data":
+                return
+            raise invalid(event.name, f"Unknown parameter: '{event.name[:100]}'.", "UNKNOWN_PARAMETER")
+    raise invalid("data", "Missing required parameter: 'data'.", "MISSING_REQUIRED_PARAMETER")
+
+
 _FIELDS = frozenset({"purpose", "expires_after[anchor]", "expires_after[seconds]"})
 
 
@@ -222,8 +232,8 @@ async def file_bytes(form: AsyncIterator[Event]) -> AsyncGenerator[bytes, None]:
 
 
 def _check_trailing(name: str) -> None:
-    if name == "file":
-        raise invalid("file", "A request takes one file; send the others by themselves.")
+    if name in ("file", "data"):
+        raise invalid(name, f"A request takes one {name}; send the others by themselves.")
     if name in _FIELDS:
         raise invalid(
             name.replace("[", ".").rstrip("]"), f"'{name}' comes after 'file'; it must come before it."

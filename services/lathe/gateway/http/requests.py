@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from dataclasses import dataclass
 from typing import Annotated, Any, NoReturn, TypeVar
 from urllib.parse import unquote
@@ -16,6 +17,8 @@ from lathe.gateway.gateway import Gateway
 from lathe.gateway.http.errors import invalid
 
 MAX_JSON_BYTES = 16 * 1024 * 1024
+
+_AZURE = re.compile(r"\A/openai/(?:v1/)?(?=(?:files|uploads)(?:/|\Z))")
 
 Body = TypeVar("Body", bound="Model")
 
@@ -64,9 +67,10 @@ def path_id(request: Request, name: str) -> str:
 def routing_path(raw_path: bytes) -> str:
     """The path to route on: percent-encoding undone within each segment, but for `/` and `%` themselves.
 
-    A server's decoded path cannot tell `models/a%2Fb` from `models/a/b`.
+    A server's decoded path cannot tell `models/a%2Fb` from `models/a/b`. Azure's paths of files and uploads are
+    OpenAI's under another root.
     """
-    segments = raw_path.decode("latin-1").split("/")
+    segments = _AZURE.sub("/v1/", raw_path.decode("latin-1")).split("/")
     return "/".join(unquote(segment).replace("%", "%25").replace("/", "%2F") for segment in segments)
 
 

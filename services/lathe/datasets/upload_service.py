@@ -1,0 +1,151 @@
+"""The use cases of uploads in parts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from datetime import datetime
+
+from lathe.common.errors import FailedPrecondition, NotFound
+from lathe.datasets import uploads as rules
+from lathe.datasets.model import Dataset, DatasetState
+from lathe.datasets.ports import UploadStore
+from lathe.datasets.service import DatasetsService
+from lathe.datasets.uploads import PlannedPart, UploadSession, UploadState
+
+
+@dataclass(frozen=True, slots=True)
+class PartTarget:
+    """Where one part goes. max_bytes: the most that it may have."""
+
+    part_id: str
+    object_key: str
+    max_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class SignedParts:
+    """Parts and the URL of each, which work until expire_time."""
+
+    parts: tuple[tuple[PlannedPart, str], ...]
+    expire_time: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class UploadService:
+    """Parts come in any order; `complete` says which they are, and then the dataset is like any other."""
+
+    datasets: DatasetsService
+    store: UploadStore
+
+    async def check(self, size_bytes: int, sha256: str, *, presigned: bool) -> None:
+        """Before the dataset is made. Raises InvalidArgument, and FailedPrecondition where there is no presigning."""
+        rules.check_announced(size_bytes, sha256)
+        if presigned:
+            await self._signed("staging/probe")
+
+    async def open(self, dataset: Dataset, size_bytes: int, sha256: str, *, presigned: bool) -> UploadSession:
+        """The session of a dataset that was just made; the one that is there if the call is repeated."""
+        life = rules.PRESIGNED_OPEN_FOR if presigned else rules.OPEN_FOR
+        new = UploadSession(
+            project=dataset.project,
+            dataset_id=dataset.id,
+            display_name=dataset.display_name,
+            purpose=dataset.purpose,
+            size_bytes=size_bytes,
+            sha256=sha256,
+            create_time=dataset.create_time,
+            expire_time=dataset.create_time + life,
+        )
+        return await self.store.add_upload(new)
+
+    async def get(self, project: str, dataset_id: str) -> tuple[UploadSession, Dataset | None]:
+        """The session as it is now, and its dataset if that was committed. Raises NotFound."""
+        session = await self.store.get_upload(project, dataset_id)
+        if session is None:
+            raise NotFound(f"projects/{project}/datasets/{dataset_id} has no upload in parts.")
+        dataset = await self.datasets.store.get(project, dataset_id)
+        state = session.state_at(self.datasets.clock.now())
+        if state is UploadState.PENDING and dataset is None:
+            # Its dataset was deleted.
+            state = UploadState.CANCELLED
+        committed = dataset if state is UploadState.COMPLETED else None
+        return replace(session, state=state), committed
+
+    async def is_in_parts(self, dataset: Dataset) -> bool:
+        """Whether it takes parts, not a stream."""
+        return await self.store.get_upload(dataset.project, dataset.id) is not None
+
+    async def open_part(self, project: str, dataset_id: str) -> PartTarget:
+        """Raises NotFound, FailedPrecondition when the upload is over or far too much was sent."""
+        session, dataset = await self._pending(project, dataset_id)
+        most = rules.next_part_bytes(session, await self._stored(dataset))
+        part = self.datasets.ids.new("part")
+        return PartTarget(part, f"{dataset.staging_key}/{part}", most)
+
+    async def sign(self, project: str, dataset_id: str) -> SignedParts:
+        """URLs for missing parts. Raises NotFound, FailedPrecondition when the upload is over or nothing is signed."""
+        session, dataset = await self._pending(project, dataset_id)
+        expire_time = min(self.datasets.clock.now() + rules.URL_LIFE, session.expire_time)
+        left = rules.missing(session, await self._stored(dataset))[: rules.MAX_SIGNED]
+        signed = [(part, await self._signed(f"{dataset.staging_key}/{part.name}")) for part in left]
+        return SignedParts(tuple(signed), expire_time)
+
+    async def complete(
+        self, project: str, dataset_id: str, part_ids: Sequence[str], md5: str = ""
+    ) -> tuple[UploadSession, Dataset | None]:
+        """The dataset is VALIDATING at once; the digests are checked there. Repeating it answers the same.
+
+        Raises NotFound, InvalidArgument for wrong parts, FailedPrecondition when the upload is over.
+        """
+        md5 = rules.check_md5(md5)
+        session, _ = await self.get(project, dataset_id)
+        if session.state is UploadState.PENDING:
+            dataset = await self._uploading(session)
+            parts = rules.ordered(session, part_ids, await self._stored(dataset))
+            now = self.datasets.clock.now()
+            if await self.store.complete_upload(project, dataset_id, parts, md5, now):
+                self.datasets.validation.set()
+            # Or somebody was quicker: what the row says now is what counts.
+        session, committed = await self.get(project, dataset_id)
+        same = not part_ids or tuple(part_ids) == session.parts
+        if session.state is not UploadState.COMPLETED or not same or md5 != session.md5:
+            raise rules.not_pending(session, session.state)
+        if committed is None:
+            raise NotFound(f"{session.name} was deleted after its upload.")
+        return session, committed
+
+    async def cancel(self, project: str, dataset_id: str) -> UploadSession:
+        """Raises NotFound, FailedPrecondition when it is complete or has expired."""
+        await self.store.cancel_upload(project, dataset_id, self.datasets.clock.now())
+        session, _ = await self.get(project, dataset_id)
+        if session.state is not UploadState.CANCELLED:
+            raise rules.not_pending(session, session.state)
+        self.datasets.cleanup.set()
+        return session
+
+    async def _pending(self, project: str, dataset_id: str) -> tuple[UploadSession, Dataset]:
+        session, _ = await self.get(project, dataset_id)
+        if session.state is not UploadState.PENDING:
+            raise rules.not_pending(session, session.state)
+        return session, await self._uploading(session)
+
+    async def _uploading(self, session: UploadSession) -> Dataset:
+        dataset = await self.datasets.get(session.project, session.dataset_id)
+        if dataset.state is not DatasetState.UPLOADING:
+            raise rules.not_pending(session, UploadState.COMPLETED)
+        return dataset
+
+    async def _stored(self, dataset: Dataset) -> dict[str, int]:
+        prefix = f"{dataset.staging_key}/"
+        return {info.key.removeprefix(prefix): info.size async for info in self.datasets.objects.list(prefix)}
+
+    async def _signed(self, key: str) -> str:
+        url = await self.datasets.objects.presigned_put(key, rules.URL_LIFE)
+        if url is None:
+            raise FailedPrecondition(
+                "Parts cannot be sent straight to this platform's store, because clients do not reach it. Create the "
+                "dataset without in_parts and send the file with UploadDataset.",
+                reason="NO_PRESIGNED_PARTS",
+            )
+        return url
