@@ -2,5 +2,5 @@
 
 from __future__ import annotations
 
-VERSION = "2"
+VERSION = "3"
 """Version of the parsing, rendering and mask rules: raised whenever the same row could give other tokens."""

@@ -10,9 +10,10 @@ format 1, which engines from before there were roles read too.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -114,14 +115,25 @@ class TokenWriter:
         rows, self._pending, self._tokens = self._pending, [], 0
         if not rows:
             return
-        columns = (
-            [list(row.tokens) for row in rows],
-            [list(row.mask) for row in rows],
-            [row.line for row in rows],
-            [row.role.value for row in rows],
-        )
-        arrays = [pa.array(values, type=field.type) for values, field in zip(columns, fields, strict=False)]
-        self._writer.write_batch(pa.RecordBatch.from_arrays(arrays, schema=schema))
+        offsets = pa.py_buffer(array("i", [0, *accumulate(len(row.mask) for row in rows)]))
+        tokens = array("i")
+        for row in rows:
+            tokens.extend(row.tokens)
+        columns = [
+            _lists(fields[0], offsets, len(rows), pa.py_buffer(tokens), len(tokens)),
+            _lists(
+                fields[1], offsets, len(rows), pa.py_buffer(b"".join(row.mask for row in rows)), len(tokens)
+            ),
+            pa.array([row.line for row in rows], type=pa.int64()),
+            pa.array([row.role.value for row in rows], type=pa.uint8()),
+        ]
+        self._writer.write_batch(pa.RecordBatch.from_arrays(columns[: len(fields)], schema=schema))
+
+
+def _lists(field: Any, offsets: Any, rows: int, values: Any, count: int) -> Any:
+    """A column of lists from its buffers, without a Python object for each value."""
+    inner = pa.Array.from_buffers(field.type.value_type, count, [None, values])
+    return pa.Array.from_buffers(field.type, rows, [None, offsets], children=[inner])
 
 
 def write_tokens(path: Path, rows: Iterable[TokenRow], metadata: Mapping[str, str]) -> None:

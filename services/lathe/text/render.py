@@ -27,6 +27,7 @@ from typing import Any, Literal, ParamSpec, TypeVar
 
 from tokenizers import Encoding
 
+from lathe.text.align import aligned_ranges
 from lathe.text.chat import Chat
 from lathe.text.errors import RowError
 from lathe.text.mask import Piece, Rendered, Source, Span, render_spans, token_start, trained_range
@@ -61,13 +62,15 @@ class RenderOptions:
 class Example:
     """tokens: ids. mask: one byte per token, 1 where it is a target of the loss. truncated: tokens cut off
     the end.
-    trained_tokens: ones in the mask. boundary_stable: see the module's docstring."""
+    trained_tokens: ones in the mask. boundary_stable: see the module's docstring. lost: how many of the truncated
+    ones would have been trained."""
 
     tokens: list[int]
     mask: bytes
     truncated: int
     trained_tokens: int
     boundary_stable: bool
+    lost: int = 0
 
 
 def render_example(
@@ -106,11 +109,8 @@ def render_whole(
     moment = now if now is not None or not tokenizer.has_template else tokenizer.template.now()
     rendered = [_or_error(_render, tokenizer, row, options, moment) for row in rows]
     good = [item for item in rendered if isinstance(item, Rendered)]
-    encodings = iter(tokenizer.encode_spans([item.text for item in good]))
-    return [
-        item if isinstance(item, RowError) else _example(tokenizer, item, next(encodings))
-        for item in rendered
-    ]
+    ids = iter(tokenizer.encode_batch([item.text for item in good]))
+    return [item if isinstance(item, RowError) else _example(tokenizer, item, next(ids)) for item in rendered]
 
 
 def cut(example: Example, options: RenderOptions) -> Example:
@@ -127,7 +127,11 @@ def cut(example: Example, options: RenderOptions) -> Example:
     if not any(kept):
         cause = f"all that would be trained lies after token {limit}" if over else "no token is left"
         raise RowError("messages", "nothing_trained", f"the row has nothing to train: {cause}")
-    return Example(example.tokens[:limit], kept, over, sum(kept), example.boundary_stable)
+    if not over:
+        return example
+    trained = sum(kept)
+    lost = example.trained_tokens - trained
+    return Example(example.tokens[:limit], kept, over, trained, example.boundary_stable, lost)
 
 
 def _or_error(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T | RowError:
@@ -175,18 +179,32 @@ def _render(
     return render_spans(Source(template, prepare(row.messages, template), row.tools, weights, now))
 
 
-def _example(tokenizer: Tokenizer, item: Rendered, encoding: Encoding) -> Example:
-    pieces, stable = _pieces(tokenizer, item, encoding)
-    tokens = [token for piece in pieces for token in piece.ids()]
+def _example(tokenizer: Tokenizer, item: Rendered, ids: list[int]) -> Example:
+    tokens, ranges, stable = _ranges(tokenizer, item, ids)
     mask = bytearray(len(tokens))
-    stops = frozenset() if item.document else frozenset(tokenizer.eos_ids)
-    for span in item.spans:
-        start, end = trained_range(pieces, tokens, span, len(item.text), stops)
+    for start, end in ranges:
         mask[start:end] = b"\1" * (end - start)
     if item.document:
         tokens, mask = _as_document(tokenizer, tokens, mask)
     mask[:1] = b"\0" * bool(mask)
     return Example(tokens, bytes(mask), 0, sum(mask), stable)
+
+
+def _ranges(
+    tokenizer: Tokenizer, item: Rendered, ids: list[int]
+) -> tuple[list[int], list[tuple[int, int]], bool]:
+    """The text's tokens, the half-open ranges of its spans among them, and whether its edges are stable.
+
+    ids: of the whole text. Its offsets are made only where the ranges cannot be told without.
+    """
+    stops = frozenset() if item.document else frozenset(tokenizer.eos_ids)
+    if item.document or tokenizer.plain_added is not None:
+        found = aligned_ranges(item, ids, tokenizer.plain_added or {}, stops, tokenizer.encode_short)
+        if found is not None:
+            return ids, found, True
+    pieces, stable = _pieces(tokenizer, item, tokenizer.encode_spans([item.text])[0])
+    tokens = [token for piece in pieces for token in piece.ids()]
+    return tokens, [trained_range(pieces, tokens, span, len(item.text), stops) for span in item.spans], stable
 
 
 def _as_document(tokenizer: Tokenizer, tokens: list[int], mask: bytearray) -> tuple[list[int], bytearray]:

@@ -34,6 +34,8 @@ class Tokenizer:
     eos_id: the one that ends a text outside any chat; None where the model names none.
     eos_ids: every id that ends a turn, ascending: eos of tokenizer_config, generation_config and config, and
     the special token with which the chat template closes an assistant's turn.
+    plain_added: id -> text of the added tokens, where they are recognised as they are written; None where a
+    normaliser or word boundaries have a say.
     digest: SHA-256 over the canonical tokenizer.json, named special tokens and stop ids; template_digest:
     over the template's sources (of the empty string where there is none). Both lower-case hex.
     """
@@ -52,6 +54,12 @@ class Tokenizer:
         added = backend.get_added_tokens_decoder()
         self._special_ids = frozenset(id_ for id_, token in added.items() if token.special)
         self._anchor_ids = frozenset(id_ for id_, token in added.items() if not token.single_word)
+        normalizes = backend.normalizer is not None
+        plain = not any(token.single_word or (normalizes and token.normalized) for token in added.values())
+        # Found in a text as they are written, so that a text's and those among its ids correspond.
+        self.plain_added: Mapping[int, str] | None = (
+            {id_: str(token.content) for id_, token in added.items()} if plain else None
+        )
         self.bos_id: int | None = self._named_id("bos_token")
         self.pad_id: int | None = self._named_id("pad_token")
         named = self._named_id("eos_token")
@@ -161,7 +169,9 @@ class Tokenizer:
         return list(self._backend.encode(text, add_special_tokens=add_special_tokens).ids)
 
     def encode_batch(self, texts: Sequence[str], add_special_tokens: bool = False) -> list[list[int]]:
-        return [list(found.ids) for found in self.encode_spans(texts, add_special_tokens)]
+        """The ids of each text. Cheaper than encode_spans: no offsets are made."""
+        found = self._backend.encode_batch_fast(list(texts), add_special_tokens=add_special_tokens)
+        return [one.ids for one in found]
 
     def encode_spans(
         self, texts: Sequence[str], add_special_tokens: bool = False

@@ -16,9 +16,9 @@ from tests.unit.datasets.conftest import jsonl
 class CountingTokenizer(Tokenizer):
     """Remembers how much text each call was given."""
 
-    def encode_spans(self, texts, add_special_tokens=False):
+    def encode_batch(self, texts, add_special_tokens=False):
         self.__dict__.setdefault("calls", []).append((len(texts), sum(map(len, texts))))
-        return super().encode_spans(texts, add_special_tokens)
+        return super().encode_batch(texts, add_special_tokens)
 
 
 @pytest.mark.parametrize(("size", "count", "together"), [(1024, 10, 4), (4096, 3, 1), (48, 150, BATCH_ROWS)])
