@@ -54,6 +54,8 @@ class FakeJob:
         self.notes += [note for note in progress.notes if note not in self.notes]
         self.metrics |= {row.step: row for row in rows}
         self.checkpoints |= {item.step: item for item in progress.checkpoints}
+        for step in progress.dropped_checkpoints:
+            self.checkpoints.pop(step, None)
 
 
 class FakeJobs:

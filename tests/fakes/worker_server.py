@@ -104,6 +104,7 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
             else None,
             request.total_steps,
             tuple(Note(note.step, note.kind, note.message, dict(note.data)) for note in request.notes),
+            tuple(request.dropped_checkpoints),
         )
         try:
             await self._jobs.report(HeldLease(request.attempt_id, request.lease_token), progress)

@@ -14,7 +14,7 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from shutil import rmtree
@@ -31,6 +31,7 @@ from lathe.engine.model import (
     SnapshotKind,
     StepMetrics,
 )
+from lathe.engine.retention import Stored
 from lathe.engine.watch import Evaluations, LossHistory
 
 logger = logging.getLogger(__name__)
@@ -41,11 +42,10 @@ OPTIMIZER = "optimizer.safetensors"
 REFERENCE = "reference.safetensors"
 # A checkpoint brings the best adapter so far along, under these names.
 BEST = "best-"
-# One may be damaged or half deleted; the one before it is then the start.
-RESUME_KEPT = 2
 _VERSION = 1
 # What an engine writes; a path would let a manifest reach out of the folder it is fetched into.
 _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
+_FOLDER = re.compile(r"step-(\d+)")
 _MANIFEST_KEY = re.compile(r"checkpoints/step-\d+/manifest\.json$")
 
 
@@ -116,13 +116,15 @@ def is_of_training(name: str) -> bool:
 class Found:
     """A complete checkpoint, its files verified and in a local folder.
 
-    epochs: every epoch's checkpoint up to it, oldest first; some may never have been reported.
+    epochs: every epoch's checkpoint up to it, oldest first; some may never have been reported. stored: all checkpoints
+    up to it, of equal steps the older attempt's first.
     """
 
     ref: AdapterRef
     manifest: Manifest
     folder: Path
     epochs: tuple[CheckpointReport, ...] = ()
+    stored: tuple[Stored, ...] = ()
 
 
 def checkpoint_prefix(output_prefix: str, snapshot: Snapshot) -> str:
@@ -190,6 +192,19 @@ async def delete(store: ObjectStore, prefix: str) -> None:
     await store.delete_prefix(f"{prefix}/")
 
 
+async def sweep(
+    store: ObjectStore, output_prefix: str, kept_steps: Collection[int], unneeded: Collection[str]
+) -> None:
+    """Remove an attempt's checkpoints, half-deleted ones too, but for those of the steps to keep; `unneeded`: prefixes
+    that go whatever their step."""
+    base = f"{output_prefix.rstrip('/')}/checkpoints/"
+    names = {item.key.removeprefix(base).partition("/")[0] async for item in store.list(base)}
+    for name in sorted(names):
+        step = _FOLDER.fullmatch(name)
+        if step is None or int(step[1]) not in kept_steps or base + name in unneeded:
+            await delete(store, base + name)
+
+
 async def fetch_files(store: ObjectStore, prefix: str, entries: Sequence[FileEntry], folder: Path) -> None:
     """Bring files below `prefix` into `folder`. Raises DataLoss when one is gone or not what was written."""
     await asyncio.to_thread(folder.mkdir, parents=True, exist_ok=True)
@@ -230,19 +245,40 @@ async def newest_complete(
             pass_over(prefix, error)
             await asyncio.to_thread(rmtree, folder, ignore_errors=True)
         else:
-            epochs = {
-                other.step: CheckpointReport(other.step, AdapterRef(place, sha256), other.metrics)
-                for place, other, sha256 in candidates
-                if other.kind is SnapshotKind.EPOCH and other.step <= manifest.step
-            }
-            ordered = tuple(epochs[step] for step in sorted(epochs))
-            return Found(AdapterRef(prefix, digest), manifest, folder, ordered)
+            before = [candidate for candidate in candidates if candidate[1].step <= manifest.step]
+            return Found(AdapterRef(prefix, digest), manifest, folder, _epochs(before), _stored(before))
     return None
+
+
+_Candidate = tuple[str, Manifest, str]
+
+
+def _epochs(candidates: Sequence[_Candidate]) -> tuple[CheckpointReport, ...]:
+    """Each epoch's once, oldest first: the one that was written first, which jobs heard of first."""
+    reports = {
+        manifest.step: CheckpointReport(manifest.step, AdapterRef(prefix, sha256), manifest.metrics)
+        for prefix, manifest, sha256 in candidates
+        if manifest.kind is SnapshotKind.EPOCH
+    }
+    return tuple(reports[step] for step in sorted(reports))
+
+
+def _stored(candidates: Sequence[_Candidate]) -> tuple[Stored, ...]:
+    return tuple(
+        Stored(
+            prefix,
+            manifest.step,
+            manifest.kind,
+            manifest.metrics.full_valid_loss if manifest.metrics is not None else None,
+        )
+        for prefix, manifest, _ in reversed(candidates)
+    )
 
 
 async def _candidates(
     store: ObjectStore, prefixes: Sequence[str], pass_over: Callable[[str, DataLoss], None]
-) -> list[tuple[str, Manifest, str]]:
+) -> list[_Candidate]:
+    """Of the most steps first, of equal steps the newest attempt's first, each with its manifest's SHA-256."""
     found: list[tuple[int, int, str, Manifest, str]] = []
     for age, attempt in enumerate(prefixes):
         async for item in store.list(attempt.rstrip("/") + "/checkpoints/"):
@@ -260,8 +296,3 @@ async def _candidates(
             if any(entry.path == OPTIMIZER for entry in manifest.files):
                 found.append((-manifest.step, age, prefix, manifest, hashlib.sha256(data).hexdigest()))
     return [(prefix, manifest, digest) for *_, prefix, manifest, digest in sorted(found, key=lambda f: f[:2])]
-
-
-def resumes_to_drop(kept: Sequence[str]) -> tuple[str, ...]:
-    """Of an attempt's resume checkpoints, oldest first, those to delete."""
-    return tuple(kept[: max(0, len(kept) - RESUME_KEPT)])

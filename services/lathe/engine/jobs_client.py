@@ -139,6 +139,7 @@ class GrpcJobs:
             slice_plan=_plan_pb(plan) if plan is not None else None,
             total_steps=progress.total_steps,
             notes=[_note_pb(note) for note in progress.notes],
+            dropped_checkpoints=progress.dropped_checkpoints,
         )
         await call(self._stub.ReportProgress, request)
 

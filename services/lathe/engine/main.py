@@ -26,7 +26,6 @@ from lathe.common.rpc.dialer import Dialer
 from lathe.common.rpc.server import Registration, RpcServer, build_server
 from lathe.common.service import RunningService, run_service
 from lathe.engine.adaptercache import AdapterCache
-from lathe.engine.attempts import AttemptSettings
 from lathe.engine.basecache import ensure_base, work_folder
 from lathe.engine.engine import Engine
 from lathe.engine.jobs_client import GrpcJobs
@@ -35,6 +34,7 @@ from lathe.engine.loop import LoopLimits, ModelLoop
 from lathe.engine.memory import MemoryBook
 from lathe.engine.model import Registration as EngineRegistration
 from lathe.engine.model import SlicePlan, TrainingConfig
+from lathe.engine.preparing import AttemptSettings
 from lathe.engine.receipt import environment
 from lathe.engine.recipes.preflight import Memory
 from lathe.engine.recipes.samples import Speech

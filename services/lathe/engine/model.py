@@ -89,7 +89,7 @@ class TrainingConfig:
     through at each epoch's end. early_stopping_patience: 0 is off; else the job ends after so many evaluations in a
     row without a lower validation loss, each of them of the whole file, and its result is the best one.
     sample_prompts: how many held-out prompts are answered at each checkpoint. keep_checkpoints: how many of the
-    epochs' checkpoints jobs keeps beside the best one; an engine reports them all.
+    epochs' checkpoints are kept beside the best one; 0 keeps all.
     """
 
     n_epochs: int
@@ -348,13 +348,17 @@ class Terms:
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """One report. slice_plan and total_steps go with the first one."""
+    """One report. slice_plan and total_steps go with the first one.
+
+    dropped_checkpoints: steps of those that keep_checkpoints gives up; their files go once jobs has heard of it.
+    """
 
     metrics: tuple[StepMetrics, ...] = ()
     checkpoints: tuple[CheckpointReport, ...] = ()
     slice_plan: SlicePlan | None = None
     total_steps: int = 0
     notes: tuple[Note, ...] = ()
+    dropped_checkpoints: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

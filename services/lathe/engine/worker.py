@@ -13,10 +13,11 @@ from dataclasses import dataclass
 from lathe.common.clock import Clock
 from lathe.common.errors import Aborted, LatheError
 from lathe.common.objectstore.base import ObjectStore
-from lathe.engine.attempts import AttemptRunner, AttemptSettings
+from lathe.engine.attempts import AttemptRunner
 from lathe.engine.loop import ModelLoop
 from lathe.engine.model import Action, Attempt, HeartbeatReply, HeldLease, Outcome, Registration, Terms
 from lathe.engine.ports import Jobs, TrainVerbs
+from lathe.engine.preparing import AttemptSettings
 
 logger = logging.getLogger(__name__)
 

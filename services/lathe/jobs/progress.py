@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
@@ -11,7 +10,6 @@ from lathe.jobs import messages, transitions
 from lathe.jobs.model import (
     AdapterObject,
     Attempt,
-    Checkpoint,
     EventLevel,
     Job,
     JobState,
@@ -19,7 +17,6 @@ from lathe.jobs.model import (
     SlicePlan,
     StepMetrics,
 )
-from lathe.jobs.training import KEPT_CHECKPOINTS
 from lathe.jobs.transitions import Trigger
 
 # A longer sentence is cut: an event is for reading.
@@ -55,7 +52,7 @@ class Progress:
     slice_plan: SlicePlan | None = None
     total_steps: int = 0
     notes: Sequence[Note] = ()
-    # Steps of checkpoints whose files the engine is about to delete.
+    # Steps of checkpoints that keep_checkpoints gives up; their files go once this is answered.
     dropped_checkpoints: Sequence[int] = ()
 
 
@@ -109,16 +106,3 @@ def _note_event(note: Note) -> NewEvent:
 
 def _cut(text: str) -> str:
     return text if len(text) <= MAX_NOTE else f"{text[: MAX_NOTE - 1]}…"
-
-
-def superseded(kept: Sequence[Checkpoint], job: Job) -> list[int]:
-    """The steps of the checkpoints that are not kept any more: all but the last so many and the best one.
-
-    The best has the lowest loss on the whole validation file; without one there is no best.
-    """
-    last = job.hyperparameters.keep_checkpoints if job.hyperparameters is not None else KEPT_CHECKPOINTS
-    newest = sorted(kept, key=lambda point: point.step)
-    losses = {point.step: point.metrics.full_valid_loss for point in kept if point.metrics is not None}
-    known = {step: loss for step, loss in losses.items() if loss is not None and math.isfinite(loss)}
-    best = min(known, key=lambda step: (known[step], step)) if known else None
-    return [point.step for point in newest[:-last] if point.step != best]

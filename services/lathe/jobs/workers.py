@@ -35,7 +35,7 @@ from lathe.jobs.model import (
     WeightComparison,
 )
 from lathe.jobs.ports import JobSession, JobStore
-from lathe.jobs.progress import Progress, ReportedCheckpoint, estimate, note_events, progressed, superseded
+from lathe.jobs.progress import Progress, ReportedCheckpoint, estimate, note_events, progressed
 from lathe.jobs.quotas import Quotas
 from lathe.jobs.transitions import Trigger
 
@@ -271,8 +271,9 @@ class WorkersService:
             fresh = await session.put_metrics(job.id, measured)
             by_step = {row.step: row for row in measured}
             events += [messages.step(by_step[step]) for step in sorted(fresh)]
-            for checkpoint in sorted(progress.checkpoints, key=lambda one: one.step):
-                if await self._keep(session, job, checkpoint):
+            shown = [one for one in progress.checkpoints if one.step not in progress.dropped_checkpoints]
+            for checkpoint in sorted(shown, key=lambda one: one.step):
+                if await session.put_checkpoint(self._checkpoint(job, checkpoint)):
                     events.append(messages.checkpoint_created(checkpoint.step))
             for step in progress.dropped_checkpoints:
                 await session.delete_checkpoint(job.id, step)
@@ -289,10 +290,8 @@ class WorkersService:
             await session.save(job, changed, events)
         self.changes.ring()
 
-    async def _keep(self, session: JobSession, job: Job, reported: ReportedCheckpoint) -> bool:
-        """Keep the newest checkpoints and the best one, each once."""
-        kept = await session.checkpoints(job.id)
-        checkpoint = Checkpoint(
+    def _checkpoint(self, job: Job, reported: ReportedCheckpoint) -> Checkpoint:
+        return Checkpoint(
             self.ids.new("ftckpt"),
             job.id,
             reported.step,
@@ -300,12 +299,6 @@ class WorkersService:
             reported.object,
             reported.metrics,
         )
-        gone = superseded([*kept, checkpoint], job)
-        if reported.step in gone or not await session.put_checkpoint(checkpoint):
-            return False
-        for step in gone:
-            await session.delete_checkpoint(job.id, step)
-        return True
 
     async def complete(self, completion: Completion) -> None:
         """Record how the attempt ended. Safe to repeat.

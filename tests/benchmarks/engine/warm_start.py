@@ -17,11 +17,12 @@ from pathlib import Path
 
 from lathe.common.clock import SystemClock
 from lathe.common.objectstore.folder import FolderStore
-from lathe.engine.attempts import AttemptRunner, AttemptSettings
+from lathe.engine.attempts import AttemptRunner
 from lathe.engine.batch import SliceResult, TrainSlice
 from lathe.engine.engine import Engine
 from lathe.engine.loop import ModelLoop
 from lathe.engine.model import Attempt, Outcome, TokenRef
+from lathe.engine.preparing import AttemptSettings
 from lathe.engine.rows import read_rows
 from lathe.text.arrow import TokenRow, write_tokens
 from lathe.text.formats import Role

@@ -21,7 +21,7 @@ from lathe.engine.checkpoints import (
     delete,
     describe,
     newest_complete,
-    resumes_to_drop,
+    sweep,
     upload,
 )
 from lathe.engine.model import SlicePlan, Snapshot, SnapshotKind, StepMetrics
@@ -198,6 +198,25 @@ def test_a_manifest_names_files_of_its_own_folder_only(path: str, tmp_path: Path
         Manifest.from_bytes(foreign.to_bytes())
 
 
-def test_the_last_two_resume_checkpoints_stay() -> None:
-    assert resumes_to_drop(["1"]) == ()
-    assert resumes_to_drop(["1", "2", "3", "4"]) == ("1", "2")
+async def test_what_is_stored_is_listed_oldest_first(store: MemoryObjectStore, tmp_path: Path) -> None:
+    await stored(store, "jobs/j/att-1/", snapshot(tmp_path, 3, SnapshotKind.EPOCH))
+    await stored(store, "jobs/j/att-2/", snapshot(tmp_path, 5))
+    await stored(store, "jobs/j/att-1/", snapshot(tmp_path, 5, content="older"))
+    found = await newest_complete(store, ["jobs/j/att-2/", "jobs/j/att-1/"], tmp_path / "scratch")
+    assert found is not None
+    assert [(item.prefix.split("/")[2], item.step, item.kind.value) for item in found.stored] == [
+        ("att-1", 3, "epoch"),
+        ("att-1", 5, "resume"),
+        ("att-2", 5, "resume"),
+    ]
+
+
+async def test_a_sweep_leaves_what_is_kept_and_the_result(store: MemoryObjectStore, tmp_path: Path) -> None:
+    kept = await stored(store, "jobs/j/a/", snapshot(tmp_path, 3, SnapshotKind.EPOCH))
+    final = await stored(store, "jobs/j/a/", snapshot(tmp_path, 9, SnapshotKind.FINAL))
+    superseded = await stored(store, "jobs/j/a/", snapshot(tmp_path, 6, SnapshotKind.EPOCH))
+    resume = await stored(store, "jobs/j/b/", snapshot(tmp_path, 3))
+    await store.delete(f"{superseded}/manifest.json")  # somebody died while deleting it
+    for attempt in ("jobs/j/a/", "jobs/j/b/"):
+        await sweep(store, attempt, {3}, {resume})
+    assert {key.rpartition("/")[0] for key in sorted(store.keys())} == {kept, final}

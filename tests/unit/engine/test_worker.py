@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from lathe.common.errors import InvalidArgument, Unavailable
-from lathe.engine.attempts import AttemptRunner, AttemptSettings
+from lathe.engine.attempts import AttemptRunner
 from lathe.engine.batch import TrainRow
 from lathe.engine.loop import LoopLimits, ModelLoop
 from lathe.engine.model import (
@@ -27,6 +27,7 @@ from lathe.engine.model import (
     TokenRef,
     TrainingConfig,
 )
+from lathe.engine.preparing import AttemptSettings
 from lathe.engine.worker import Left, Worker, WorkerSettings
 from tests.fakes.clock import FakeClock
 from tests.fakes.engine import FakeEngine
@@ -245,6 +246,59 @@ async def test_killed_at_any_turn_the_next_engine_ends_with_the_same_bytes(
     assert sorted(bench.jobs.job.checkpoints) == [3, 6]
     assert bench.weights() == expected
     assert bench.engine.calls.count("optim train/att-2") == TOTAL - saved
+
+
+def _folders(bench: Bench) -> list[str]:
+    """Of checkpoints in the store, of whichever attempt, half-deleted ones too."""
+    keys = [key for key in sorted(bench.store.keys()) if "/checkpoints/" in key]
+    return sorted({key.split("/")[4] for key in keys})
+
+
+EPOCHS = replace(attempt().config, n_epochs=5, keep_checkpoints=2)
+
+
+async def test_superseded_checkpoints_leave_the_store(bench: Bench) -> None:
+    bench.jobs.offer(attempt(config=EPOCHS))
+    bench.start()
+    await bench.until(lambda: 12 in bench.jobs.job.checkpoints)
+    await bench.until(lambda: "step-00000003" not in _folders(bench))
+    await bench.until(lambda: bool(bench.jobs.job.outcomes))
+    await bench.until(lambda: not bench.worker.attempts)
+    assert sorted(bench.jobs.job.checkpoints) == [12, 15]
+    assert _folders(bench) == ["step-00000012", "step-00000015"]
+
+
+@pytest.mark.parametrize("turns", [6, 9, 12, 14, 17, 20])
+async def test_killed_while_some_are_removed_the_next_engine_goes_on_and_removes_them(
+    bench: Bench, turns: int
+) -> None:
+    bench.jobs.offer(attempt(1, config=EPOCHS))
+    bench.start()
+    await bench.turns(turns)
+    await bench.kill()
+    assert not bench.jobs.job.outcomes
+    # Whoever goes on has something to go on from.
+    steps = max(bench.jobs.job.metrics) - max(bench.jobs.job.metrics) % 3
+    assert not steps or _stored(bench, steps) or _stored(bench, steps - 3)
+    bench.jobs.offer(attempt(2, config=EPOCHS))
+    bench.start()
+    await bench.until(lambda: bool(bench.jobs.job.outcomes))
+    await bench.until(lambda: not bench.worker.attempts)
+    assert sorted(bench.jobs.job.checkpoints) == [12, 15]
+    assert _folders(bench) == ["step-00000012", "step-00000015"]
+
+
+async def test_a_checkpoint_stays_until_jobs_knows_that_it_is_given_up(bench: Bench) -> None:
+    bench.jobs.offer(attempt(config=EPOCHS))
+    bench.start()
+    await bench.until(lambda: 6 in bench.jobs.job.checkpoints)
+    bench.jobs.outage = Unavailable("away")
+    await bench.until(lambda: _stored(bench, 15))
+    assert _folders(bench) == [f"step-{step:08d}" for step in (3, 6, 9, 12, 15)]
+    bench.jobs.outage = None
+    await bench.until(lambda: bool(bench.jobs.job.outcomes), seconds=5.0)
+    await bench.until(lambda: not bench.worker.attempts)
+    assert _folders(bench) == ["step-00000012", "step-00000015"]
 
 
 async def test_what_was_stored_but_never_reported_is_reported_by_the_next_attempt(

@@ -1,6 +1,7 @@
 """Receipts, reruns, and what engines tell users by the way."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -210,20 +211,26 @@ async def test_a_sentence_of_the_engine_is_told_once(world: World) -> None:
     assert protos.event_pb(told[1]).data["prompt"] == "p"
 
 
-def reported(lease: Lease, step: int, loss: float | None) -> ReportedCheckpoint:
+def reported(lease: Lease, step: int) -> ReportedCheckpoint:
     files = AdapterObject(f"{lease.attempt.prefix}checkpoints/{step}", "c" * 64)
-    return ReportedCheckpoint(step, files, replace(measured(step), full_valid_loss=loss))
+    return ReportedCheckpoint(step, files, measured(step))
 
 
-async def test_the_best_checkpoint_stays_beside_the_last_ones(world: World) -> None:
+async def test_the_engine_says_which_checkpoints_are_given_up(world: World) -> None:
     lease = await world.leased(spec=TrainingSpec(keep_checkpoints=2))
-    for step, loss in ((1, 3.0), (2, 1.0), (3, 2.0), (4, 2.5), (5, 2.6)):
-        await world.report(lease, checkpoints=[reported(lease, step, loss)])
-    async with world.store.read() as session:
-        assert [point.step for point in await session.checkpoints(lease.job.id)] == [5, 4, 2]
-    await world.report(lease, dropped_checkpoints=[4])
-    async with world.store.read() as session:
-        assert [point.step for point in await session.checkpoints(lease.job.id)] == [5, 2]
+
+    async def told(steps: Sequence[int], dropped: Sequence[int]) -> list[int]:
+        points = [reported(lease, step) for step in steps]
+        await world.report(lease, checkpoints=points, dropped_checkpoints=dropped)
+        async with world.store.read() as session:
+            return [point.step for point in await session.checkpoints(lease.job.id)]
+
+    assert await told([1, 2], []) == [2, 1]
+    # One that nobody has heard of yet may be given up at once; a report that is repeated changes nothing.
+    for _ in range(2):
+        assert await told([3, 4], [1, 3]) == [4, 2]
+    created = [text for text in await world.messages(lease.job.id) if text.startswith("Checkpoint")]
+    assert created == [f"Checkpoint created at step {step}" for step in (1, 2, 4)]
 
 
 async def test_figures_of_a_step_come_back(world: World) -> None:

@@ -130,14 +130,14 @@ async def test_a_later_attempt_gets_the_first_plan(world: World) -> None:
     assert (await world.messages(job.id)).count("Fine-tuning job started") == 1
 
 
-async def test_the_last_three_checkpoints_are_kept(world: World) -> None:
+async def test_a_checkpoint_is_told_once(world: World) -> None:
     lease = await world.leased()
     points = [checkpoint(lease, step) for step in (1, 2, 3, 4, 5)]
     await world.report(lease, checkpoints=points[:3])
     await world.report(lease, checkpoints=points)
     await world.report(lease, checkpoints=points)
     _, kept = await world.service.checkpoints("acme", lease.job.id, before_step=None, limit=10)
-    assert [point.step for point in kept] == [5, 4, 3]
+    assert [point.step for point in kept] == [5, 4, 3, 2, 1]
     created = [m for m in await world.messages(lease.job.id) if m.startswith("Checkpoint")]
     assert created == [f"Checkpoint created at step {step}" for step in range(1, 6)]
 
