@@ -202,7 +202,7 @@ class RunState:
 class Snapshot:
     """The state after `step` optimizer steps, written to a local folder by the model thread.
 
-    halvings: step index -> how often its slices were halved after running out of memory.
+    halvings: step index (-1: of every validation) -> how often its slices were halved for want of memory.
     trained_tokens: of all steps so far, those of earlier attempts included. state: what else going on needs.
     """
 
@@ -262,7 +262,7 @@ class WeightComparison:
 class EngineReceipt:
     """What only the engine knows of how a job's adapter was computed.
 
-    halvings: (step index, times) of all steps, those of earlier attempts included. fused: a slice shared its pass with
+    halvings: as in Snapshot, those of earlier attempts included. fused: a slice shared its pass with
     another job's, so that the bits need not come again. weights_sha256: of the file with the final weights.
     """
 

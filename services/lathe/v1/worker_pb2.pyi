@@ -398,14 +398,14 @@ class Attempt(message.Message):
 
 @typing.final
 class Halving(message.Message):
-    """The slices of a step were halved so often because they ran out of memory."""
+    """The slices of a step were halved so often for want of memory."""
 
     DESCRIPTOR: descriptor.Descriptor
 
     STEP_FIELD_NUMBER: builtins.int
     TIMES_FIELD_NUMBER: builtins.int
     step: builtins.int
-    """1-based."""
+    """1-based; 0 stands for every validation."""
     times: builtins.int
     def __init__(
         self,

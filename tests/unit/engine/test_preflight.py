@@ -15,10 +15,11 @@ from hypothesis import strategies as st
 from lathe.common.errors import FailedPrecondition
 from lathe.engine.batch import TrainRow
 from lathe.engine.memory import Load, Measurement, MemoryBook, bound, free_bytes, peak_bytes
-from lathe.engine.model import Note, SlicePlan, SnapshotKind, TrainingConfig
+from lathe.engine.model import Note, SlicePlan, Snapshot, SnapshotKind, TrainingConfig
 from lathe.engine.packing import slice_plan
 from lathe.engine.recipes.preflight import PADDING, Memory, estimated, heaviest, load_of
-from lathe.engine.recipes.run import Run
+from lathe.engine.recipes.recipe import TrainData
+from lathe.engine.recipes.run import VALIDATION, Run
 from lathe.engine.recipes.sft import SupervisedRecipe
 from lathe.engine.recipes.turns import Forward, Turn
 from tests.fakes.clock import FakeClock
@@ -57,7 +58,7 @@ def turns(
         SupervisedRecipe,
         engine=engine,  # type: ignore[arg-type]
         key="a",
-        data=_data(rows),
+        data=TrainData(rows),
         config=CONFIG,
         plan=SlicePlan(tokens, 1, "float32", "cpu"),
         folder=lambda kind, step: folder / f"{kind}-{step}",
@@ -65,12 +66,6 @@ def turns(
         memory=around.memory(),
     )
     return list(served(run.turns(), engine))
-
-
-def _data(rows: list[TrainRow]) -> Any:
-    from lathe.engine.recipes.recipe import TrainData
-
-    return TrainData(rows)
 
 
 def slices(events: list[Turn]) -> list[int]:
@@ -119,7 +114,7 @@ def test_the_halvings_are_recorded_for_a_replay(tmp_path: Path) -> None:
         SupervisedRecipe,
         engine=engine,  # type: ignore[arg-type]
         key="a",
-        data=_data(ROWS),
+        data=TrainData(ROWS),
         config=CONFIG,
         plan=SlicePlan(64, 1, "float32", "cpu"),
         folder=lambda kind, step: tmp_path / f"{kind}-{step}",
@@ -130,6 +125,25 @@ def test_the_halvings_are_recorded_for_a_replay(tmp_path: Path) -> None:
         event for event in served(run.turns(), engine) if getattr(event, "kind", None) is SnapshotKind.FINAL
     ]
     assert final[0].halvings == {0: 2}  # type: ignore[union-attr]
+
+
+def test_a_validation_has_no_more_room_and_its_halvings_are_recorded_too(tmp_path: Path) -> None:
+    around, engine = Surroundings(50_000), FakeEngine()
+    run = Run(
+        SupervisedRecipe,
+        engine=engine,  # type: ignore[arg-type]
+        key="a",
+        data=TrainData(ROWS, ROWS),
+        config=CONFIG,
+        plan=SlicePlan(64, 1, "float32", "cpu"),
+        folder=lambda kind, step: tmp_path / f"{kind}-{step}",
+        clock=FakeClock(),
+        memory=around.memory(),
+    )
+    events = list(served(run.turns(), engine))
+    validated = [event for event in events if isinstance(event, Forward) and not event.training]
+    assert max(event.input_tokens for event in validated) <= 31
+    assert all(event.halvings == {0: 2, VALIDATION: 2} for event in events if isinstance(event, Snapshot))
 
 
 def test_that_a_heavier_slice_does_not_fit_says_nothing_of_a_lighter_one(tmp_path: Path) -> None:

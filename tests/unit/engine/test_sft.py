@@ -16,7 +16,7 @@ from lathe.common.errors import DataLoss, FailedPrecondition, InvalidArgument
 from lathe.engine.batch import CrossEntropy, RowScore, SliceResult, TrainRow, TrainSlice, trained_tokens
 from lathe.engine.model import Note, SlicePlan, Snapshot, SnapshotKind, StepMetrics, TrainingConfig
 from lathe.engine.recipes.recipe import Job, TrainData
-from lathe.engine.recipes.run import Run
+from lathe.engine.recipes.run import VALIDATION, Run
 from lathe.engine.recipes.samples import Speech, held_out
 from lathe.engine.recipes.saving import Start
 from lathe.engine.recipes.sft import SupervisedRecipe
@@ -255,6 +255,24 @@ def test_out_of_memory_in_a_validation_halves_its_slices(tmp_path: Path) -> None
     roomy = metrics_of(list(Bench(tmp_path / "roomy").turns(validation=4)))
     assert seen == [metrics.full_valid_loss for metrics in roomy]
     assert engine.calls.count("eval a") > len(roomy)
+
+
+def _validated(events: Sequence[Turn]) -> list[int]:
+    return [event.input_tokens for event in events if isinstance(event, Forward) and not event.training]
+
+
+def test_the_slices_of_a_validation_are_recorded_and_stay_in_a_roomier_engine(tmp_path: Path) -> None:
+    tight = NoRoomToValidate()
+    tight.limit = 1
+    events = list(Bench(tmp_path, tight).turns(validation=4))
+    # It ran out of memory once; what is tried later is known to fit.
+    assert [tokens for tokens in _validated(events) if tokens > 8] == [16]
+    first = snapshots_of(events)[0]
+    assert first.halvings == {VALIDATION: 1}
+    roomy = Bench(tmp_path / "roomy")
+    start = Start(first.folder, first.step, halvings=tuple(first.halvings.items()), state=first.state)
+    assert set(_validated(list(roomy.turns("b", validation=4, start=start)))) == {8}
+    assert set(_validated(list(roomy.turns("c", validation=4, halvings=((VALIDATION, 1),))))) == {8}
 
 
 def test_a_validation_row_that_never_fits_fails_the_job(tmp_path: Path) -> None:

@@ -2,8 +2,7 @@
 
 The run is a generator, so that the model thread can join its passes with others' and sample between them. What it
 trains depends on the data, the configuration, the slice plan and its recorded halvings alone: never on time, other
-jobs or open streams. Validation is cut to the room there is, which is not recorded: in another attempt its last bits
-may differ where a product's rounding depends on how many tokens the pass has.
+jobs or open streams. That goes for what it measures in a validation too.
 """
 
 from __future__ import annotations
@@ -38,6 +37,8 @@ from lathe.engine.watch import offenders
 
 # Between full validations (one an epoch), one batch is validated about this often over the whole job.
 VALIDATIONS_PER_JOB = 20
+# The validation's halvings stand beside those of the steps, under the index before the first one.
+VALIDATION = -1
 
 
 class Run:
@@ -63,8 +64,8 @@ class Run:
     ) -> None:
         """folder(kind, step): where a snapshot goes. initial_adapter: PEFT's folder that the job begins from.
 
-        halvings: (step index, times) of an earlier run that is repeated, for the same slices. memory: for the
-        preflight; without it there is none. speech: for the answers to held-out prompts; without it there are none.
+        halvings: (step index or VALIDATION, times) of an earlier run that is repeated, for the same slices. memory: for
+        the preflight; without it there is none. speech: for the answers to held-out prompts; without it there are none.
 
         Raises InvalidArgument for data or a configuration that cannot be trained.
         """
@@ -323,10 +324,10 @@ class Run:
 
     def _evaluate(self, chosen: range) -> Turns[SliceResult]:
         rows = self._data.validation
-        budget = min(self._budget, self._room.tokens or self._budget)
+        lengths = [len(row.tokens) for row in rows]
         batch = self._batch(rows, chosen, training=False)
-        pieces = cut(chosen, [len(row.tokens) for row in rows], budget, self._unit)
         while True:
+            pieces = cut(chosen, lengths, self._validation_tokens(), self._unit)
             try:
                 return (yield from self._pass(batch, pieces))
             except (MemoryError, RuntimeError) as error:
@@ -334,7 +335,19 @@ class Run:
                     raise
             if all(len(piece.rows) == self._unit for piece in pieces):
                 raise no_room(max(len(row.tokens) for row in batch.rows))
-            pieces = tuple(half for piece in pieces for half in halve(piece, self._unit))
+            self._halve_validation(max(sum(lengths[row] for row in piece.rows) for piece in pieces) - 1)
+
+    def _validation_tokens(self) -> int:
+        """Of a slice: no more than there is room for, and never more than before."""
+        room = self._room.tokens
+        if room is not None:
+            self._halve_validation(room)
+        return max(1, self._budget >> self._halvings.get(VALIDATION, 0))
+
+    def _halve_validation(self, room: int) -> None:
+        """Plan its slices, from now on, with at most `room` tokens."""
+        while self._budget >> self._halvings.get(VALIDATION, 0) > max(1, room):
+            self._halvings[VALIDATION] = self._halvings.get(VALIDATION, 0) + 1
 
     def _snapshot(self, kind: SnapshotKind, state: RunState) -> Snapshot:
         best = state.evaluations.best_step if self._config.early_stopping_patience else 0
