@@ -67,6 +67,8 @@ class FakeDatasets:
     results: dict[str, bytes] = dataclasses.field(default_factory=dict)
     # (dataset, method) of every audit that was asked for.
     audited: list[tuple[str, str]] = dataclasses.field(default_factory=list)
+    # Those on which nothing is trained.
+    held_out: set[str] = dataclasses.field(default_factory=set)
     down: LatheError | None = None
 
     def add(
@@ -87,11 +89,15 @@ class FakeDatasets:
             raise NotFound(f"{dataset} was not found.")
         return self.infos[dataset]
 
-    async def ensure_audit(self, project: str, dataset: str, base_model: str, method: str) -> Audit:
+    async def ensure_audit(
+        self, project: str, dataset: str, base_model: str, method: str, *, held_out: bool
+    ) -> Audit:
         self._check()
         if dataset not in self.audits:
             raise NotFound(f"{dataset} was not found.")
         self.audited.append((dataset, method))
+        if held_out:
+            self.held_out.add(dataset)
         return self.audits[dataset]
 
     async def create_result_file(

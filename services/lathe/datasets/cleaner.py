@@ -9,7 +9,7 @@ from datetime import timedelta
 
 from lathe.common.clock import Clock
 from lathe.common.objectstore.base import ObjectStore
-from lathe.datasets.model import Dataset, DatasetState, blob_key
+from lathe.datasets.model import Dataset, DatasetState, blob_key, index_prefix
 from lathe.datasets.ports import DatasetStore, UploadStore
 from lathe.datasets.uploads import REMEMBERED_FOR
 from lathe.datasets.validation import clear_staging, validation_owner
@@ -49,6 +49,7 @@ class Cleaner:
             await clear_staging(dataset, self.store, self.objects)
         for key in await self.store.unneeded_audits(now - AUDIT_KEPT):
             await self.store.begin_remove_audit(key, now - AUDIT_KEPT)
+        await self.store.forget_overlaps()
         for sha256, owner in await self.store.audit_claims():
             await self._delete_blob(sha256, owner)
 
@@ -63,5 +64,6 @@ class Cleaner:
         # The claim is committed before anyone looks who else needs the blob, and who needs it says so before it
         # looks for claims: whichever comes second sees the other.
         if await self.store.claim_blob(sha256, owner):
+            await self.objects.delete_prefix(index_prefix(sha256))
             await self.objects.delete(blob_key(sha256))
             await self.store.release_blob(sha256, owner)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import ExitStack, asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,9 @@ from lathe.common.service import RunningService, run_service, serving
 from lathe.datasets.auditing import Auditor
 from lathe.datasets.cleaner import Cleaner
 from lathe.datasets.peers import RpcBaseModels
+from lathe.datasets.preparation import PreparationService
+from lathe.datasets.preparing import Preparing
+from lathe.datasets.rowindexes import RowIndexes
 from lathe.datasets.service import DatasetsService
 from lathe.datasets.servicer import DatasetsInternalServicer, DatasetsServicer
 from lathe.datasets.settings import DatasetsSettings
@@ -52,6 +55,7 @@ async def running(
     clock = clock or SystemClock()
     db = Database(settings.db.url.get_secret_value(), settings.db.pool_size)
     channel = Dialer.of_service(settings.rpc).connect(settings.models_address)
+    files = ExitStack()
     try:
         await check_schema(db, PACKAGE)
         objects = open_store(settings.store)
@@ -61,13 +65,18 @@ async def running(
         service = DatasetsService(store, objects, base_models, clock, ids)
         session_store = SqlUploadStore(db)
         uploads = UploadService(service, session_store)
+        folder = files.enter_context(_folder(settings.cache_folder))
+        indexes = RowIndexes(store, objects, folder / "rows", service.preparing)
+        await indexes.start()
+        preparation = PreparationService(store, objects, indexes, clock, ids, service.preparing)
         busy: set[str] = set()
+        preparing = Preparing(store, objects, indexes, busy, service.validation)
         validation = Validation(store, objects, busy)
         cleaner = Cleaner(store, session_store, objects, clock, busy)
         registrations = [
             Registration(
                 add_DatasetsServiceServicer_to_server,
-                DatasetsServicer(service, uploads),
+                DatasetsServicer(service, uploads, preparation),
                 "lathe.v1.DatasetsService",
             ),
             Registration(
@@ -86,26 +95,27 @@ async def running(
             settings.rpc.service_token_file, settings.rpc.engine_token_file
         )
         server = build_server(registrations, settings.rpc, ServiceAuthenticator(credentials), metrics)
-        with _folder(settings.cache_folder) as folder:
-            auditor = Auditor(store, objects, folder)
-            await auditor.start()
-            work = _loops(
-                settings=settings,
-                clock=clock,
-                service=service,
-                store=store,
-                metrics=metrics,
-                validation=validation,
-                auditor=auditor,
-                cleaner=cleaner,
-            )
-            checks = {"database": db.check, "store": objects.check}
-            work.append(watch_dependencies("datasets", checks, metrics, clock))
-            async with in_background(*work), serving(server, "datasets") as service_running:
-                yield service_running
+        auditor = Auditor(store, objects, folder)
+        await auditor.start()
+        work = _loops(
+            settings=settings,
+            clock=clock,
+            service=service,
+            store=store,
+            metrics=metrics,
+            validation=validation,
+            preparing=preparing,
+            auditor=auditor,
+            cleaner=cleaner,
+        )
+        checks = {"database": db.check, "store": objects.check}
+        work.append(watch_dependencies("datasets", checks, metrics, clock))
+        async with in_background(*work), serving(server, "datasets") as service_running:
+            yield service_running
     finally:
         await channel.close()
         await db.close()
+        files.close()
 
 
 def _loops(
@@ -116,6 +126,7 @@ def _loops(
     store: SqlDatasetStore,
     metrics: Metrics,
     validation: Validation,
+    preparing: Preparing,
     auditor: Auditor,
     cleaner: Cleaner,
 ) -> list[Coroutine[Any, Any, None]]:
@@ -125,17 +136,25 @@ def _loops(
         for state, number in (await store.count()).items():
             metrics.datasets.labels(state=state.value).set(number)
 
+    async def validate() -> None:
+        try:
+            await validation.step()
+        finally:
+            # Files that are READY now have rows to index.
+            service.preparing.set()
+
     def loop(
         name: str, step: Callable[[], Awaitable[None]], wakeup: Wakeup, interval: float
     ) -> Coroutine[Any, Any, None]:
         return repeat(name, step, clock=clock, wakeup=wakeup, interval=interval)
 
     validations = [
-        loop("Validation", validation.step, service.validation, _LOOK_EVERY_S)
+        loop("Validation", validate, service.validation, _LOOK_EVERY_S)
         for _ in range(settings.validation_workers)
     ]
     return [
         *validations,
+        loop("Preparation", preparing.step, service.preparing, _LOOK_EVERY_S),
         loop("The audit", auditor.step, service.auditing, _LOOK_EVERY_S),
         loop("The sweep", cleaner.sweep, service.cleanup, settings.sweep_interval_s),
         loop("Counting", count, Wakeup(), _COUNT_EVERY_S),

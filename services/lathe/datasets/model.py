@@ -5,25 +5,31 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from enum import StrEnum
 
-from lathe.common.errors import FieldViolation, InvalidArgument, Unimplemented
+from lathe.common.errors import FailedPrecondition, FieldViolation, InvalidArgument, Unimplemented
+from lathe.datasets.operations import Preparation
 from lathe.text.findings import Finding, FindingGroup, Severity, Tally, kind_of, tally_of
 from lathe.text.formats import METHOD_FORMATS, RowFormat, described
+from lathe.text.rowindex import VERSION as INDEX_VERSION
 
 PURPOSES = ("fine-tune", "evals", "batch", "assistants", "vision", "user_data")
 RESULTS_PURPOSE = "fine-tune-results"
 MAX_BYTES = 8 << 30
 MAX_RESULT_BYTES = 3 << 20
+MAX_OVERLAP_LINES = 20
 MIN_LIFE = timedelta(hours=1)
 MAX_LIFE = timedelta(days=30)
 # A client computes expire_time from its own clock and the call takes a while.
 _LIFE_SLACK = timedelta(minutes=5)
 
+_MAX_NAME = 255
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+_FROZEN_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
 
 
 class DatasetState(StrEnum):
@@ -104,7 +110,8 @@ class Report:
 
 @dataclass(frozen=True, slots=True)
 class Dataset:
-    """One immutable uploaded file. staging_key: where its bytes came or come in; empty once nothing is there."""
+    """One immutable file, uploaded or made from others. staging_key: where its bytes came or come in; empty once
+    nothing is there. preparation: how it was made; None for an upload. frozen_as: its name as a held-out set."""
 
     project: str
     id: str
@@ -117,10 +124,28 @@ class Dataset:
     sha256: str = ""
     report: Report | None = None
     staging_key: str = ""
+    preparation: Preparation | None = None
+    frozen_as: str = ""
 
     @property
     def name(self) -> str:
         return f"projects/{self.project}/datasets/{self.id}"
+
+    @property
+    def unwritten(self) -> bool:
+        """Whether the platform has yet to write it: it is VALIDATING, but there is nothing to validate."""
+        return self.preparation is not None and not self.sha256 and self.state is DatasetState.VALIDATING
+
+
+@dataclass(frozen=True, slots=True)
+class Overlap:
+    """Rows of one file that are also in a frozen one: how many, and the first lines. count is None until somebody
+    has looked. Both files are named by their digests: the answer never changes."""
+
+    frozen_sha256: str
+    dataset_sha256: str
+    count: int | None = None
+    lines: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,6 +229,16 @@ def blob_key(sha256: str) -> str:
     return f"blobs/{sha256}"
 
 
+def index_key(sha256: str) -> str:
+    """Where the row index of the file with this digest lies."""
+    return f"{index_prefix(sha256)}v{INDEX_VERSION}"
+
+
+def index_prefix(sha256: str) -> str:
+    """Where the row indexes of all versions lie."""
+    return f"rowindexes/{sha256}."
+
+
 def same_staging(given: str, kept: str) -> bool:
     """Whether a committed key is the one that was handed out; a prefix may end in a slash."""
     return bool(kept) and given.rstrip("/") == kept
@@ -223,10 +258,10 @@ def audit_key(
 
 def check_new(display_name: str, purpose: str, expire_time: datetime | None, now: datetime) -> None:
     """Raise InvalidArgument for a dataset that cannot be made."""
-    if not display_name or len(display_name) > 255 or _CONTROL.search(display_name):
+    if not display_name or len(display_name) > _MAX_NAME or _CONTROL.search(display_name):
         raise invalid(
             "dataset.display_name",
-            "dataset.display_name must be 1 to 255 characters without control characters.",
+            f"dataset.display_name must be 1 to {_MAX_NAME} characters without control characters.",
         )
     if purpose not in PURPOSES:
         raise invalid("dataset.purpose", f"dataset.purpose {purpose!r} must be one of {', '.join(PURPOSES)}.")
@@ -285,6 +320,55 @@ def check_format(method: str, report: Report) -> Finding | None:
     )
 
 
+def check_frozen_name(name: str) -> None:
+    """Raise InvalidArgument for a name that a held-out set cannot have."""
+    if not _FROZEN_NAME.fullmatch(name):
+        raise invalid(
+            "frozen_as",
+            f"frozen_as {name!r} must be 1 to 63 lower-case letters, digits and any of . _ -, beginning with a letter "
+            "or digit.",
+        )
+
+
+def check_rows(dataset: Dataset) -> None:
+    """Raise FailedPrecondition for a dataset that has no training rows to work with."""
+    if dataset.purpose != "fine-tune":
+        raise FailedPrecondition(
+            f"{dataset.name} has the purpose {dataset.purpose}; only files of purpose fine-tune have training rows.",
+            reason="WRONG_PURPOSE",
+        )
+    if dataset.state is not DatasetState.READY:
+        raise FailedPrecondition(
+            f"{dataset.name} is {dataset.state}; wait until it is ready, or see what validation found.",
+            reason="NOT_READY",
+        )
+
+
+def derived_name(display_name: str, operation: str, part: str) -> str:
+    """`train.jsonl` and held_out as `train.held_out.jsonl`; the operation where it makes one dataset."""
+    stem, dot, ending = display_name.rpartition(".")
+    word = part or operation
+    made = f"{stem}.{word}.{ending}" if dot and stem else f"{display_name}.{word}"
+    return made if len(made) <= _MAX_NAME else f"{word}.jsonl"
+
+
+def leaked(overlaps: Sequence[tuple[str, Overlap]]) -> Report | None:
+    """What is wrong with training on a file that shares rows with frozen sets (name, overlap); None if nothing is."""
+    findings = [
+        Finding(
+            0,
+            "",
+            "frozen_row",
+            f"{overlap.count} row(s) are in the frozen held-out set {name!r}, such as on line(s) "
+            f"{', '.join(map(str, overlap.lines))}: a model that has seen them cannot be judged by it. Drop these "
+            "lines (lathe datasets drop), or train on another file.",
+        )
+        for name, overlap in overlaps
+        if overlap.count
+    ]
+    return report_of(0, tally_of(findings)) if findings else None
+
+
 def report_of(
     example_count: int, tally: Tally, found: RowFormat | None = None, statistics: Statistics | None = None
 ) -> Report:
@@ -300,3 +384,10 @@ def whole_file(code: str, message: str) -> Report:
 def invalid(field: str, message: str) -> InvalidArgument:
     """An InvalidArgument about one field."""
     return InvalidArgument(message, violations=[FieldViolation(field, message)])
+
+
+def request_key(kind: str, request_id: str) -> str:
+    """Under what a create is known, so that its repetition finds it; empty without a request_id."""
+    if len(request_id) > 128:
+        raise invalid("request_id", "request_id has more than 128 characters; use a UUID.")
+    return f"{kind}:{request_id}" if request_id else ""

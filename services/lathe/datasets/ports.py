@@ -14,6 +14,7 @@ from lathe.datasets.model import (
     BaseModelInfo,
     Dataset,
     DatasetState,
+    Overlap,
     Report,
 )
 from lathe.datasets.uploads import UploadSession
@@ -76,7 +77,7 @@ class DatasetStore(Protocol):
         ...
 
     async def begin_delete(self, project: str, dataset_id: str) -> bool:
-        """Any state -> DELETING; False if there is none."""
+        """Any state -> DELETING; False if there is none, or if it is frozen."""
         ...
 
     async def remove(self, project: str, dataset_id: str) -> None:
@@ -97,6 +98,65 @@ class DatasetStore(Protocol):
     async def is_claimed(self, sha256: str) -> bool:
         """Whether somebody is about to delete this blob."""
         ...
+
+    # --- rows
+
+    async def training_files(self, project: str) -> Sequence[Dataset]:
+        """READY ones of purpose fine-tune, oldest first."""
+        ...
+
+    async def to_index(self, version: int) -> Sequence[str]:
+        """Digests of READY training files whose row index is not of this version, oldest first."""
+        ...
+
+    async def set_indexed(self, sha256: str, version: int) -> bool:
+        """Note that the row index is stored; False if no READY training file has this digest."""
+        ...
+
+    async def unset_indexed(self, sha256: str) -> bool:
+        """Note that there is no row index and one is to be made; False if no READY training file has this digest."""
+        ...
+
+    async def unwritten(self) -> Sequence[Dataset]:
+        """VALIDATING ones that are still to be written, oldest first."""
+        ...
+
+    async def set_written(self, project: str, dataset_id: str, size_bytes: int, sha256: str) -> bool:
+        """An unwritten one is now in staging; False if it is not unwritten any more."""
+        ...
+
+    async def freeze(self, project: str, dataset_id: str, name: str) -> bool:
+        """A READY one gets its name as a held-out set and never expires; True as well where it has that name.
+
+        False from any other state, and if it has another name. Raises AlreadyExists if another one has the name.
+        """
+        ...
+
+    async def thaw(self, project: str, dataset_id: str) -> None:
+        """Take the name away."""
+        ...
+
+    async def frozen(self, project: str) -> Sequence[Dataset]:
+        """The held-out sets, by name."""
+        ...
+
+    async def overlap(self, frozen_sha256: str, dataset_sha256: str) -> Overlap:
+        """What is known; a pair that nobody asked about before is kept as one to look at."""
+        ...
+
+    async def overlaps_to_find(self) -> Sequence[Overlap]:
+        """Those that have no count yet."""
+        ...
+
+    async def set_overlap(self, overlap: Overlap) -> None:
+        """Keep what was found."""
+        ...
+
+    async def forget_overlaps(self) -> None:
+        """Remove those of files that no dataset has any more."""
+        ...
+
+    # --- audits
 
     async def add_audit(self, task: AuditTask) -> None:
         """Keep a RUNNING audit unless its key is there; nothing happens then."""

@@ -17,10 +17,14 @@ from lathe.datasets.model import (
     Report,
     Share,
     Statistics,
+    invalid,
 )
+from lathe.datasets.preparation import Found, Prepared
+from lathe.datasets.preparation_protos import preparation_pb
 from lathe.datasets.upload_service import PartTarget, SignedParts
 from lathe.datasets.uploads import UploadSession, UploadState
 from lathe.text.findings import Finding, FindingGroup, Severity, kind_of
+from lathe.text.rowindex import DIGEST_BYTES
 from lathe.v1 import datasets_pb2 as pb
 
 _STATES = {
@@ -111,6 +115,7 @@ def _share_pb(share: Share) -> pb.Share:
 
 
 def dataset_pb(dataset: Dataset) -> pb.Dataset:
+    made = dataset.preparation
     return pb.Dataset(
         name=dataset.name,
         display_name=dataset.display_name,
@@ -121,6 +126,8 @@ def dataset_pb(dataset: Dataset) -> pb.Dataset:
         report=report_pb(dataset.report) if dataset.report is not None else None,
         create_time=_timestamp(dataset.create_time),
         expire_time=_timestamp(dataset.expire_time) if dataset.expire_time is not None else None,
+        preparation=preparation_pb(dataset.project, made) if made is not None else None,
+        frozen_as=dataset.frozen_as,
     )
 
 
@@ -180,6 +187,30 @@ def audit_pb(audit: Audit) -> pb.Audit:
         truncated_rows=result.truncated_rows,
         max_row_tokens=result.max_row_tokens,
     )
+
+
+def prepared_pb(made: Prepared) -> pb.PreparedDataset:
+    dataset = dataset_pb(made.dataset) if made.dataset is not None else None
+    return pb.PreparedDataset(part=made.part, rows=made.rows, dataset=dataset)
+
+
+def found_pb(found: Found) -> pb.FindRowsResponse:
+    places = [
+        pb.RowPlaces(dataset=dataset_pb(place.dataset), count=place.count, first_lines=place.first_lines)
+        for place in found.places
+    ]
+    return pb.FindRowsResponse(digest=found.digest.hex(), row=found.row.decode(), places=places)
+
+
+def digest(text: str) -> bytes:
+    """Raises InvalidArgument for what is no digest of a row."""
+    try:
+        found = bytes.fromhex(text)
+    except ValueError:
+        found = b""
+    if len(found) != DIGEST_BYTES:
+        raise invalid("digest", f"digest must be {2 * DIGEST_BYTES} hex digits.")
+    return found
 
 
 def _timestamp(time: datetime) -> Timestamp:

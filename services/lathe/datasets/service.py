@@ -20,6 +20,7 @@ from lathe.datasets.model import (
     AuditTask,
     Dataset,
     DatasetState,
+    Overlap,
     Report,
     blob_key,
 )
@@ -31,7 +32,7 @@ from lathe.text.render import RenderOptions
 
 @dataclass(frozen=True, slots=True)
 class DatasetsService:
-    """Files in and out, and audits. The wake-ups are set when there is something to validate, audit or delete."""
+    """Files in and out, and audits. The wake-ups are set when there is something to do in the background."""
 
     store: DatasetStore
     objects: ObjectStore
@@ -41,6 +42,7 @@ class DatasetsService:
     validation: Wakeup = field(default_factory=Wakeup)
     auditing: Wakeup = field(default_factory=Wakeup)
     cleanup: Wakeup = field(default_factory=Wakeup)
+    preparing: Wakeup = field(default_factory=Wakeup)
 
     # --- datasets ---------------------------------------------------------------------------------------------
 
@@ -49,7 +51,7 @@ class DatasetsService:
     ) -> Dataset:
         """A new dataset, UPLOADING; the same request_id again answers with the first. Raises InvalidArgument."""
         now = self.clock.now()
-        key = _request_key("create", request_id)
+        key = rules.request_key("create", request_id)
         earlier = await self.store.find_by_request(project, key) if key else None
         if earlier is not None:
             return earlier
@@ -134,7 +136,7 @@ class DatasetsService:
             sha256=sha256,
         )
         # The row first: from here on nobody deletes the blob.
-        dataset = await self.store.add(new, _request_key("result", request_id))
+        dataset = await self.store.add(new, rules.request_key("result", request_id))
         if dataset.state is DatasetState.VALIDATING:
             await self.store.begin_validation(project, dataset.id, len(content), sha256)
             if await self.store.is_claimed(sha256):
@@ -146,20 +148,32 @@ class DatasetsService:
         return await self.get(project, dataset.id)
 
     async def delete(self, project: str, dataset_id: str) -> None:
-        """It is gone at once for every caller; its bytes go in the background. Raises NotFound."""
+        """It is gone at once for every caller; its bytes go in the background. Raises NotFound, and FailedPrecondition
+        for a frozen one."""
         if not await self.store.begin_delete(project, dataset_id):
-            raise NotFound(f"projects/{project}/datasets/{dataset_id} was not found.")
+            dataset = await self.get(project, dataset_id)
+            raise FailedPrecondition(
+                f"{dataset.name} is the frozen held-out set {dataset.frozen_as!r}; an admin has to thaw it first.",
+                reason="FROZEN",
+            )
         self.cleanup.set()
 
     # --- audits -----------------------------------------------------------------------------------------------
 
     async def ensure_audit(
-        self, project: str, dataset_id: str, base_model: str, options: AuditOptions
+        self,
+        project: str,
+        dataset_id: str,
+        base_model: str,
+        options: AuditOptions,
+        *,
+        held_out: bool = False,
     ) -> Audit:
         """The audit of a dataset for a base model; it is begun if there is none. Call again while RUNNING.
 
         A dataset that is not READY answers for it: RUNNING while it is validated, ERROR with its findings. ERROR too
-        where the method does not train on files of its format.
+        where the method does not train on files of its format, and where it has rows of a frozen held-out set, unless
+        it is `held_out` itself: a file on which nothing is trained.
         Raises NotFound for the dataset or the base model, FailedPrecondition, InvalidArgument, Unimplemented.
         """
         dataset = await self.get(project, dataset_id)
@@ -177,6 +191,14 @@ class DatasetsService:
         wrong = rules.check_format(resolved.method, dataset.report or Report())
         if wrong is not None:
             return Audit("", AuditState.ERROR, rules.report_of(0, tally_of([wrong])))
+        if not held_out:
+            overlaps = await self._overlaps(dataset)
+            leak = rules.leaked(overlaps)
+            if leak is not None:
+                return Audit("", AuditState.ERROR, leak)
+            if any(overlap.count is None for _, overlap in overlaps):
+                self.preparing.set()
+                return Audit("", AuditState.RUNNING)
         key = rules.audit_key(
             dataset.sha256,
             base.tokenizer_digest,
@@ -202,6 +224,13 @@ class DatasetsService:
             self.auditing.set()
         return audit
 
+    async def _overlaps(self, dataset: Dataset) -> list[tuple[str, Overlap]]:
+        """What it shares with each frozen set of its project, by the set's name."""
+        return [
+            (frozen.frozen_as, await self.store.overlap(frozen.sha256, dataset.sha256))
+            for frozen in await self.store.frozen(dataset.project)
+        ]
+
 
 def render_options(options: AuditOptions) -> RenderOptions:
     """Resolved options as lathe.text takes them."""
@@ -218,9 +247,3 @@ def _check_trainable(dataset: Dataset) -> None:
         )
     if dataset.state is DatasetState.UPLOADING:
         raise FailedPrecondition(f"{dataset.name} has not been uploaded yet.", reason="NOT_UPLOADED")
-
-
-def _request_key(kind: str, request_id: str) -> str:
-    if len(request_id) > 128:
-        raise rules.invalid("request_id", "request_id has more than 128 characters; use a UUID.")
-    return f"{kind}:{request_id}" if request_id else ""

@@ -13,6 +13,8 @@ from lathe.common.pages import coerce_page_size, decode_page_token, encode_page_
 from lathe.common.rpc.context import ServicerContext
 from lathe.common.rpc.principal import require_project, require_role
 from lathe.datasets import protos
+from lathe.datasets.preparation import PreparationService
+from lathe.datasets.preparation_servicer import PreparationMethods
 from lathe.datasets.service import DatasetsService
 from lathe.datasets.upload_service import UploadService
 from lathe.v1 import datasets_pb2 as pb
@@ -22,10 +24,13 @@ from lathe.v1 import datasets_pb2_grpc as pb_grpc
 _MAX_PAGE = 200
 
 
-class DatasetsServicer(pb_grpc.DatasetsServiceServicer):
+class DatasetsServicer(PreparationMethods):
     """The public methods. The streams of bytes end in the gateway."""
 
-    def __init__(self, service: DatasetsService, uploads: UploadService) -> None:
+    def __init__(
+        self, service: DatasetsService, uploads: UploadService, preparation: PreparationService
+    ) -> None:
+        super().__init__(preparation)
         self._service = service
         self._uploads = uploads
 
@@ -163,7 +168,11 @@ class DatasetsInternalServicer(pb_grpc.DatasetsInternalServiceServicer):
         require_project(request.dataset, field="dataset")
         names.BASE_MODEL.parse(request.base_model, field="base_model")
         audit = await self._service.ensure_audit(
-            project, dataset, request.base_model, protos.audit_options(request.options)
+            project,
+            dataset,
+            request.base_model,
+            protos.audit_options(request.options),
+            held_out=request.held_out,
         )
         return protos.audit_pb(audit)
 

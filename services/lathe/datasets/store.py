@@ -10,7 +10,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from lathe.common.db import Database, UtcDateTime, is_unique_violation
-from lathe.common.errors import Internal
+from lathe.common.errors import AlreadyExists, Internal
 from lathe.datasets.model import (
     RESULTS_PURPOSE,
     Audit,
@@ -21,11 +21,13 @@ from lathe.datasets.model import (
     Dataset,
     DatasetState,
     Distribution,
+    Overlap,
     Report,
     Share,
     Statistics,
     TokenizerFile,
 )
+from lathe.datasets.operations import from_json, to_json
 from lathe.text.findings import Finding, FindingGroup, tally_of
 from lathe.text.formats import RowFormat
 
@@ -46,6 +48,9 @@ datasets = sa.Table(
     sa.Column("report", sa.JSON),
     sa.Column("staging_key", sa.String),
     sa.Column("request_key", sa.String),
+    sa.Column("preparation", sa.JSON(none_as_null=True)),
+    sa.Column("index_version", sa.Integer, default=0),
+    sa.Column("frozen_as", sa.String),
 )
 audits = sa.Table(
     "audits",
@@ -89,10 +94,24 @@ claims = sa.Table(
     sa.Column("sha256", sa.String, primary_key=True),
     sa.Column("owner", sa.String),
 )
+overlaps = sa.Table(
+    "overlaps",
+    metadata,
+    sa.Column("frozen_sha256", sa.String, primary_key=True),
+    sa.Column("dataset_sha256", sa.String, primary_key=True),
+    sa.Column("count", sa.BigInteger),
+    sa.Column("lines", sa.JSON),
+)
 
 AUDIT_CLAIM = "audit:"
 
 _LIVE = datasets.c.state != DatasetState.DELETING.value
+_TRAINING_FILE = sa.and_(datasets.c.state == DatasetState.READY.value, datasets.c.purpose == "fine-tune")
+_UNWRITTEN = sa.and_(
+    datasets.c.state == DatasetState.VALIDATING.value,
+    datasets.c.preparation.is_not(None),
+    datasets.c.sha256 == "",
+)
 _RUNNING = audits.c.state == AuditState.RUNNING.value
 
 
@@ -110,6 +129,8 @@ class SqlDatasetStore:
             "state": dataset.state.value,
             "report": asdict(dataset.report) if dataset.report is not None else None,
             "request_key": request_key or None,
+            "preparation": to_json(dataset.preparation) if dataset.preparation is not None else None,
+            "frozen_as": dataset.frozen_as or None,
         }
         try:
             async with self._db.write() as connection:
@@ -219,7 +240,7 @@ class SqlDatasetStore:
     async def begin_delete(self, project: str, dataset_id: str) -> bool:
         return await self._change(
             datasets.update()
-            .where(_LIVE, *_is(project, dataset_id))
+            .where(_LIVE, datasets.c.frozen_as.is_(None), *_is(project, dataset_id))
             .values(state=DatasetState.DELETING.value, request_key=None)
         )
 
@@ -233,6 +254,99 @@ class SqlDatasetStore:
     async def _change(self, statement: sa.Update | sa.Delete | sa.Insert) -> bool:
         async with self._db.write() as connection:
             return (await connection.execute(statement)).rowcount > 0
+
+    # --- rows -------------------------------------------------------------------------------------------------
+
+    async def training_files(self, project: str) -> Sequence[Dataset]:
+        query = datasets.select().where(_TRAINING_FILE, datasets.c.project == project)
+        return await self._select(query.order_by(datasets.c.create_time, datasets.c.id))
+
+    async def to_index(self, version: int) -> Sequence[str]:
+        oldest = sa.func.min(datasets.c.create_time)
+        query = sa.select(datasets.c.sha256).where(_TRAINING_FILE, datasets.c.index_version != version)
+        query = query.group_by(datasets.c.sha256).order_by(oldest, datasets.c.sha256)
+        async with self._db.read() as connection:
+            return [str(row.sha256) for row in await connection.execute(query)]
+
+    async def set_indexed(self, sha256: str, version: int) -> bool:
+        # Only READY ones: what is still validated may wait for a deletion of the same content, index and all.
+        return await self._change(
+            datasets.update().where(_TRAINING_FILE, datasets.c.sha256 == sha256).values(index_version=version)
+        )
+
+    async def unset_indexed(self, sha256: str) -> bool:
+        return await self._change(
+            datasets.update().where(_TRAINING_FILE, datasets.c.sha256 == sha256).values(index_version=0)
+        )
+
+    async def unwritten(self) -> Sequence[Dataset]:
+        query = datasets.select().where(_UNWRITTEN)
+        return await self._select(query.order_by(datasets.c.create_time, datasets.c.id))
+
+    async def set_written(self, project: str, dataset_id: str, size_bytes: int, sha256: str) -> bool:
+        return await self._change(
+            datasets.update()
+            .where(_UNWRITTEN, *_is(project, dataset_id))
+            .values(size_bytes=size_bytes, sha256=sha256)
+        )
+
+    async def freeze(self, project: str, dataset_id: str, name: str) -> bool:
+        free = sa.or_(datasets.c.frozen_as.is_(None), datasets.c.frozen_as == name)
+        try:
+            return await self._change(
+                datasets.update()
+                .where(_TRAINING_FILE, free, *_is(project, dataset_id))
+                .values(frozen_as=name, expire_time=None)
+            )
+        except sa.exc.IntegrityError as error:
+            if not is_unique_violation(error):
+                raise
+            raise AlreadyExists(
+                f"Another dataset is frozen as {name!r}; take another name.", reason="FROZEN_NAME_TAKEN"
+            ) from error
+
+    async def thaw(self, project: str, dataset_id: str) -> None:
+        await self._change(datasets.update().where(*_is(project, dataset_id)).values(frozen_as=None))
+
+    async def frozen(self, project: str) -> Sequence[Dataset]:
+        query = datasets.select().where(_LIVE, datasets.c.project == project)
+        return await self._select(
+            query.where(datasets.c.frozen_as.is_not(None)).order_by(datasets.c.frozen_as)
+        )
+
+    async def overlap(self, frozen_sha256: str, dataset_sha256: str) -> Overlap:
+        pair = {"frozen_sha256": frozen_sha256, "dataset_sha256": dataset_sha256}
+        query = overlaps.select().filter_by(**pair)
+        async with self._db.read() as connection:
+            row = (await connection.execute(query)).one_or_none()
+        if row is not None:
+            return _overlap(row)
+        try:
+            await self._change(overlaps.insert().values(**pair, count=None, lines=[]))
+        except sa.exc.IntegrityError as error:
+            if not is_unique_violation(error):
+                raise
+        return Overlap(frozen_sha256, dataset_sha256)
+
+    async def overlaps_to_find(self) -> Sequence[Overlap]:
+        query = overlaps.select().where(overlaps.c.count.is_(None))
+        async with self._db.read() as connection:
+            return [_overlap(row) for row in await connection.execute(query)]
+
+    async def set_overlap(self, overlap: Overlap) -> None:
+        await self._change(
+            overlaps.update()
+            .where(
+                overlaps.c.frozen_sha256 == overlap.frozen_sha256,
+                overlaps.c.dataset_sha256 == overlap.dataset_sha256,
+            )
+            .values(count=overlap.count, lines=list(overlap.lines))
+        )
+
+    async def forget_overlaps(self) -> None:
+        kept = sa.select(datasets.c.sha256).where(_LIVE)
+        gone = [column.not_in(kept) for column in (overlaps.c.frozen_sha256, overlaps.c.dataset_sha256)]
+        await self._change(overlaps.delete().where(sa.or_(*gone)))
 
     # --- blobs ------------------------------------------------------------------------------------------------
 
@@ -399,7 +513,17 @@ def _statistics(content: Mapping[str, Any]) -> Statistics:
 def _dataset(row: Any) -> Dataset:
     report = _report(row.report) if row.report is not None else None
     plain = {name: getattr(row, name) for name in _PLAIN}
-    return Dataset(**plain, state=DatasetState(row.state), report=report)
+    return Dataset(
+        **plain,
+        state=DatasetState(row.state),
+        report=report,
+        preparation=from_json(row.preparation) if row.preparation is not None else None,
+        frozen_as=row.frozen_as or "",
+    )
+
+
+def _overlap(row: Any) -> Overlap:
+    return Overlap(row.frozen_sha256, row.dataset_sha256, row.count, tuple(row.lines))
 
 
 def _audit(row: Any) -> Audit:

@@ -137,7 +137,9 @@ class Validation:
     async def _next(self, skipped: Collection[str]) -> Dataset | None:
         for dataset in await self._store.in_state(DatasetState.VALIDATING):
             # Jobs repeat the call that makes a results file; only they have its content.
-            if dataset.purpose != RESULTS_PURPOSE and dataset.name not in {*skipped, *self._busy}:
+            if dataset.purpose == RESULTS_PURPOSE or dataset.unwritten:
+                continue
+            if dataset.name not in {*skipped, *self._busy}:
                 return dataset
         return None
 

@@ -70,13 +70,16 @@ class RpcDatasets:
             format=found.report.format,
         )
 
-    async def ensure_audit(self, project: str, dataset: str, base_model: str, method: str) -> Audit:
+    async def ensure_audit(
+        self, project: str, dataset: str, base_model: str, method: str, *, held_out: bool
+    ) -> Audit:
         found = await call(
             self._internal.EnsureAudit,
             datasets_pb2.EnsureAuditRequest(
                 dataset=names.DATASET.format(project, dataset),
                 base_model=base_model,
                 options=datasets_pb2.AuditOptions(method=method),
+                held_out=held_out,
             ),
         )
         return Audit(

@@ -106,8 +106,13 @@ class Datasets(Protocol):
         """Raises NotFound."""
         ...
 
-    async def ensure_audit(self, project: str, dataset: str, base_model: str, method: str) -> Audit:
-        """Start it or answer with what there is; safe to repeat. Raises NotFound."""
+    async def ensure_audit(
+        self, project: str, dataset: str, base_model: str, method: str, *, held_out: bool
+    ) -> Audit:
+        """Start it or answer with what there is; safe to repeat. Raises NotFound.
+
+        held_out: nothing is trained on it.
+        """
         ...
 
     async def create_result_file(

@@ -105,7 +105,11 @@ class JobSteps:
         for param, dataset in files:
             try:
                 audit = await self.datasets.ensure_audit(
-                    job.project, dataset.id, job.base.name, job.spec.method
+                    job.project,
+                    dataset.id,
+                    job.base.name,
+                    job.spec.method,
+                    held_out=param == "validation_file",
                 )
             except _FINAL as error:
                 await self._invalid(job, JobError(f"invalid_{param}", error.message, param))

@@ -80,6 +80,15 @@ _ERRORS = {
     "invalid_label": ("a label is neither true nor false", _ROW),
     "invalid_prompt": ("a prompt does not end with a message to answer", _ROW),
     "wrong_format": ("the method does not train on files of this format", "Choose the method that the message names."),
+    "frozen_row": (
+        "a row is in a frozen held-out set",
+        "Drop the lines that the message names (lathe datasets drop), or train on another file.",
+    ),
+    "cannot_prepare": (
+        "the dataset cannot be made of its parent's rows as it was asked for",
+        "Correct the operation; a dry run says beforehand what it would give.",
+    ),
+    "parent_deleted": ("the dataset that it is made from is gone", "Make it from another dataset."),
     "digest_mismatch": ("the bytes are not those that were announced", "Upload the file again."),
     "upload_lost": ("the uploaded bytes are gone", "Upload the file again."),
     "server_error": ("Lathe itself failed", "Try again; if it stays, tell your operator the words of the message."),

@@ -12,7 +12,6 @@ and the weights of a chat's turns do not count. Roles, texts, tool calls, tools 
 
 from __future__ import annotations
 
-import json
 from array import array
 from bisect import bisect_left
 from collections.abc import Iterator
@@ -23,15 +22,18 @@ from types import TracebackType
 from typing import Any, Self
 
 import pyarrow as pa  # type: ignore[import-untyped]
+from msgspec.json import Encoder
 
 from lathe.common.errors import DataLoss
 from lathe.text.chat import Chat
+from lathe.text.errors import RowError
 from lathe.text.jsonl import Line, LineSplitter
 from lathe.text.rows import TrainingRow, parse_line
 
 VERSION = 1
 """Of the index's format and of what a digest is over: another one makes every index anew."""
 DIGEST_BYTES = 16
+_ENCODER = Encoder(order="sorted")
 _BATCH_ROWS = 1 << 16
 _SCHEMA = pa.schema(
     [
@@ -57,17 +59,24 @@ class Entry:
 def row_digest(row: TrainingRow) -> bytes:
     """BLAKE2b-128 of what a row says. Equal for rows that are equal (see the module), also in different formats."""
     said = [
-        [part.role.value, list(part.content.messages), list(part.content.tools or ())]
+        (part.role.value, part.content.messages, part.content.tools or ())
         if isinstance(part.content, Chat)
-        else [part.role.value, part.content.prompt, part.content.completion]
+        else (part.role.value, part.content.prompt, part.content.completion)
         for part in row.parts
     ]
-    canonical = json.dumps(said, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
-    return blake2b(canonical.encode(), digest_size=DIGEST_BYTES).digest()
+    return blake2b(_ENCODER.encode(said), digest_size=DIGEST_BYTES).digest()
+
+
+def _digest(line: bytes) -> bytes:
+    try:
+        return row_digest(parse_line(line))
+    except RowError:
+        # Validated by an earlier version that took it: equal only to the very same line.
+        return blake2b(line, digest_size=DIGEST_BYTES, person=b"unparsed").digest()
 
 
 class RowIndexWriter:
-    """Is fed a valid training file in chunks and writes its index; holds at most a batch of entries and one line.
+    """Is fed a training file in chunks and writes its index; holds at most a batch of entries and one line.
     The file is whole once `finish` was called and the block is left."""
 
     def __init__(self, path: Path) -> None:
@@ -85,18 +94,18 @@ class RowIndexWriter:
         self._writer.close()
 
     def feed(self, chunk: bytes) -> None:
-        """The next bytes of the file. Raises RowError for a row that is no training row."""
+        """The next bytes of the file."""
         for line in self._splitter.feed(chunk):
             self._take(line)
 
     def finish(self) -> None:
-        """Call once, after the last chunk. Raises RowError."""
+        """Call once, after the last chunk."""
         for line in self._splitter.finish():
             self._take(line)
         self._flush()
 
     def _take(self, line: Line) -> None:
-        self._digests += row_digest(parse_line(line.data))
+        self._digests += _digest(line.data)
         for column, value in zip(self._numbers, (line.number, line.offset, len(line.data)), strict=True):
             column.append(value)
         if len(self._numbers[0]) == _BATCH_ROWS:

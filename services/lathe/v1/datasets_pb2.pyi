@@ -118,6 +118,8 @@ class Dataset(message.Message):
     REPORT_FIELD_NUMBER: builtins.int
     CREATE_TIME_FIELD_NUMBER: builtins.int
     EXPIRE_TIME_FIELD_NUMBER: builtins.int
+    PREPARATION_FIELD_NUMBER: builtins.int
+    FROZEN_AS_FIELD_NUMBER: builtins.int
     name: builtins.str
     """projects/{project}/datasets/{dataset}; the last segment is OpenAI's file id."""
     display_name: builtins.str
@@ -128,6 +130,8 @@ class Dataset(message.Message):
     size_bytes: builtins.int
     sha256: builtins.str
     """Lower-case hex of the whole file."""
+    frozen_as: builtins.str
+    """The name under which it is a held-out set; empty when it is none."""
     @builtins.property
     def report(self) -> ValidationReport:
         """What validation found. Set from READY or ERROR on."""
@@ -137,6 +141,10 @@ class Dataset(message.Message):
     @builtins.property
     def expire_time(self) -> timestamp_pb2.Timestamp:
         """When the dataset goes away by itself; unset for never."""
+
+    @builtins.property
+    def preparation(self) -> DatasetPreparation:
+        """What PrepareDataset made it from, and how. Unset for what was uploaded."""
 
     def __init__(
         self,
@@ -150,10 +158,186 @@ class Dataset(message.Message):
         report: ValidationReport | None = ...,
         create_time: timestamp_pb2.Timestamp | None = ...,
         expire_time: timestamp_pb2.Timestamp | None = ...,
+        preparation: DatasetPreparation | None = ...,
+        frozen_as: builtins.str = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = typing.Literal["create_time", b"create_time", "expire_time", b"expire_time", "report", b"report"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = typing.Literal["create_time", b"create_time", "expire_time", b"expire_time", "preparation", b"preparation", "report", b"report"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["create_time", b"create_time", "display_name", b"display_name", "expire_time", b"expire_time", "name", b"name", "purpose", b"purpose", "report", b"report", "sha256", b"sha256", "size_bytes", b"size_bytes", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["create_time", b"create_time", "display_name", b"display_name", "expire_time", b"expire_time", "frozen_as", b"frozen_as", "name", b"name", "preparation", b"preparation", "purpose", b"purpose", "report", b"report", "sha256", b"sha256", "size_bytes", b"size_bytes", "state", b"state"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class DatasetPreparation(message.Message):
+    DESCRIPTOR: descriptor.Descriptor
+
+    PARENTS_FIELD_NUMBER: builtins.int
+    OPERATION_FIELD_NUMBER: builtins.int
+    PART_FIELD_NUMBER: builtins.int
+    part: builtins.str
+    """Which of the datasets that the operation makes: train or held_out of a split; empty where there is only one."""
+    @builtins.property
+    def parents(self) -> containers.RepeatedCompositeFieldContainer[DatasetParent]:
+        """In the order of the operation; they may have been deleted since."""
+
+    @builtins.property
+    def operation(self) -> DatasetOperation: ...
+    def __init__(
+        self,
+        *,
+        parents: abc.Iterable[DatasetParent] | None = ...,
+        operation: DatasetOperation | None = ...,
+        part: builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = typing.Literal["operation", b"operation"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["operation", b"operation", "parents", b"parents", "part", b"part"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class DatasetParent(message.Message):
+    DESCRIPTOR: descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: builtins.int
+    SHA256_FIELD_NUMBER: builtins.int
+    name: builtins.str
+    """projects/{project}/datasets/{dataset}"""
+    sha256: builtins.str
+    def __init__(
+        self,
+        *,
+        name: builtins.str = ...,
+        sha256: builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["name", b"name", "sha256", b"sha256"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class DatasetOperation(message.Message):
+    """Which rows of a dataset go where. Their bytes and their order stay as they are."""
+
+    DESCRIPTOR: descriptor.Descriptor
+
+    SPLIT_FIELD_NUMBER: builtins.int
+    DEDUPE_FIELD_NUMBER: builtins.int
+    DROP_FIELD_NUMBER: builtins.int
+    SAMPLE_FIELD_NUMBER: builtins.int
+    @builtins.property
+    def split(self) -> SplitRows: ...
+    @builtins.property
+    def dedupe(self) -> DedupeRows: ...
+    @builtins.property
+    def drop(self) -> DropRows: ...
+    @builtins.property
+    def sample(self) -> SampleRows: ...
+    def __init__(
+        self,
+        *,
+        split: SplitRows | None = ...,
+        dedupe: DedupeRows | None = ...,
+        drop: DropRows | None = ...,
+        sample: SampleRows | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = typing.Literal["dedupe", b"dedupe", "drop", b"drop", "operation", b"operation", "sample", b"sample", "split", b"split"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["dedupe", b"dedupe", "drop", b"drop", "operation", b"operation", "sample", b"sample", "split", b"split"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_operation: _TypeAlias = typing.Literal["split", "dedupe", "drop", "sample"]  # noqa: Y015
+    _WhichOneofArgType_operation: _TypeAlias = typing.Literal["operation", b"operation"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_operation) -> _WhichOneofReturnType_operation | None: ...
+
+@typing.final
+class SplitRows(message.Message):
+    """Two datasets: held_out, chosen at random, and train, the rest. Equal rows never part."""
+
+    DESCRIPTOR: descriptor.Descriptor
+
+    SEED_FIELD_NUMBER: builtins.int
+    FRACTION_FIELD_NUMBER: builtins.int
+    COUNT_FIELD_NUMBER: builtins.int
+    STRATIFY_BY_FIELD_NUMBER: builtins.int
+    seed: builtins.int
+    fraction: builtins.float
+    """How much is held out: a share above 0 and below 1, or so many rows. Exactly one of the two."""
+    count: builtins.int
+    stratify_by: builtins.str
+    """Keep the share of each value in both: answer (the text of the last answer), answer.KEY (a key of an answer that is
+    a JSON object), or a path in the row such as label or messages[0].content. At most 1,000 different values.
+    """
+    def __init__(
+        self,
+        *,
+        seed: builtins.int = ...,
+        fraction: builtins.float = ...,
+        count: builtins.int = ...,
+        stratify_by: builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["count", b"count", "fraction", b"fraction", "seed", b"seed", "stratify_by", b"stratify_by"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class DedupeRows(message.Message):
+    """One dataset: the first of each set of equal rows."""
+
+    DESCRIPTOR: descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class DropRows(message.Message):
+    """One dataset, without some rows."""
+
+    DESCRIPTOR: descriptor.Descriptor
+
+    LINES_FIELD_NUMBER: builtins.int
+    @builtins.property
+    def lines(self) -> containers.RepeatedScalarFieldContainer[builtins.int]:
+        """1-based lines, at most 10,000."""
+
+    def __init__(
+        self,
+        *,
+        lines: abc.Iterable[builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["lines", b"lines"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class SampleRows(message.Message):
+    """One dataset: so many rows, chosen at random."""
+
+    DESCRIPTOR: descriptor.Descriptor
+
+    SEED_FIELD_NUMBER: builtins.int
+    COUNT_FIELD_NUMBER: builtins.int
+    seed: builtins.int
+    count: builtins.int
+    def __init__(
+        self,
+        *,
+        seed: builtins.int = ...,
+        count: builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["count", b"count", "seed", b"seed"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -990,10 +1174,13 @@ class EnsureAuditRequest(message.Message):
     DATASET_FIELD_NUMBER: builtins.int
     BASE_MODEL_FIELD_NUMBER: builtins.int
     OPTIONS_FIELD_NUMBER: builtins.int
+    HELD_OUT_FIELD_NUMBER: builtins.int
     dataset: builtins.str
     """projects/{project}/datasets/{dataset}"""
     base_model: builtins.str
     """baseModels/{base_model}"""
+    held_out: builtins.bool
+    """Nothing is trained on it (a validation file): it may have rows of frozen held-out sets."""
     @builtins.property
     def options(self) -> AuditOptions: ...
     def __init__(
@@ -1002,10 +1189,11 @@ class EnsureAuditRequest(message.Message):
         dataset: builtins.str = ...,
         base_model: builtins.str = ...,
         options: AuditOptions | None = ...,
+        held_out: builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = typing.Literal["options", b"options"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["base_model", b"base_model", "dataset", b"dataset", "options", b"options"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["base_model", b"base_model", "dataset", b"dataset", "held_out", b"held_out", "options", b"options"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1086,5 +1274,331 @@ class CreateResultFileRequest(message.Message):
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
     _ClearFieldArgType: _TypeAlias = typing.Literal["content", b"content", "display_name", b"display_name", "parent", b"parent", "request_id", b"request_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class PrepareDatasetRequest(message.Message):
+    DESCRIPTOR: descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: builtins.int
+    OPERATION_FIELD_NUMBER: builtins.int
+    DRY_RUN_FIELD_NUMBER: builtins.int
+    REQUEST_ID_FIELD_NUMBER: builtins.int
+    name: builtins.str
+    """projects/{project}/datasets/{dataset}"""
+    dry_run: builtins.bool
+    """Only count; make nothing."""
+    request_id: builtins.str
+    @builtins.property
+    def operation(self) -> DatasetOperation: ...
+    def __init__(
+        self,
+        *,
+        name: builtins.str = ...,
+        operation: DatasetOperation | None = ...,
+        dry_run: builtins.bool = ...,
+        request_id: builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = typing.Literal["operation", b"operation"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["dry_run", b"dry_run", "name", b"name", "operation", b"operation", "request_id", b"request_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class PrepareDatasetResponse(message.Message):
+    DESCRIPTOR: descriptor.Descriptor
+
+    ROWS_FIELD_NUMBER: builtins.int
+    PREPARED_FIELD_NUMBER: builtins.int
+    rows: builtins.int
+    """Rows of the parent."""
+    @builtins.property
+    def prepared(self) -> containers.RepeatedCompositeFieldContainer[PreparedDataset]:
+        """What was made or would be, a split's train before its held_out."""
+
+    def __init__(
+        self,
+        *,
+        rows: builtins.int = ...,
+        prepared: abc.Iterable[PreparedDataset] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["prepared", b"prepared", "rows", b"rows"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class PreparedDataset(message.Message):
+    DESCRIPTOR: descriptor.Descriptor
+
+    PART_FIELD_NUMBER: builtins.int
+    ROWS_FIELD_NUMBER: builtins.int
+    DATASET_FIELD_NUMBER: builtins.int
+    part: builtins.str
+    rows: builtins.int
+    @builtins.property
+    def dataset(self) -> Dataset:
+        """Unset for a dry run."""
+
+    def __init__(
+        self,
+        *,
+        part: builtins.str = ...,
+        rows: builtins.int = ...,
+        dataset: Dataset | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = typing.Literal["dataset", b"dataset"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["dataset", b"dataset", "part", b"part", "rows", b"rows"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class DiffDatasetsRequest(message.Message):
+    DESCRIPTOR: descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: builtins.int
+    OTHER_FIELD_NUMBER: builtins.int
+    name: builtins.str
+    """projects/{project}/datasets/{dataset}"""
+    other: builtins.str
+    """The one it is compared with."""
+    def __init__(
+        self,
+        *,
+        name: builtins.str = ...,
+        other: builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["name", b"name", "other", b"other"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class DatasetDiff(message.Message):
+    """A row that is there n times in one and m times in the other is min(n, m) times in both."""
+
+    DESCRIPTOR: descriptor.Descriptor
+
+    ONLY_IN_FIRST_FIELD_NUMBER: builtins.int
+    ONLY_IN_SECOND_FIELD_NUMBER: builtins.int
+    IN_BOTH_FIELD_NUMBER: builtins.int
+    MOVED_FIELD_NUMBER: builtins.int
+    @builtins.property
+    def only_in_first(self) -> DiffRows:
+        """Rows only in the one, only in the other, in both; and of those in both the fewest whose move explains the order."""
+
+    @builtins.property
+    def only_in_second(self) -> DiffRows: ...
+    @builtins.property
+    def in_both(self) -> DiffRows: ...
+    @builtins.property
+    def moved(self) -> DiffRows: ...
+    def __init__(
+        self,
+        *,
+        only_in_first: DiffRows | None = ...,
+        only_in_second: DiffRows | None = ...,
+        in_both: DiffRows | None = ...,
+        moved: DiffRows | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = typing.Literal["in_both", b"in_both", "moved", b"moved", "only_in_first", b"only_in_first", "only_in_second", b"only_in_second"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["in_both", b"in_both", "moved", b"moved", "only_in_first", b"only_in_first", "only_in_second", b"only_in_second"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class DiffRows(message.Message):
+    DESCRIPTOR: descriptor.Descriptor
+
+    COUNT_FIELD_NUMBER: builtins.int
+    FIRST_FIELD_NUMBER: builtins.int
+    count: builtins.int
+    @builtins.property
+    def first(self) -> containers.RepeatedCompositeFieldContainer[DiffRow]:
+        """The first 20."""
+
+    def __init__(
+        self,
+        *,
+        count: builtins.int = ...,
+        first: abc.Iterable[DiffRow] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["count", b"count", "first", b"first"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class DiffRow(message.Message):
+    DESCRIPTOR: descriptor.Descriptor
+
+    LINE_FIELD_NUMBER: builtins.int
+    OTHER_LINE_FIELD_NUMBER: builtins.int
+    line: builtins.int
+    """1-based; 0 where the row is not in that dataset."""
+    other_line: builtins.int
+    def __init__(
+        self,
+        *,
+        line: builtins.int = ...,
+        other_line: builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["line", b"line", "other_line", b"other_line"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class FindRowsRequest(message.Message):
+    DESCRIPTOR: descriptor.Descriptor
+
+    PARENT_FIELD_NUMBER: builtins.int
+    ROW_FIELD_NUMBER: builtins.int
+    LINE_FIELD_NUMBER: builtins.int
+    DIGEST_FIELD_NUMBER: builtins.int
+    parent: builtins.str
+    """projects/{project}"""
+    row: builtins.str
+    """What to look for, one of: a row as JSON, in any format; a line of a dataset; a digest."""
+    digest: builtins.str
+    """32 hex digits, as answered."""
+    @builtins.property
+    def line(self) -> DatasetLine: ...
+    def __init__(
+        self,
+        *,
+        parent: builtins.str = ...,
+        row: builtins.str = ...,
+        line: DatasetLine | None = ...,
+        digest: builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = typing.Literal["line", b"line"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["digest", b"digest", "line", b"line", "parent", b"parent", "row", b"row"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class DatasetLine(message.Message):
+    DESCRIPTOR: descriptor.Descriptor
+
+    DATASET_FIELD_NUMBER: builtins.int
+    LINE_FIELD_NUMBER: builtins.int
+    dataset: builtins.str
+    """projects/{project}/datasets/{dataset}"""
+    line: builtins.int
+    """1-based."""
+    def __init__(
+        self,
+        *,
+        dataset: builtins.str = ...,
+        line: builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["dataset", b"dataset", "line", b"line"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class FindRowsResponse(message.Message):
+    DESCRIPTOR: descriptor.Descriptor
+
+    DIGEST_FIELD_NUMBER: builtins.int
+    ROW_FIELD_NUMBER: builtins.int
+    PLACES_FIELD_NUMBER: builtins.int
+    digest: builtins.str
+    """Of the row, 32 hex digits: equal rows have equal ones (docs/preparation.md)."""
+    row: builtins.str
+    """The row as it is in the dataset that was asked about, or in the first that has it; empty where none has."""
+    @builtins.property
+    def places(self) -> containers.RepeatedCompositeFieldContainer[RowPlaces]:
+        """Oldest dataset first."""
+
+    def __init__(
+        self,
+        *,
+        digest: builtins.str = ...,
+        row: builtins.str = ...,
+        places: abc.Iterable[RowPlaces] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["digest", b"digest", "places", b"places", "row", b"row"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class RowPlaces(message.Message):
+    DESCRIPTOR: descriptor.Descriptor
+
+    DATASET_FIELD_NUMBER: builtins.int
+    COUNT_FIELD_NUMBER: builtins.int
+    FIRST_LINES_FIELD_NUMBER: builtins.int
+    count: builtins.int
+    @builtins.property
+    def dataset(self) -> Dataset: ...
+    @builtins.property
+    def first_lines(self) -> containers.RepeatedScalarFieldContainer[builtins.int]:
+        """The first 20, 1-based."""
+
+    def __init__(
+        self,
+        *,
+        dataset: Dataset | None = ...,
+        count: builtins.int = ...,
+        first_lines: abc.Iterable[builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = typing.Literal["dataset", b"dataset"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["count", b"count", "dataset", b"dataset", "first_lines", b"first_lines"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class FreezeDatasetRequest(message.Message):
+    DESCRIPTOR: descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: builtins.int
+    FROZEN_AS_FIELD_NUMBER: builtins.int
+    name: builtins.str
+    """projects/{project}/datasets/{dataset}"""
+    frozen_as: builtins.str
+    """Unique in the project: 1 to 63 of [a-z0-9._-], beginning with a letter or digit."""
+    def __init__(
+        self,
+        *,
+        name: builtins.str = ...,
+        frozen_as: builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["frozen_as", b"frozen_as", "name", b"name"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class ThawDatasetRequest(message.Message):
+    DESCRIPTOR: descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: builtins.int
+    name: builtins.str
+    """projects/{project}/datasets/{dataset}"""
+    def __init__(
+        self,
+        *,
+        name: builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["name", b"name"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...

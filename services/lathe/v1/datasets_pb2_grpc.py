@@ -91,6 +91,31 @@ class DatasetsServiceStub:
                 request_serializer=lathe_dot_v1_dot_datasets__pb2.CancelUploadSessionRequest.SerializeToString,
                 response_deserializer=lathe_dot_v1_dot_datasets__pb2.UploadSession.FromString,
                 _registered_method=True)
+        self.PrepareDataset = channel.unary_unary(
+                '/lathe.v1.DatasetsService/PrepareDataset',
+                request_serializer=lathe_dot_v1_dot_datasets__pb2.PrepareDatasetRequest.SerializeToString,
+                response_deserializer=lathe_dot_v1_dot_datasets__pb2.PrepareDatasetResponse.FromString,
+                _registered_method=True)
+        self.DiffDatasets = channel.unary_unary(
+                '/lathe.v1.DatasetsService/DiffDatasets',
+                request_serializer=lathe_dot_v1_dot_datasets__pb2.DiffDatasetsRequest.SerializeToString,
+                response_deserializer=lathe_dot_v1_dot_datasets__pb2.DatasetDiff.FromString,
+                _registered_method=True)
+        self.FindRows = channel.unary_unary(
+                '/lathe.v1.DatasetsService/FindRows',
+                request_serializer=lathe_dot_v1_dot_datasets__pb2.FindRowsRequest.SerializeToString,
+                response_deserializer=lathe_dot_v1_dot_datasets__pb2.FindRowsResponse.FromString,
+                _registered_method=True)
+        self.FreezeDataset = channel.unary_unary(
+                '/lathe.v1.DatasetsService/FreezeDataset',
+                request_serializer=lathe_dot_v1_dot_datasets__pb2.FreezeDatasetRequest.SerializeToString,
+                response_deserializer=lathe_dot_v1_dot_datasets__pb2.Dataset.FromString,
+                _registered_method=True)
+        self.ThawDataset = channel.unary_unary(
+                '/lathe.v1.DatasetsService/ThawDataset',
+                request_serializer=lathe_dot_v1_dot_datasets__pb2.ThawDatasetRequest.SerializeToString,
+                response_deserializer=lathe_dot_v1_dot_datasets__pb2.Dataset.FromString,
+                _registered_method=True)
 
 
 class DatasetsServiceServicer:
@@ -173,6 +198,43 @@ class DatasetsServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def PrepareDataset(self, request, context):
+        """Makes new datasets from a READY one's rows. The same operation on the same bytes gives the same bytes. They are
+        VALIDATING while they are written and read.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DiffDatasets(self, request, context):
+        """Which rows two READY datasets share, in whatever format and spelling.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def FindRows(self, request, context):
+        """Where a row is in the training files of a project. What was deleted is not found.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def FreezeDataset(self, request, context):
+        """Keeps a READY training file as a held-out set: from now on no job of the project that trains on a file with one
+        of its rows is queued, and it can neither be deleted nor expire. The same name again answers with the dataset.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ThawDataset(self, request, context):
+        """Ends that; for admins. Nothing happens to a dataset that is not frozen.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_DatasetsServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -230,6 +292,31 @@ def add_DatasetsServiceServicer_to_server(servicer, server):
                     servicer.CancelUploadSession,
                     request_deserializer=lathe_dot_v1_dot_datasets__pb2.CancelUploadSessionRequest.FromString,
                     response_serializer=lathe_dot_v1_dot_datasets__pb2.UploadSession.SerializeToString,
+            ),
+            'PrepareDataset': grpc.unary_unary_rpc_method_handler(
+                    servicer.PrepareDataset,
+                    request_deserializer=lathe_dot_v1_dot_datasets__pb2.PrepareDatasetRequest.FromString,
+                    response_serializer=lathe_dot_v1_dot_datasets__pb2.PrepareDatasetResponse.SerializeToString,
+            ),
+            'DiffDatasets': grpc.unary_unary_rpc_method_handler(
+                    servicer.DiffDatasets,
+                    request_deserializer=lathe_dot_v1_dot_datasets__pb2.DiffDatasetsRequest.FromString,
+                    response_serializer=lathe_dot_v1_dot_datasets__pb2.DatasetDiff.SerializeToString,
+            ),
+            'FindRows': grpc.unary_unary_rpc_method_handler(
+                    servicer.FindRows,
+                    request_deserializer=lathe_dot_v1_dot_datasets__pb2.FindRowsRequest.FromString,
+                    response_serializer=lathe_dot_v1_dot_datasets__pb2.FindRowsResponse.SerializeToString,
+            ),
+            'FreezeDataset': grpc.unary_unary_rpc_method_handler(
+                    servicer.FreezeDataset,
+                    request_deserializer=lathe_dot_v1_dot_datasets__pb2.FreezeDatasetRequest.FromString,
+                    response_serializer=lathe_dot_v1_dot_datasets__pb2.Dataset.SerializeToString,
+            ),
+            'ThawDataset': grpc.unary_unary_rpc_method_handler(
+                    servicer.ThawDataset,
+                    request_deserializer=lathe_dot_v1_dot_datasets__pb2.ThawDatasetRequest.FromString,
+                    response_serializer=lathe_dot_v1_dot_datasets__pb2.Dataset.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -530,6 +617,141 @@ class DatasetsService:
             '/lathe.v1.DatasetsService/CancelUploadSession',
             lathe_dot_v1_dot_datasets__pb2.CancelUploadSessionRequest.SerializeToString,
             lathe_dot_v1_dot_datasets__pb2.UploadSession.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PrepareDataset(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/lathe.v1.DatasetsService/PrepareDataset',
+            lathe_dot_v1_dot_datasets__pb2.PrepareDatasetRequest.SerializeToString,
+            lathe_dot_v1_dot_datasets__pb2.PrepareDatasetResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DiffDatasets(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/lathe.v1.DatasetsService/DiffDatasets',
+            lathe_dot_v1_dot_datasets__pb2.DiffDatasetsRequest.SerializeToString,
+            lathe_dot_v1_dot_datasets__pb2.DatasetDiff.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def FindRows(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/lathe.v1.DatasetsService/FindRows',
+            lathe_dot_v1_dot_datasets__pb2.FindRowsRequest.SerializeToString,
+            lathe_dot_v1_dot_datasets__pb2.FindRowsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def FreezeDataset(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/lathe.v1.DatasetsService/FreezeDataset',
+            lathe_dot_v1_dot_datasets__pb2.FreezeDatasetRequest.SerializeToString,
+            lathe_dot_v1_dot_datasets__pb2.Dataset.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ThawDataset(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/lathe.v1.DatasetsService/ThawDataset',
+            lathe_dot_v1_dot_datasets__pb2.ThawDatasetRequest.SerializeToString,
+            lathe_dot_v1_dot_datasets__pb2.Dataset.FromString,
             options,
             channel_credentials,
             insecure,

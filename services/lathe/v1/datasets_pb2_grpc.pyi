@@ -56,6 +56,20 @@ class DatasetsServiceStub:
     """Takes the stored parts over: the dataset becomes VALIDATING at once. Doing it again answers the same."""
     CancelUploadSession: _grpc.UnaryUnaryMultiCallable[_datasets_pb2.CancelUploadSessionRequest, _datasets_pb2.UploadSession]
     """Gives a pending upload up; the dataset goes with it. Doing it again answers the same."""
+    PrepareDataset: _grpc.UnaryUnaryMultiCallable[_datasets_pb2.PrepareDatasetRequest, _datasets_pb2.PrepareDatasetResponse]
+    """Makes new datasets from a READY one's rows. The same operation on the same bytes gives the same bytes. They are
+    VALIDATING while they are written and read.
+    """
+    DiffDatasets: _grpc.UnaryUnaryMultiCallable[_datasets_pb2.DiffDatasetsRequest, _datasets_pb2.DatasetDiff]
+    """Which rows two READY datasets share, in whatever format and spelling."""
+    FindRows: _grpc.UnaryUnaryMultiCallable[_datasets_pb2.FindRowsRequest, _datasets_pb2.FindRowsResponse]
+    """Where a row is in the training files of a project. What was deleted is not found."""
+    FreezeDataset: _grpc.UnaryUnaryMultiCallable[_datasets_pb2.FreezeDatasetRequest, _datasets_pb2.Dataset]
+    """Keeps a READY training file as a held-out set: from now on no job of the project that trains on a file with one
+    of its rows is queued, and it can neither be deleted nor expire. The same name again answers with the dataset.
+    """
+    ThawDataset: _grpc.UnaryUnaryMultiCallable[_datasets_pb2.ThawDatasetRequest, _datasets_pb2.Dataset]
+    """Ends that; for admins. Nothing happens to a dataset that is not frozen."""
 
 @_typing.type_check_only
 class DatasetsServiceAsyncStub(DatasetsServiceStub):
@@ -84,6 +98,20 @@ class DatasetsServiceAsyncStub(DatasetsServiceStub):
     """Takes the stored parts over: the dataset becomes VALIDATING at once. Doing it again answers the same."""
     CancelUploadSession: _aio.UnaryUnaryMultiCallable[_datasets_pb2.CancelUploadSessionRequest, _datasets_pb2.UploadSession]  # type: ignore[assignment]
     """Gives a pending upload up; the dataset goes with it. Doing it again answers the same."""
+    PrepareDataset: _aio.UnaryUnaryMultiCallable[_datasets_pb2.PrepareDatasetRequest, _datasets_pb2.PrepareDatasetResponse]  # type: ignore[assignment]
+    """Makes new datasets from a READY one's rows. The same operation on the same bytes gives the same bytes. They are
+    VALIDATING while they are written and read.
+    """
+    DiffDatasets: _aio.UnaryUnaryMultiCallable[_datasets_pb2.DiffDatasetsRequest, _datasets_pb2.DatasetDiff]  # type: ignore[assignment]
+    """Which rows two READY datasets share, in whatever format and spelling."""
+    FindRows: _aio.UnaryUnaryMultiCallable[_datasets_pb2.FindRowsRequest, _datasets_pb2.FindRowsResponse]  # type: ignore[assignment]
+    """Where a row is in the training files of a project. What was deleted is not found."""
+    FreezeDataset: _aio.UnaryUnaryMultiCallable[_datasets_pb2.FreezeDatasetRequest, _datasets_pb2.Dataset]  # type: ignore[assignment]
+    """Keeps a READY training file as a held-out set: from now on no job of the project that trains on a file with one
+    of its rows is queued, and it can neither be deleted nor expire. The same name again answers with the dataset.
+    """
+    ThawDataset: _aio.UnaryUnaryMultiCallable[_datasets_pb2.ThawDatasetRequest, _datasets_pb2.Dataset]  # type: ignore[assignment]
+    """Ends that; for admins. Nothing happens to a dataset that is not frozen."""
 
 class DatasetsServiceServicer(metaclass=_abc_1.ABCMeta):
     """Immutable uploaded files and their validation."""
@@ -175,6 +203,50 @@ class DatasetsServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_datasets_pb2.UploadSession, _abc.Awaitable[_datasets_pb2.UploadSession]]:
         """Gives a pending upload up; the dataset goes with it. Doing it again answers the same."""
+
+    @_abc_1.abstractmethod
+    def PrepareDataset(
+        self,
+        request: _datasets_pb2.PrepareDatasetRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_datasets_pb2.PrepareDatasetResponse, _abc.Awaitable[_datasets_pb2.PrepareDatasetResponse]]:
+        """Makes new datasets from a READY one's rows. The same operation on the same bytes gives the same bytes. They are
+        VALIDATING while they are written and read.
+        """
+
+    @_abc_1.abstractmethod
+    def DiffDatasets(
+        self,
+        request: _datasets_pb2.DiffDatasetsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_datasets_pb2.DatasetDiff, _abc.Awaitable[_datasets_pb2.DatasetDiff]]:
+        """Which rows two READY datasets share, in whatever format and spelling."""
+
+    @_abc_1.abstractmethod
+    def FindRows(
+        self,
+        request: _datasets_pb2.FindRowsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_datasets_pb2.FindRowsResponse, _abc.Awaitable[_datasets_pb2.FindRowsResponse]]:
+        """Where a row is in the training files of a project. What was deleted is not found."""
+
+    @_abc_1.abstractmethod
+    def FreezeDataset(
+        self,
+        request: _datasets_pb2.FreezeDatasetRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_datasets_pb2.Dataset, _abc.Awaitable[_datasets_pb2.Dataset]]:
+        """Keeps a READY training file as a held-out set: from now on no job of the project that trains on a file with one
+        of its rows is queued, and it can neither be deleted nor expire. The same name again answers with the dataset.
+        """
+
+    @_abc_1.abstractmethod
+    def ThawDataset(
+        self,
+        request: _datasets_pb2.ThawDatasetRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_datasets_pb2.Dataset, _abc.Awaitable[_datasets_pb2.Dataset]]:
+        """Ends that; for admins. Nothing happens to a dataset that is not frozen."""
 
 def add_DatasetsServiceServicer_to_server(servicer: DatasetsServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
 

@@ -6,6 +6,7 @@ from datetime import UTC, datetime, timedelta
 import pytest
 
 from lathe.common.db import Database, check_schema, migrate
+from lathe.common.errors import AlreadyExists
 from lathe.datasets.model import (
     Audit,
     AuditOptions,
@@ -15,9 +16,11 @@ from lathe.datasets.model import (
     Dataset,
     DatasetState,
     Finding,
+    Overlap,
     Report,
     TokenizerFile,
 )
+from lathe.datasets.operations import Drop, Parent, Preparation, Split
 from lathe.datasets.store import SqlDatasetStore
 
 NOW = datetime(2026, 1, 1, 12, 0, 0, 123456, tzinfo=UTC)
@@ -180,3 +183,88 @@ async def test_unneeded_audits(store):
     await store.begin_remove_audit(TASK.key, later)
     assert await store.get_audit(TASK.key, NOW) is None
     assert await store.audit_claims() == [(RESULT.sha256, "audit:" + TASK.key)]
+
+
+def ready(id_, time=NOW, **changes):
+    return dataset(id_, time, **{"state": DatasetState.READY, "sha256": id_[-1] * 64, **changes})
+
+
+async def test_what_was_made_of_others_is_written_once(store):
+    made = Preparation((Parent("file-0", "a" * 64),), Split(3, 0.25, 0, "label"), "held_out")
+    new = dataset(state=DatasetState.VALIDATING, preparation=made)
+    await store.add(new, "")
+    await store.add(dataset("file-2", state=DatasetState.VALIDATING, sha256="b" * 64), "")
+    assert await store.unwritten() == [new] and new.unwritten
+    assert not await store.set_written("q", "file-1", 5, "c" * 64)
+    assert await store.set_written("p", "file-1", 5, "c" * 64)
+    assert not await store.set_written("p", "file-1", 6, "d" * 64)
+    assert await store.unwritten() == []
+    written = await store.get("p", "file-1")
+    assert (written.size_bytes, written.sha256, written.preparation) == (5, "c" * 64, made)
+    await store.add(
+        dataset("file-3", state=DatasetState.VALIDATING, preparation=replace(made, operation=Drop((1, 9)))),
+        "",
+    )
+    await store.begin_delete("p", "file-3")
+    assert not await store.set_written("p", "file-3", 5, "c" * 64)
+    assert await store.unwritten() == []
+
+
+async def test_training_files_are_indexed_once_per_content_and_version(store):
+    later = NOW + timedelta(seconds=1)
+    one, copy, other = ready("file-a", later), ready("file-b", sha256="a" * 64), ready("file-c", later)
+    for each in (one, copy, other, ready("evals-d", purpose="evals")):
+        await store.add(each, "")
+    await store.add(dataset("file-e", state=DatasetState.VALIDATING, sha256="a" * 64), "")
+    assert await store.training_files("p") == [copy, one, other]
+    assert await store.training_files("q") == []
+    assert await store.to_index(1) == ["a" * 64, "c" * 64]
+    assert await store.set_indexed("a" * 64, 1)
+    assert not await store.set_indexed("f" * 64, 1)
+    assert await store.to_index(1) == ["c" * 64]
+    assert await store.to_index(2) == ["a" * 64, "c" * 64]
+    # What was still being validated may lose the index to a deletion of the same content.
+    await store.finish_validation("p", "file-e", DatasetState.READY, "a" * 64, None)
+    assert await store.to_index(1) == ["a" * 64, "c" * 64]
+    assert await store.set_indexed("c" * 64, 1) and await store.unset_indexed("c" * 64)
+    assert "c" * 64 in await store.to_index(1)
+    await store.begin_delete("p", "file-c")
+    assert not await store.unset_indexed("c" * 64) and not await store.set_indexed("c" * 64, 1)
+
+
+async def test_a_frozen_dataset_has_one_name_and_stays(store):
+    await store.add(ready("file-a", expire_time=NOW), "")
+    await store.add(ready("file-b"), "")
+    await store.add(replace(ready("file-c"), project="q"), "")
+    await store.add(dataset("file-d"), "")
+    assert await store.freeze("p", "file-a", "exam") and await store.freeze("p", "file-a", "exam")
+    assert not await store.freeze("p", "file-a", "other")
+    assert not await store.freeze("p", "file-d", "other")
+    with pytest.raises(AlreadyExists):
+        await store.freeze("p", "file-b", "exam")
+    assert await store.freeze("q", "file-c", "exam") and await store.freeze("p", "file-b", "a")
+    assert [each.frozen_as for each in await store.frozen("p")] == ["a", "exam"]
+    found = await store.get("p", "file-a")
+    assert (found.frozen_as, found.expire_time) == ("exam", None)
+    assert not await store.begin_delete("p", "file-a")
+    assert await store.outlived(NOW + timedelta(days=9), NOW - timedelta(days=1)) == []
+    await store.thaw("p", "file-a")
+    assert (await store.get("p", "file-a")).frozen_as == ""
+    assert await store.begin_delete("p", "file-a")
+
+
+async def test_what_two_files_share_is_kept_as_long_as_both_are_there(store):
+    for id_ in ("file-a", "file-b"):
+        await store.add(ready(id_), "")
+    pair = Overlap("a" * 64, "b" * 64)
+    assert await store.overlap("a" * 64, "b" * 64) == await store.overlap("a" * 64, "b" * 64) == pair
+    assert await store.overlaps_to_find() == [pair]
+    found = replace(pair, count=2**33, lines=(1, 2**33))
+    await store.set_overlap(found)
+    assert await store.overlap("a" * 64, "b" * 64) == found
+    assert await store.overlaps_to_find() == []
+    await store.forget_overlaps()
+    assert await store.overlap("a" * 64, "b" * 64) == found
+    await store.begin_delete("p", "file-a")
+    await store.forget_overlaps()
+    assert await store.overlap("a" * 64, "b" * 64) == pair

@@ -5,9 +5,14 @@ import json
 
 import pytest
 
+from lathe.common.background import Wakeup
 from lathe.common.db import Database, migrate
 from lathe.datasets.auditing import Auditor
 from lathe.datasets.cleaner import Cleaner
+from lathe.datasets.model import blob_key
+from lathe.datasets.preparation import PreparationService
+from lathe.datasets.preparing import Preparing
+from lathe.datasets.rowindexes import RowIndexes
 from lathe.datasets.service import DatasetsService
 from lathe.datasets.store import SqlDatasetStore
 from lathe.datasets.upload_store import SqlUploadStore
@@ -61,6 +66,27 @@ class World:
 
     async def audit(self, *, store=None, objects=None):
         await Auditor(store or self.store, objects or self.objects, self.folder).step()
+
+    def preparation(self, *, store=None, objects=None):
+        store, objects = store or self.store, objects or self.objects
+        indexes = RowIndexes(store, objects, self.folder / "rows", Wakeup())
+        return PreparationService(store, objects, indexes, self.clock, self.ids)
+
+    async def prepare(self, *, store=None, objects=None):
+        """Index, compare with held-out sets, write: what the background does."""
+        service = self.preparation(store=store, objects=objects)
+        await Preparing(service.store, service.objects, service.indexes).step()
+
+    async def derive(self, dataset, operation):
+        """The datasets that an operation makes, once they are settled."""
+        made = await self.preparation().prepare(dataset.project, dataset.id, operation, "")
+        await self.prepare()
+        await self.validate()
+        await self.prepare()
+        return [await self.start().get(dataset.project, each.dataset.id) for each in made]
+
+    async def content(self, dataset):
+        return await self.objects.get(blob_key(dataset.sha256))
 
     async def sweep(self, *, store=None, objects=None):
         await self.cleaner(store=store, objects=objects).sweep()

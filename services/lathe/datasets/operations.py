@@ -1,0 +1,269 @@
+"""Preparation: which operations there are, what they need to be, and which rows each one keeps.
+
+All of it is pure and depends on the rows alone: the same operation on the same bytes keeps the same rows, on every
+machine and in every version (the hashes below are part of the contract).
+"""
+
+from __future__ import annotations
+
+import json
+from array import array
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from hashlib import blake2b
+from typing import Any
+
+from lathe.common.errors import FieldViolation, InvalidArgument
+from lathe.text.rows import Plain, TrainingRow, parse_line
+
+MAX_STRATA = 1000
+MAX_LINES = 10_000
+TRAIN, HELD_OUT = "train", "held_out"
+_SEED_LIMIT = 2**63
+
+
+@dataclass(frozen=True, slots=True)
+class Split:
+    """fraction or count (the other is 0): how many rows are held out. stratify_by: see `strata`; empty for none."""
+
+    seed: int
+    fraction: float = 0.0
+    count: int = 0
+    stratify_by: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Dedupe:
+    """The first of each set of equal rows."""
+
+
+@dataclass(frozen=True, slots=True)
+class Drop:
+    """All rows but those of these lines, ascending."""
+
+    lines: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """count rows."""
+
+    seed: int
+    count: int
+
+
+Operation = Split | Dedupe | Drop | Sample
+_KINDS: dict[str, type[Operation]] = {"split": Split, "dedupe": Dedupe, "drop": Drop, "sample": Sample}
+_NAMES = {kind: name for name, kind in _KINDS.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class Parent:
+    """A dataset that another was made from, and the digest of its bytes, by which it can be known when it is gone."""
+
+    id: str
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class Preparation:
+    """How a dataset was made. part: TRAIN or HELD_OUT of a split; empty for what makes one dataset."""
+
+    parents: tuple[Parent, ...]
+    operation: Operation
+    part: str = ""
+
+
+def parts_of(operation: Operation) -> tuple[str, ...]:
+    """The datasets that it makes, in order."""
+    return (TRAIN, HELD_OUT) if isinstance(operation, Split) else ("",)
+
+
+def name_of(operation: Operation) -> str:
+    """split, dedupe, drop or sample."""
+    return _NAMES[type(operation)]
+
+
+def check_operation(operation: Operation) -> None:
+    """Raise InvalidArgument for one that cannot be meant."""
+    match operation:
+        case Split(seed, fraction, count, _):
+            _check_seed("split", seed)
+            if (fraction != 0) == (count != 0):
+                raise _invalid("split", "give either fraction or count: how much is held out")
+            if count < 0 or (fraction != 0 and not 0 < fraction < 1):
+                raise _invalid("split", "fraction must be above 0 and below 1, count 1 or more")
+        case Sample(seed, count):
+            _check_seed("sample", seed)
+            if count < 1:
+                raise _invalid("sample.count", "must be 1 or more")
+        case Drop(lines):
+            if not lines or len(lines) > MAX_LINES or min(lines) < 1:
+                raise _invalid("drop.lines", f"must be 1 to {MAX_LINES} lines, counted from 1")
+        case Dedupe():
+            pass
+
+
+def to_json(preparation: Preparation) -> dict[str, Any]:
+    """As it is stored."""
+    operation = {"kind": name_of(preparation.operation), **asdict(preparation.operation)}
+    parents = [asdict(parent) for parent in preparation.parents]
+    return {"parents": parents, "operation": operation, "part": preparation.part}
+
+
+def from_json(stored: Mapping[str, Any]) -> Preparation:
+    """What `to_json` made."""
+    settings = dict(stored["operation"])
+    kind = _KINDS[settings.pop("kind")]
+    if kind is Drop:
+        settings["lines"] = tuple(settings["lines"])
+    parents = tuple(Parent(**parent) for parent in stored["parents"])
+    return Preparation(parents, kind(**settings), stored["part"])
+
+
+# --- which rows ---------------------------------------------------------------------------------------------------
+
+
+def held_out_rows(total: int, fraction: float, count: int) -> int:
+    """How many of `total` rows a split holds out. Raises InvalidArgument if it would leave a side without rows."""
+    wanted = count or round(total * fraction)
+    if not 0 < wanted < total:
+        raise _invalid(
+            "split",
+            f"the dataset has {total} rows; holding out {wanted} of them leaves "
+            f"{'nothing to train on' if wanted else 'nothing held out'}",
+        )
+    return wanted
+
+
+def shares(sizes: Sequence[int], wanted: int) -> list[int]:
+    """`wanted` rows dealt out to groups of these sizes in proportion (largest remainders; ties to the earlier)."""
+    total = sum(sizes)
+    exact = [size * wanted for size in sizes]
+    dealt = [value // total for value in exact]
+    by_remainder = sorted(range(len(sizes)), key=lambda n: (-(exact[n] % total), n))
+    for number in by_remainder[: wanted - sum(dealt)]:
+        dealt[number] += 1
+    return dealt
+
+
+def tickets(seed: int, keys: Iterable[bytes]) -> array[int]:
+    """A random number (64 bits) for each key, the same for equal keys: its BLAKE2b keyed with the seed."""
+    secret = seed.to_bytes(8, "big", signed=True)
+    drawn = array("Q")
+    for key in keys:
+        drawn.append(int.from_bytes(blake2b(key, digest_size=8, key=secret).digest(), "big"))
+    return drawn
+
+
+def choose_held_out(
+    order: Sequence[int], drawn: Sequence[int], strata: Sequence[int], wanted: int
+) -> bytearray:
+    """One byte a row, 1 where it is held out.
+
+    order: positions by ticket. drawn: each row's ticket. strata: each row's stratum. Rows of one ticket (equal rows)
+    go together, with the stratum of the first of them; a set that does not fit into what its stratum has left stays
+    out, so that never more than `wanted` rows are held out.
+    """
+    sizes = Counter(strata)
+    numbers = sorted(sizes)
+    room = dict(zip(numbers, shares([sizes[number] for number in numbers], wanted), strict=True))
+    held_out = bytearray(len(strata))
+    start = 0
+    while start < len(order):
+        end = start + 1
+        while end < len(order) and drawn[order[end]] == drawn[order[start]]:
+            end += 1
+        stratum = strata[order[start]]
+        if end - start <= room[stratum]:
+            room[stratum] -= end - start
+            for position in order[start:end]:
+                held_out[position] = 1
+        start = end
+    return held_out
+
+
+class Strata:
+    """Numbers for the values that rows are stratified by, in the order in which they first occur."""
+
+    def __init__(self, field: str) -> None:
+        """Raises InvalidArgument for a field that is no path."""
+        self._path = _path(field)
+        self._field = field
+        self._numbers: dict[str, int] = {}
+        self.rows = array("H")
+
+    def add(self, line: bytes) -> None:
+        """The next row. Raises InvalidArgument for too many values."""
+        value = json.dumps(_value(line, self._path), sort_keys=True)
+        number = self._numbers.setdefault(value, len(self._numbers))
+        if number >= MAX_STRATA:
+            raise _invalid(
+                "split.stratify_by",
+                f"{self._field} has more than {MAX_STRATA} different values; take a field with few",
+            )
+        self.rows.append(number)
+
+
+def _path(field: str) -> list[str | int]:
+    """`messages[0].content` as keys and positions."""
+    path: list[str | int] = []
+    for part in field.split("."):
+        key, *positions = part.split("[")
+        if key:
+            path.append(key)
+        for position in positions:
+            if not position.endswith("]") or not position[:-1].lstrip("-").isdigit():
+                raise _invalid(
+                    "split.stratify_by", f"{field!r} is no path; write messages[0].content, label or answer"
+                )
+            path.append(int(position[:-1]))
+    if not path:
+        raise _invalid("split.stratify_by", "the path is empty")
+    return path
+
+
+def _value(line: bytes, path: Sequence[str | int]) -> Any:
+    """What is at a path of a row; None where nothing is."""
+    if path[0] != "answer":
+        return _value_at(json.loads(line), path)
+    answer = _answer(parse_line(line))
+    return _value_at(_as_json(answer), path[1:]) if len(path) > 1 else answer
+
+
+def _value_at(value: Any, path: Sequence[str | int]) -> Any:
+    for step in path:
+        if isinstance(step, str) and isinstance(value, dict):
+            value = value.get(step)
+        elif isinstance(step, int) and isinstance(value, list) and -len(value) <= step < len(value):
+            value = value[step]
+        else:
+            return None
+    return value
+
+
+def _answer(row: TrainingRow) -> str:
+    """The last text that a row teaches, whatever its format; of a pair the preferred one."""
+    content = row.parts[0].content
+    if isinstance(content, Plain):
+        return content.completion
+    last = [message for message in content.messages if message["role"] == "assistant"][-1]
+    return str(last.get("content") or "")
+
+
+def _as_json(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _check_seed(kind: str, seed: int) -> None:
+    if not -_SEED_LIMIT <= seed < _SEED_LIMIT:
+        raise _invalid(f"{kind}.seed", "must fit into 64 bits")
+
+
+def _invalid(field: str, cause: str) -> InvalidArgument:
+    message = f"operation.{field}: {cause}."
+    return InvalidArgument(message, violations=[FieldViolation(f"operation.{field}", message)])

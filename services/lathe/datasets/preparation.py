@@ -1,0 +1,190 @@
+"""The use cases of preparation: new datasets from old ones, what two have in common, where a row is, held-out sets."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, field
+from typing import Any
+
+import pyarrow as pa  # type: ignore[import-untyped]
+
+from lathe.common.background import Wakeup
+from lathe.common.clock import Clock
+from lathe.common.errors import FailedPrecondition, NotFound
+from lathe.common.ids import IdFactory
+from lathe.common.objectstore.base import ObjectStore
+from lathe.datasets import model as rules
+from lathe.datasets.differences import MAX_FIRST, Difference, difference
+from lathe.datasets.model import Dataset, DatasetState, blob_key
+from lathe.datasets.operations import Operation, Parent, Preparation, check_operation, name_of, parts_of
+from lathe.datasets.ports import DatasetStore
+from lathe.datasets.preparing import selected
+from lathe.datasets.rowindexes import RowIndexes
+from lathe.datasets.selection import counts
+from lathe.text.errors import RowError
+from lathe.text.rowindex import DIGEST_BYTES, RowIndex, row_digest
+from lathe.text.rows import parse_line
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """One of the datasets that an operation makes. rows: counted by a dry run. dataset: None for a dry run."""
+
+    part: str
+    rows: int = 0
+    dataset: Dataset | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Places:
+    """Where a dataset has a row: how often, and the first lines."""
+
+    dataset: Dataset
+    count: int
+    first_lines: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """row: its bytes as they stand in one of the places; empty without a place."""
+
+    digest: bytes
+    row: bytes
+    places: tuple[Places, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class PreparationService:
+    """preparing: set when there is something to write."""
+
+    store: DatasetStore
+    objects: ObjectStore
+    indexes: RowIndexes
+    clock: Clock
+    ids: IdFactory
+    preparing: Wakeup = field(default_factory=Wakeup)
+
+    async def count(self, project: str, dataset_id: str, operation: Operation) -> tuple[int, list[Prepared]]:
+        """The parent's rows, and those of each dataset that the operation would make; nothing is made.
+
+        Raises NotFound, InvalidArgument, FailedPrecondition, and Unavailable while the rows are being indexed.
+        """
+        parent = await self._rows_of(project, dataset_id)
+        check_operation(operation)
+        async with self.indexes.opened(parent.sha256) as index:
+            selection = await selected(operation, index, self.objects, parent.sha256)
+        rows = counts(operation, selection)
+        parts = zip(parts_of(operation), rows, strict=True)
+        return len(selection), [Prepared(part, number) for part, number in parts]
+
+    async def prepare(
+        self, project: str, dataset_id: str, operation: Operation, request_id: str
+    ) -> list[Prepared]:
+        """New datasets, VALIDATING; they are written in the background and expire when the parent does. The same
+        request_id again answers with the first ones. Raises NotFound, InvalidArgument, FailedPrecondition.
+        """
+        parent = await self._rows_of(project, dataset_id)
+        check_operation(operation)
+        made = []
+        for part in parts_of(operation):
+            new = Dataset(
+                project=project,
+                id=self.ids.new("file"),
+                display_name=rules.derived_name(parent.display_name, name_of(operation), part),
+                purpose=parent.purpose,
+                state=DatasetState.VALIDATING,
+                create_time=self.clock.now(),
+                expire_time=parent.expire_time,
+                staging_key=f"staging/{self.ids.token(24)}",
+                preparation=Preparation((Parent(parent.id, parent.sha256),), operation, part),
+            )
+            key = rules.request_key(f"prepare-{part}", request_id)
+            made.append(Prepared(part, dataset=await self.store.add(new, key)))
+        self.preparing.set()
+        return made
+
+    async def diff(self, project: str, dataset_id: str, other_id: str) -> Difference:
+        """Raises NotFound, FailedPrecondition, and Unavailable while the rows are being indexed."""
+        one, other = await self._rows_of(project, dataset_id), await self._rows_of(project, other_id)
+        async with self.indexes.opened(one.sha256) as first, self.indexes.opened(other.sha256) as second:
+            return await asyncio.to_thread(difference, first, second)
+
+    # --- where a row is ---------------------------------------------------------------------------------------
+
+    async def find_row(self, project: str, row: bytes) -> Found:
+        """Every training file of the project that has an equal of this row. Raises InvalidArgument for what is no
+        training row, and Unavailable while rows are being indexed."""
+        try:
+            return await self.find_digest(project, row_digest(parse_line(row)))
+        except RowError as error:
+            raise rules.invalid(
+                "row", f"row is no training row: {f'{error.field}: ' if error.field else ''}{error.detail}."
+            ) from error
+
+    async def find_line(self, project: str, dataset_id: str, line: int) -> Found:
+        """The same for a line of a dataset. Raises NotFound as well where it has no row."""
+        dataset = await self._rows_of(project, dataset_id)
+        async with self.indexes.opened(dataset.sha256) as index:
+            entry = index.at_line(line)
+        if entry is None:
+            raise NotFound(f"{dataset.name} has no row on line {line}.", reason="NO_SUCH_LINE")
+        return await self.find_digest(project, entry.digest)
+
+    async def find_digest(self, project: str, digest: bytes) -> Found:
+        """The same for a digest."""
+        wanted = pa.array([digest], pa.binary(DIGEST_BYTES))
+        # Files with the same content have their rows on the same lines.
+        known: dict[str, tuple[int, tuple[int, ...]]] = {}
+        row, places = b"", []
+        for dataset in await self.store.training_files(project):
+            if dataset.sha256 not in known:
+                async with self.indexes.opened(dataset.sha256) as index:
+                    positions = await asyncio.to_thread(_positions, index, wanted)
+                    lines = tuple(index.entry(position).line for position in positions[:MAX_FIRST])
+                    known[dataset.sha256] = len(positions), lines
+                    if positions and not row:
+                        row = await self._row(dataset, index, positions[0])
+            count, lines = known[dataset.sha256]
+            if count:
+                places.append(Places(dataset, count, lines))
+        return Found(digest, row, tuple(places))
+
+    async def _row(self, dataset: Dataset, index: RowIndex, position: int) -> bytes:
+        entry = index.entry(position)
+        chunks = self.objects.stream(blob_key(dataset.sha256), offset=entry.offset, length=entry.length)
+        return b"".join([chunk async for chunk in chunks])
+
+    # --- held-out sets ----------------------------------------------------------------------------------------
+
+    async def freeze(self, project: str, dataset_id: str, name: str) -> Dataset:
+        """Keep a dataset as a held-out set, for good. Raises NotFound, InvalidArgument, AlreadyExists for a name that
+        another one has, FailedPrecondition for a dataset that has another name or no training rows."""
+        rules.check_frozen_name(name)
+        dataset = await self._rows_of(project, dataset_id)
+        if not await self.store.freeze(project, dataset_id, name):
+            dataset = await self._rows_of(project, dataset_id)
+            raise FailedPrecondition(
+                f"{dataset.name} is frozen as {dataset.frozen_as!r}; that is its name.", reason="FROZEN"
+            )
+        return await self._get(project, dataset_id)
+
+    async def thaw(self, project: str, dataset_id: str) -> Dataset:
+        """Let it be an ordinary dataset again. Raises NotFound."""
+        dataset = await self._get(project, dataset_id)
+        await self.store.thaw(project, dataset.id)
+        return await self._get(project, dataset_id)
+
+    async def _rows_of(self, project: str, dataset_id: str) -> Dataset:
+        dataset = await self._get(project, dataset_id)
+        rules.check_rows(dataset)
+        return dataset
+
+    async def _get(self, project: str, dataset_id: str) -> Dataset:
+        dataset = await self.store.get(project, dataset_id)
+        if dataset is None:
+            raise NotFound(f"projects/{project}/datasets/{dataset_id} was not found.")
+        return dataset
+
+
+def _positions(index: RowIndex, digests: Any) -> list[int]:
+    return list(index.positions_of(digests))

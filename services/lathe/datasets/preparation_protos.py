@@ -1,0 +1,61 @@
+"""The messages of preparation: proto to model and back."""
+
+from __future__ import annotations
+
+from lathe.common import names
+from lathe.common.errors import FieldViolation, InvalidArgument
+from lathe.datasets.differences import Difference, Rows
+from lathe.datasets.operations import Dedupe, Drop, Operation, Preparation, Sample, Split
+from lathe.v1 import datasets_pb2 as pb
+
+
+def operation(message: pb.DatasetOperation) -> Operation:
+    """Raises InvalidArgument if none is set."""
+    match message.WhichOneof("operation"):
+        case "split":
+            split = message.split
+            return Split(split.seed, split.fraction, split.count, split.stratify_by)
+        case "dedupe":
+            return Dedupe()
+        case "drop":
+            return Drop(tuple(sorted(set(message.drop.lines))))
+        case "sample":
+            return Sample(message.sample.seed, message.sample.count)
+        case _:
+            said = "operation must be one of split, dedupe, drop and sample."
+            raise InvalidArgument(said, violations=[FieldViolation("operation", said)])
+
+
+def preparation_pb(project: str, made: Preparation) -> pb.DatasetPreparation:
+    parents = [
+        pb.DatasetParent(name=names.DATASET.format(project, parent.id), sha256=parent.sha256)
+        for parent in made.parents
+    ]
+    return pb.DatasetPreparation(parents=parents, operation=operation_pb(made.operation), part=made.part)
+
+
+def operation_pb(made: Operation) -> pb.DatasetOperation:
+    match made:
+        case Split(seed, fraction, count, stratify_by):
+            split = pb.SplitRows(seed=seed, fraction=fraction, count=count, stratify_by=stratify_by)
+            return pb.DatasetOperation(split=split)
+        case Dedupe():
+            return pb.DatasetOperation(dedupe=pb.DedupeRows())
+        case Drop(lines):
+            return pb.DatasetOperation(drop=pb.DropRows(lines=lines))
+        case Sample(seed, count):
+            return pb.DatasetOperation(sample=pb.SampleRows(seed=seed, count=count))
+
+
+def difference_pb(found: Difference) -> pb.DatasetDiff:
+    return pb.DatasetDiff(
+        only_in_first=_rows_pb(found.only_in_first),
+        only_in_second=_rows_pb(found.only_in_second),
+        in_both=_rows_pb(found.in_both),
+        moved=_rows_pb(found.moved),
+    )
+
+
+def _rows_pb(rows: Rows) -> pb.DiffRows:
+    first = [pb.DiffRow(line=line, other_line=other) for line, other in rows.first]
+    return pb.DiffRows(count=rows.count, first=first)

@@ -1,0 +1,163 @@
+"""What is done to datasets in the background: index their rows, find rows of held-out sets in them, write the ones
+that are made from others."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+from collections.abc import AsyncIterator, Coroutine
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from lathe.common.background import Wakeup
+from lathe.common.errors import InvalidArgument, NotFound, RetryableError, Unavailable
+from lathe.common.objectstore.base import ObjectStore
+from lathe.datasets.model import (
+    MAX_OVERLAP_LINES,
+    Dataset,
+    DatasetState,
+    Overlap,
+    Report,
+    blob_key,
+    index_prefix,
+    whole_file,
+)
+from lathe.datasets.operations import Operation, Preparation, Split, parts_of
+from lathe.datasets.ports import DatasetStore
+from lathe.datasets.rowindexes import RowIndexes
+from lathe.datasets.selection import Cut, Selection, StrataPass, select
+from lathe.text.rowindex import VERSION, RowIndex
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Preparing:
+    """It can die anywhere: every row of the database says what is still to do, and doing it again gives the same.
+
+    busy: names of the datasets that are written just now, shared with the cleaner, which leaves them alone.
+    validation: set when there is something to validate.
+    """
+
+    store: DatasetStore
+    objects: ObjectStore
+    indexes: RowIndexes
+    busy: set[str] = field(default_factory=set)
+    validation: Wakeup = field(default_factory=Wakeup)
+
+    async def step(self) -> None:
+        """Do all there is to do. Raises Unavailable if a part of it has to wait."""
+        done = [
+            *[await _tried(self.index(sha256)) for sha256 in await self.store.to_index(VERSION)],
+            *[await _tried(self.find_overlap(pair)) for pair in await self.store.overlaps_to_find()],
+            *[await _tried(self.write(dataset)) for dataset in await self.store.unwritten()],
+        ]
+        for waiting in filter(None, done):
+            raise waiting
+
+    async def index(self, sha256: str) -> None:
+        """Make the row index of a file and note it. Raises Unavailable."""
+        try:
+            await self.indexes.make(sha256)
+        except NotFound:
+            # Deleted meanwhile; nobody asks for it any more.
+            return
+        if not await self.store.set_indexed(sha256, VERSION):
+            await self.objects.delete_prefix(index_prefix(sha256))
+
+    async def find_overlap(self, pair: Overlap) -> None:
+        """Count the rows of a file that are in a frozen one. Raises Unavailable while one of them is not indexed."""
+        try:
+            async with (
+                self.indexes.opened(pair.frozen_sha256) as frozen,
+                self.indexes.opened(pair.dataset_sha256) as file,
+            ):
+                found = await asyncio.to_thread(common_rows, frozen, file)
+        except NotFound:
+            # The sweep forgets the pair.
+            return
+        await self.store.set_overlap(replace(pair, count=found[0], lines=found[1]))
+
+    async def write(self, dataset: Dataset) -> None:
+        """Write an unwritten dataset into staging, from where it is validated like an upload; one that cannot be
+        made becomes an ERROR that says why. Raises Unavailable."""
+        assert dataset.preparation is not None
+        self.busy.add(dataset.name)
+        try:
+            size, digest = await self._write(dataset, dataset.preparation)
+        except InvalidArgument as error:
+            await self._refuse(dataset, whole_file("cannot_prepare", error.message))
+        except NotFound:
+            gone = "The dataset that it is made from was deleted. Make it from another."
+            await self._refuse(dataset, whole_file("parent_deleted", gone))
+        else:
+            if await self.store.set_written(dataset.project, dataset.id, size, digest):
+                self.validation.set()
+        finally:
+            self.busy.discard(dataset.name)
+
+    async def _write(self, dataset: Dataset, made: Preparation) -> tuple[int, str]:
+        """Size and digest of what is in staging now."""
+        (parent,) = made.parents
+        async with self.indexes.opened(parent.sha256) as index:
+            selection = await selected(made.operation, index, self.objects, parent.sha256)
+        hashed, size = hashlib.sha256(), 0
+        cut = Cut(selection, parts_of(made.operation).index(made.part))
+
+        async def content() -> AsyncIterator[bytes]:
+            nonlocal size
+            async for rows in _cut(cut, self.objects, parent.sha256):
+                size += len(rows)
+                await asyncio.to_thread(hashed.update, rows)
+                yield rows
+
+        await self.objects.put(dataset.staging_key, content())
+        return size, hashed.hexdigest()
+
+    async def _refuse(self, dataset: Dataset, report: Report) -> None:
+        await self.store.finish_validation(dataset.project, dataset.id, DatasetState.ERROR, "", report)
+
+
+async def selected(operation: Operation, index: RowIndex, objects: ObjectStore, sha256: str) -> Selection:
+    """Which rows of the file an operation takes. Raises InvalidArgument for one that cannot be done to it, NotFound
+    if the file is gone."""
+    strata = None
+    if isinstance(operation, Split) and operation.stratify_by:
+        work = StrataPass(operation.stratify_by)
+        async for chunk in objects.stream(blob_key(sha256)):
+            await asyncio.to_thread(work.feed, chunk)
+        strata = await asyncio.to_thread(work.finish)
+    return await asyncio.to_thread(select, operation, index, strata)
+
+
+def common_rows(few: RowIndex, many: RowIndex) -> tuple[int, tuple[int, ...]]:
+    """How many rows of `many` are equal to one of `few`, and the first lines. Memory: some 40 bytes a row of `few`."""
+    count, lines = 0, []
+    for position in many.positions_of(few.digests.combine_chunks()):
+        count += 1
+        if count <= MAX_OVERLAP_LINES:
+            lines.append(many.entry(position).line)
+    return count, tuple(lines)
+
+
+async def _cut(cut: Cut, objects: ObjectStore, sha256: str) -> AsyncIterator[bytes]:
+    """What the chunks of a file give, without the empty ones."""
+    async for chunk in objects.stream(blob_key(sha256)):
+        if rows := await asyncio.to_thread(cut.feed, chunk):
+            yield rows
+    if rows := await asyncio.to_thread(cut.finish):
+        yield rows
+
+
+async def _tried(work: Coroutine[Any, Any, None]) -> RetryableError | None:
+    """Why the work has to wait; None once it is done."""
+    try:
+        await work
+    except RetryableError as error:
+        return error
+    except Exception:
+        # One dataset with which something is wrong must not keep the others waiting.
+        log.exception("A dataset could not be prepared and is tried again.")
+        return Unavailable("A dataset could not be prepared.", retry_after=2)
+    return None

@@ -1,0 +1,75 @@
+"""Row indexes in the object store: made in the background after validation, opened by whoever compares rows."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+import tempfile
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from lathe.common.background import Wakeup
+from lathe.common.errors import NotFound, Unavailable
+from lathe.common.objectstore.base import ObjectStore
+from lathe.datasets.model import blob_key, index_key
+from lathe.datasets.ports import DatasetStore
+from lathe.text.rowindex import RowIndex, RowIndexWriter
+
+
+@dataclass(frozen=True, slots=True)
+class RowIndexes:
+    """The row indexes of stored files, by the files' digests.
+
+    folder: where they are worked with; made if missing. wanted: set when somebody asks for one that is not there.
+    """
+
+    store: DatasetStore
+    objects: ObjectStore
+    folder: Path
+    wanted: Wakeup
+
+    async def start(self) -> None:
+        """Remove what a process that was killed left half-written."""
+        await asyncio.to_thread(shutil.rmtree, self.folder, ignore_errors=True)
+
+    async def make(self, sha256: str) -> None:
+        """Write the index of a training file, unless it is there. Raises NotFound if the file is gone."""
+        key = index_key(sha256)
+        if await self.objects.head(key) is not None:
+            return
+        async with self._work() as folder:
+            path = folder / "rows"
+            writer = await asyncio.to_thread(RowIndexWriter, path)
+            with writer:
+                # Each chunk in a thread of its own turn: the event loop stays free between and during them.
+                async for chunk in self.objects.stream(blob_key(sha256), chunk_size=256 * 1024):
+                    await asyncio.to_thread(writer.feed, chunk)
+                await asyncio.to_thread(writer.finish)
+            await self.objects.put_file(key, path)
+
+    @asynccontextmanager
+    async def opened(self, sha256: str) -> AsyncIterator[RowIndex]:
+        """The index of a training file, as long as the block lasts. Raises Unavailable if it has yet to be made, which
+        then is done, and NotFound if the file is gone."""
+        async with self._work() as folder:
+            path = folder / "rows"
+            try:
+                await self.objects.fetch(index_key(sha256), path)
+            except NotFound as error:
+                if not await self.store.unset_indexed(sha256):
+                    raise NotFound("The file whose rows are asked for was deleted.") from error
+                self.wanted.set()
+                raise Unavailable(
+                    "The rows of this dataset are still being indexed. Try again in a moment.",
+                    reason="NOT_INDEXED",
+                    retry_after=1,
+                ) from error
+            yield await asyncio.to_thread(RowIndex, path)
+
+    @asynccontextmanager
+    async def _work(self) -> AsyncIterator[Path]:
+        await asyncio.to_thread(self.folder.mkdir, parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix="rows-", dir=self.folder) as temporary:
+            yield Path(temporary)

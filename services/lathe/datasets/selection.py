@@ -1,0 +1,140 @@
+"""Which rows of one dataset an operation keeps, worked out from its row index and, to stratify, its bytes."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterator
+from typing import Any
+
+import pyarrow as pa  # type: ignore[import-untyped]
+import pyarrow.compute as pc  # type: ignore[import-untyped]
+
+from lathe.common.errors import FieldViolation, InvalidArgument
+from lathe.datasets import operations
+from lathe.datasets.operations import Dedupe, Drop, Operation, Sample, Split, Strata
+from lathe.text.jsonl import Line, LineSplitter
+from lathe.text.rowindex import RowIndex
+
+# One byte a row: the number of the operation's part that takes it, or DROPPED.
+Selection = bytearray
+DROPPED = 255
+
+
+def select(operation: Operation, index: RowIndex, strata: array[int] | None = None) -> Selection:
+    """Which part takes each row. strata: each row's stratum, for a split that is stratified.
+
+    Memory: some 40 bytes a row. Raises InvalidArgument for an operation that this dataset has not rows enough for.
+    """
+    rows = len(index)
+    match operation:
+        case Split(seed, fraction, count, _):
+            wanted = operations.held_out_rows(rows, fraction, count)
+            drawn = operations.tickets(seed, _digests(index))
+            groups = strata if strata is not None else array("H", bytes(2 * rows))
+            return operations.choose_held_out(_ascending(drawn), drawn, groups, wanted)
+        case Sample(seed, count):
+            if count > rows:
+                raise _invalid("sample.count", f"{count} rows were asked for; the dataset has {rows}")
+            drawn = operations.tickets(seed, (position.to_bytes(8, "big") for position in range(rows)))
+            return _only(_ascending(drawn)[:count], rows)
+        case Dedupe():
+            return _first_of_equals(index)
+        case Drop(lines):
+            return _without(index, lines)
+
+
+def counts(operation: Operation, selection: Selection) -> list[int]:
+    """Rows of each of the operation's parts."""
+    return [selection.count(part) for part in range(len(operations.parts_of(operation)))]
+
+
+class StrataPass:
+    """Is fed a dataset's bytes in chunks; `rows` has each row's stratum after `finish`."""
+
+    def __init__(self, field: str) -> None:
+        """Raises InvalidArgument for a field that is no path."""
+        self._strata = Strata(field)
+        self._splitter = LineSplitter()
+
+    def feed(self, chunk: bytes) -> None:
+        """Raises InvalidArgument for a field with too many values."""
+        for line in self._splitter.feed(chunk):
+            self._strata.add(line.data)
+
+    def finish(self) -> array[int]:
+        """Each row's stratum. Call once, after the last chunk. Raises InvalidArgument as `feed` does."""
+        for line in self._splitter.finish():
+            self._strata.add(line.data)
+        return self._strata.rows
+
+
+class Cut:
+    """Is fed a dataset's bytes in chunks and gives one part of them: its rows as they stand there, in their order,
+    each ended by a newline."""
+
+    def __init__(self, selection: Selection, part: int) -> None:
+        self._taken = (chosen == part for chosen in selection)
+        self._splitter = LineSplitter()
+
+    def feed(self, chunk: bytes) -> bytes:
+        """What of the part this chunk ends."""
+        return self._take(self._splitter.feed(chunk))
+
+    def finish(self) -> bytes:
+        """Call once, after the last chunk."""
+        return self._take(self._splitter.finish())
+
+    def _take(self, lines: Iterator[Line]) -> bytes:
+        return b"".join(line.data + b"\n" for line in lines if next(self._taken))
+
+
+def _digests(index: RowIndex) -> Iterator[bytes]:
+    for chunk in index.digests.chunks:
+        yield from chunk.to_pylist()
+
+
+def _ascending(drawn: array[int]) -> Any:
+    """Positions by ticket; of equal ones the earlier first."""
+    tickets = pa.Array.from_buffers(pa.uint64(), len(drawn), [None, pa.py_buffer(drawn)])
+    return memoryview(pc.array_sort_indices(tickets).buffers()[1]).cast("B").cast("Q")[: len(drawn)]
+
+
+def _only(positions: Any, rows: int) -> Selection:
+    selection = Selection([DROPPED]) * rows
+    for position in positions:
+        selection[position] = 0
+    return selection
+
+
+def _first_of_equals(index: RowIndex) -> Selection:
+    """Arrow numbers values as they first occur: a row is a first one where its number is higher than all before."""
+    selection = Selection([DROPPED]) * len(index)
+    seen = 0
+    for position, number in enumerate(_numbered(index)):
+        if number == seen:
+            selection[position] = 0
+            seen += 1
+    return selection
+
+
+def _numbered(index: RowIndex) -> Iterator[int]:
+    """For each row the number of its digest among those that occur, by first occurrence."""
+    for chunk in index.digests.dictionary_encode().chunks:
+        yield from chunk.indices.to_pylist()
+
+
+def _without(index: RowIndex, lines: tuple[int, ...]) -> Selection:
+    left_out = set(lines)
+    selection = Selection(len(index))
+    for position, line in enumerate(index.lines()):
+        if line in left_out:
+            selection[position] = DROPPED
+            left_out.discard(line)
+    if left_out:
+        raise _invalid("drop.lines", f"the dataset has no row on line {min(left_out)}")
+    return selection
+
+
+def _invalid(field: str, cause: str) -> InvalidArgument:
+    message = f"operation.{field}: {cause}."
+    return InvalidArgument(message, violations=[FieldViolation(f"operation.{field}", message)])

@@ -1,0 +1,295 @@
+"""Datasets made from others, held-out sets, and where a row is: over a database and a store that outlive processes."""
+
+import json
+from contextlib import suppress
+
+import pytest
+
+from lathe.common.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound, Unavailable
+from lathe.datasets.model import AuditOptions, AuditState, DatasetState, blob_key, index_key
+from lathe.datasets.operations import Dedupe, Drop, Parent, Sample, Split
+from tests.fixtures.worlds import Died, DyingRows, DyingStore
+from tests.unit.datasets.conftest import GOOD, jsonl, row, sha
+
+ROWS = [row(f"Question {n}", f"Answer {n % 3}") for n in range(60)]
+SIXTY = jsonl(ROWS)
+SUPERVISED = AuditOptions()
+
+
+async def audit(world, dataset, **options):
+    return await world.start().ensure_audit("acme", dataset.id, "baseModels/tiny", SUPERVISED, **options)
+
+
+async def settled_audit(world, dataset, **options):
+    found = await audit(world, dataset, **options)
+    for _ in range(3):
+        if found.state is AuditState.RUNNING:
+            await world.prepare()
+            await world.audit()
+            found = await audit(world, dataset, **options)
+    return found
+
+
+# --- datasets made from others -----------------------------------------------------------------------------------
+
+
+async def test_a_split_makes_two_datasets_that_say_where_they_come_from(world):
+    parent = await world.ready(SIXTY)
+    train, held_out = await world.derive(parent, Split(1, 0.25, stratify_by="answer"))
+    assert (train.state, held_out.state) == (DatasetState.READY, DatasetState.READY)
+    assert (train.report.example_count, held_out.report.example_count) == (45, 15)
+    assert (train.display_name, held_out.display_name) == ("train.train.jsonl", "train.held_out.jsonl")
+    assert train.preparation.parents == (Parent(parent.id, parent.sha256),)
+    assert (train.preparation.part, held_out.preparation.part) == ("train", "held_out")
+    lines = [await world.content(each) for each in (train, held_out)]
+    assert sorted(b"".join(lines).splitlines()) == sorted(SIXTY.splitlines())
+    answers = [json.loads(line)["messages"][1]["content"] for line in lines[1].splitlines()]
+    assert sorted(map(answers.count, set(answers))) == [5, 5, 5]
+    assert train.staging_key == held_out.staging_key == ""
+
+
+async def test_the_same_operation_gives_the_same_bytes_and_a_count_before(world):
+    parent = await world.ready(SIXTY)
+    await world.prepare()
+    service = world.preparation()
+    rows, counted = await service.count("acme", parent.id, Split(3, count=12))
+    assert (rows, [each.rows for each in counted]) == (60, [48, 12])
+    assert len(await service.store.training_files("acme")) == 1
+    first, second = await world.derive(parent, Sample(3, 20)), await world.derive(parent, Sample(3, 20))
+    assert first[0].sha256 == second[0].sha256 and first[0].id != second[0].id
+
+
+async def test_rows_keep_their_bytes_and_only_line_ends_are_made_even(world):
+    odd = b"\xef\xbb\xbf" + b"\r\n\n".join(json.dumps(item, indent=None).encode() for item in ROWS[:12])
+    parent = await world.ready(odd + b"\n" + json.dumps(ROWS[0], separators=(",", ":")).encode())
+    assert parent.state is DatasetState.READY
+    (made,) = await world.derive(parent, Dedupe())
+    assert await world.content(made) == jsonl(ROWS[:12])
+
+
+async def test_a_dry_count_waits_for_the_index(world):
+    parent = await world.ready(SIXTY)
+    with pytest.raises(Unavailable, match="indexed") as error:
+        await world.preparation().count("acme", parent.id, Dedupe())
+    assert error.value.retry_after
+    await world.prepare()
+    assert (await world.preparation().count("acme", parent.id, Drop((1,))))[1][0].rows == 59
+
+
+async def test_an_index_that_is_lost_is_made_again(world):
+    parent = await world.ready(SIXTY)
+    await world.prepare()
+    await world.objects.delete(index_key(parent.sha256))
+    with pytest.raises(Unavailable):
+        await world.preparation().count("acme", parent.id, Dedupe())
+    await world.prepare()
+    assert (await world.preparation().count("acme", parent.id, Dedupe()))[0] == 60
+
+
+@pytest.mark.parametrize(
+    ("operation", "words"),
+    [
+        (Sample(1, 61), "61 rows were asked for; the dataset has 60"),
+        (Drop((61,)), "no row on line 61"),
+        (Split(1, count=60), "leaves nothing to train on"),
+        (Split(1, 0.5, stratify_by="messages[0"), "is no path"),
+    ],
+)
+async def test_what_cannot_be_made_of_these_rows_says_so(world, operation, words):
+    parent = await world.ready(SIXTY)
+    for made in await world.derive(parent, operation):
+        assert (made.state, made.report.findings[0].code) == (DatasetState.ERROR, "cannot_prepare")
+        assert words in made.report.findings[0].message
+    with pytest.raises(InvalidArgument, match=words[:10].replace("(", ".")):
+        await world.preparation().count("acme", parent.id, operation)
+
+
+async def test_too_few_rows_are_refused_as_in_an_upload(world):
+    (made,) = await world.derive(await world.ready(SIXTY), Sample(1, 9))
+    assert (made.state, made.report.findings[0].code) == (DatasetState.ERROR, "invalid_n_examples")
+
+
+async def test_what_is_made_of_a_deleted_dataset_fails_and_names_it(world, service):
+    parent = await world.ready(SIXTY)
+    await world.prepare()
+    (made,) = await world.preparation().prepare("acme", parent.id, Dedupe(), "")
+    await service.delete("acme", parent.id)
+    await world.sweep()
+    await world.prepare()
+    found = await service.get("acme", made.dataset.id)
+    assert (found.state, found.report.findings[0].code) == (DatasetState.ERROR, "parent_deleted")
+
+
+async def test_only_ready_training_files_have_rows(world, service):
+    other = await world.ready(b"anything", purpose="user_data")
+    waiting = await service.create("acme", "a.jsonl", "fine-tune", None, "")
+    preparation = world.preparation()
+    for dataset, reason in ((other, "WRONG_PURPOSE"), (waiting, "NOT_READY")):
+        with pytest.raises(FailedPrecondition) as error:
+            await preparation.prepare("acme", dataset.id, Dedupe(), "")
+        assert error.value.reason == reason
+    with pytest.raises(NotFound):
+        await preparation.prepare("other", other.id, Dedupe(), "")
+
+
+async def test_a_repeated_request_makes_nothing_new(world):
+    parent = await world.ready(SIXTY)
+    service = world.preparation()
+    first = await service.prepare("acme", parent.id, Split(1, 0.5), "r1")
+    assert await service.prepare("acme", parent.id, Split(1, 0.5), "r1") == first
+    assert len({each.dataset.id for each in first}) == 2
+
+
+async def test_a_job_may_be_asked_for_before_the_dataset_is_written(world, service):
+    await world.base_models.add_tiny(world.objects)
+    parent = await world.ready(SIXTY)
+    (made,) = await world.preparation().prepare("acme", parent.id, Dedupe(), "")
+    await world.validate()
+    assert (await audit(world, made.dataset)).state is AuditState.RUNNING
+    await world.prepare()
+    await world.validate()
+    assert (await settled_audit(world, made.dataset)).state is AuditState.READY
+
+
+@pytest.mark.parametrize("after", [False, True])
+@pytest.mark.parametrize("method", ["set_indexed", "set_written"])
+async def test_a_process_that_dies_between_its_writes_loses_nothing(world, service, method, after):
+    parent = await world.ready(SIXTY)
+    (made,) = await world.preparation().prepare("acme", parent.id, Dedupe(), "")
+    for calls in range(3):
+        with suppress(Died, Unavailable):
+            await world.prepare(objects=DyingStore(world.objects, calls, after=after))
+        with suppress(Died, Unavailable):
+            await world.prepare(store=DyingRows(world.store, method, after=after))
+    await world.prepare()
+    await world.validate()
+    await world.prepare()
+    found = await service.get("acme", made.dataset.id)
+    assert (found.state, found.sha256) == (DatasetState.READY, sha(SIXTY))
+    assert world.objects.keys() == [blob_key(sha(SIXTY)), index_key(sha(SIXTY))]
+
+
+async def test_a_dataset_deleted_before_it_was_written_leaves_nothing(world, service):
+    parent = await world.ready(SIXTY)
+    (made,) = await world.preparation().prepare("acme", parent.id, Sample(1, 20), "")
+    await world.prepare()
+    await service.delete("acme", made.dataset.id)
+    await service.delete("acme", parent.id)
+    await world.sweep()
+    await world.prepare()
+    assert world.objects.keys() == []
+
+
+async def test_the_index_goes_with_the_last_file_of_its_content(world, service):
+    one, two = await world.ready(), await world.ready()
+    await world.prepare()
+    await service.delete("acme", one.id)
+    await world.sweep()
+    assert await world.objects.head(index_key(sha(GOOD))) is not None
+    await service.delete("acme", two.id)
+    await world.sweep()
+    assert world.objects.keys() == []
+
+
+# --- rows --------------------------------------------------------------------------------------------------------
+
+
+async def test_a_diff_counts_what_is_only_here_there_and_in_both(world):
+    one = await world.ready(jsonl(ROWS[:20]))
+    other = await world.ready(jsonl([*ROWS[5:20], row("new"), *ROWS[:2]]))
+    await world.prepare()
+    found = await world.preparation().diff("acme", one.id, other.id)
+    assert (found.only_in_first.count, found.only_in_first.first) == (3, ((3, 0), (4, 0), (5, 0)))
+    assert (found.only_in_second.count, found.only_in_second.first) == (1, ((0, 16),))
+    assert (found.in_both.count, found.moved.count) == (17, 2)
+
+
+async def test_a_row_is_found_by_its_text_its_line_and_its_digest(world):
+    one = await world.ready(SIXTY)
+    spelled = json.dumps(ROWS[7], separators=(",", ":")).encode()
+    other = await world.ready(GOOD + spelled + b"\n" + spelled + b"\n")
+    copy = await world.ready(SIXTY, name="copy.jsonl")
+    await world.ready(GOOD)
+    await world.prepare()
+    service = world.preparation()
+    found = await service.find_row("acme", spelled)
+    assert [(each.dataset.id, each.count, each.first_lines) for each in found.places] == [
+        (one.id, 1, (8,)),
+        (other.id, 2, (13, 14)),
+        (copy.id, 1, (8,)),
+    ]
+    assert json.loads(found.row) == ROWS[7]
+    assert await service.find_line("acme", other.id, 14) == found
+    assert await service.find_digest("acme", found.digest) == found
+    nowhere = await service.find_row("acme", json.dumps(row("never seen")).encode())
+    assert nowhere.places == () and nowhere.row == b""
+    with pytest.raises(NotFound, match="no row on line 15"):
+        await service.find_line("acme", other.id, 15)
+    with pytest.raises(InvalidArgument, match="no training row"):
+        await service.find_row("acme", b'{"messages": 3}')
+
+
+# --- held-out sets -----------------------------------------------------------------------------------------------
+
+
+async def test_a_file_with_a_frozen_row_trains_no_job_and_the_lines_are_named(world):
+    await world.base_models.add_tiny(world.objects)
+    parent = await world.ready(SIXTY)
+    train, held_out = await world.derive(parent, Split(1, count=12))
+    frozen = await world.preparation().freeze("acme", held_out.id, "exam-1")
+    assert frozen.frozen_as == "exam-1"
+    assert (await settled_audit(world, train)).state is AuditState.READY
+    assert (await settled_audit(world, held_out, held_out=True)).state is AuditState.READY
+    # The whole file, the set itself, and one of its rows in another spelling among other rows.
+    line = (await world.content(held_out)).splitlines()[3]
+    respelled = json.dumps(json.loads(line), separators=(",", ":"), sort_keys=True).encode()
+    sneaked = await world.ready(GOOD + respelled + b"\n")
+    for file, count in ((parent, 12), (held_out, 12), (sneaked, 1)):
+        found = await settled_audit(world, file)
+        assert found.state is AuditState.ERROR
+        finding = found.report.findings[0]
+        assert finding.code == "frozen_row" and "'exam-1'" in finding.message
+        assert f"{count} row(s)" in finding.message
+    assert "line(s) 13:" in finding.message
+    (cleared,) = await world.derive(sneaked, Drop((13,)))
+    assert (await settled_audit(world, cleared)).state is AuditState.READY
+
+
+async def test_a_frozen_set_stays_until_it_is_thawed(world, service):
+    dataset = await world.ready()
+    preparation = world.preparation()
+    await preparation.freeze("acme", dataset.id, "exam")
+    assert (await preparation.freeze("acme", dataset.id, "exam")).frozen_as == "exam"
+    with pytest.raises(FailedPrecondition, match="exam"):
+        await preparation.freeze("acme", dataset.id, "other")
+    other = await world.ready(SIXTY)
+    with pytest.raises(AlreadyExists, match="another name"):
+        await preparation.freeze("acme", other.id, "exam")
+    with pytest.raises(FailedPrecondition, match="thaw"):
+        await service.delete("acme", dataset.id)
+    assert (await preparation.thaw("acme", dataset.id)).frozen_as == ""
+    await service.delete("acme", dataset.id)
+    with pytest.raises(InvalidArgument, match="frozen_as"):
+        await preparation.freeze("acme", other.id, "Exam 1")
+
+
+async def test_a_frozen_set_of_another_project_says_nothing_here(world, service):
+    await world.base_models.add_tiny(world.objects)
+    dataset = await world.ready()
+    theirs = await service.create("other", "a.jsonl", "fine-tune", None, "")
+    await world.objects.put(theirs.staging_key, GOOD)
+    await service.commit_upload("other", theirs.id, theirs.staging_key, len(GOOD), sha(GOOD))
+    await world.validate()
+    await world.preparation().freeze("other", theirs.id, "exam")
+    assert (await settled_audit(world, dataset)).state is AuditState.READY
+
+
+async def test_what_is_known_of_a_pair_goes_with_its_files(world, service):
+    await world.base_models.add_tiny(world.objects)
+    exam, file = await world.ready(), await world.ready(SIXTY)
+    await world.preparation().freeze("acme", exam.id, "exam")
+    assert (await settled_audit(world, file)).state is AuditState.READY
+    assert (await world.store.overlap(exam.sha256, file.sha256)).count == 0
+    await service.delete("acme", file.id)
+    await world.sweep()
+    assert (await world.store.overlap(exam.sha256, file.sha256)).count is None
