@@ -224,6 +224,11 @@ STORE: dict[str, Case] = {
         "s3-keys/access-key",
     ),
     "store.region": (at("store.region", "eu-1"), env("models", "LATHE_STORE__REGION"), "eu-1"),
+    "store.publicEndpoint": (
+        merged(EXTERNAL, at("store.publicEndpoint", "https://files.example.com")),
+        env("datasets", "LATHE_DATASETS_STORE__PUBLIC_ENDPOINT"),
+        "https://files.example.com",
+    ),
     "store.secure": (EXTERNAL, env("models", "LATHE_STORE__SECURE"), "true"),
     "store.secure: off": (
         merged(EXTERNAL, at("store.secure", False)),

@@ -10,8 +10,10 @@ import uuid
 from collections.abc import AsyncIterator
 from contextlib import ExitStack
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 
+import httpx
 import pytest
 
 from lathe.common.errors import AlreadyExists, InvalidArgument, NotFound, OutOfRange, Unavailable
@@ -20,6 +22,7 @@ from lathe.common.objectstore.folder import FolderStore
 from lathe.common.objectstore.s3 import S3Config, S3Store
 from tests.fakes.objectstore import MemoryObjectStore
 from tests.fixtures.outages import store_server
+from tests.fixtures.relay import relay
 from tests.fixtures.servers import S3Endpoint
 
 MIB = 1024 * 1024
@@ -36,9 +39,11 @@ def store(request: pytest.FixtureRequest, tmp_path: Path) -> ObjectStore:
     return s3_store(s3, bucket)
 
 
-def s3_store(s3: S3Endpoint, bucket: str = "ready", **options: float) -> S3Store:
+def s3_store(
+    s3: S3Endpoint, bucket: str = "ready", *, public_url: str | None = None, **options: float
+) -> S3Store:
     """`ready` is there in every SeaweedFS that was started."""
-    config = S3Config(s3.endpoint, bucket, s3.access_key, s3.secret_key, secure=False)
+    config = S3Config(s3.endpoint, bucket, s3.access_key, s3.secret_key, secure=False, public_url=public_url)
     return S3Store(config, **options)  # type: ignore[arg-type]
 
 
@@ -111,6 +116,29 @@ async def test_a_stream_that_breaks_leaves_nothing(store: ObjectStore, size: int
         await store.put("staging/broken", broken())
     assert await store.head("staging/broken") is None
     assert await keys(store) == []
+
+
+async def test_a_store_that_clients_cannot_reach_signs_nothing(store: ObjectStore) -> None:
+    assert await store.presigned_put("staging/x/00000", timedelta(hours=1)) is None
+    with pytest.raises(InvalidArgument):
+        await store.presigned_put("../x", timedelta(hours=1))
+
+
+async def test_a_presigned_url_takes_one_key_until_it_expires(seaweedfs: S3Endpoint) -> None:
+    with relay(seaweedfs.endpoint) as public:
+        store = s3_store(seaweedfs, public_url=f"http://{public.address}")
+        url = await store.presigned_put("staging/x/00000", timedelta(seconds=2))
+        assert url is not None and url.startswith(f"http://{public.address}/ready/staging/x/00000?")
+        async with httpx.AsyncClient() as http:
+            assert (await http.put(url, content=b"one")).status_code == 200
+            assert await store.get("staging/x/00000") == b"one"
+            other = await http.put(url.replace("/00000?", "/00001?"), content=b"two")
+            assert other.status_code == 403
+            assert (await http.get(url)).status_code == 403
+            async with asyncio.timeout(10):
+                while (await http.put(url, content=b"late")).status_code == 200:  # noqa: ASYNC110
+                    await asyncio.sleep(0.2)
+    assert await store.head("staging/x/00001") is None
 
 
 async def test_if_absent_never_replaces(store: ObjectStore) -> None:

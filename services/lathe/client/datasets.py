@@ -13,6 +13,7 @@ from typing import IO
 
 from lathe.client.names import full_name
 from lathe.client.paging import pages
+from lathe.client.parts import PartsUpload, StoreOutOfReach
 from lathe.client.transport import Transport, new_request_id, pause
 from lathe.common.errors import (
     Aborted,
@@ -21,11 +22,14 @@ from lathe.common.errors import (
     InvalidArgument,
     OutOfRange,
     Unavailable,
+    Unimplemented,
 )
 from lathe.v1 import datasets_pb2 as pb
 from lathe.v1.datasets_pb2_grpc import DatasetsServiceStub
 
 CHUNK_BYTES = 1024 * 1024
+# Below it one stream is quicker than the calls about parts.
+PRESIGNED_FROM_BYTES = 8 * 1024 * 1024
 _SETTLED = frozenset({pb.DATASET_STATE_READY, pb.DATASET_STATE_ERROR})
 
 # (bytes sent so far, bytes altogether)
@@ -50,19 +54,58 @@ class Datasets:
     ) -> pb.Dataset:
         """Upload a file (a path) or its bytes; the answer is VALIDATING or further, see `wait`.
 
-        A connection that breaks is made again and the upload goes on where it was, until there was no progress for
-        the client's timeout. progress: called with (sent, all) bytes. Raises InvalidArgument for a file that cannot
-        be read, is too large or of an unknown purpose.
+        A large file goes in parts straight to the object store, where the platform offers that and the store can be
+        reached from here. A connection that breaks is made again and the upload goes on where it was, until there was
+        no progress for the client's timeout. progress: called with (sent, all) bytes. Raises InvalidArgument for a file
+        that cannot be read, is too large or of an unknown purpose.
         """
         content = _Content.of(source)
-        created = self._create(purpose, display_name or content.name)
+        name = display_name or content.name
+        if content.size >= PRESIGNED_FROM_BYTES:
+            done = self._in_parts(content, purpose, name, progress)
+            if done is not None:
+                return done
+        created = self._create(purpose, name)
         return _Upload(self._transport, self._stub, created.name, content, progress).run()
 
-    def _create(self, purpose: str, display_name: str) -> pb.Dataset:
+    def _in_parts(
+        self, content: _Content, purpose: str, display_name: str, progress: Progress | None
+    ) -> pb.Dataset | None:
+        """Straight to the object store; None where that is not offered, or the store is out of this client's reach."""
+        announced = pb.PartsAnnouncement(size_bytes=content.size, sha256=content.sha256, presigned=True)
+        try:
+            created = self._create(purpose, display_name, announced)
+        except FailedPrecondition as error:
+            if error.reason != "NO_PRESIGNED_PARTS":
+                raise
+            return None
+
+        def stored(size: int) -> None:
+            if progress is not None:
+                progress(size, content.size)
+
+        try:
+            return PartsUpload(
+                self._transport,
+                self._stub,
+                created.name,
+                size=content.size,
+                opened=content.opened,
+                progress=stored,
+            ).run()
+        except (StoreOutOfReach, Unimplemented):
+            # Or the platform is of the version before, which made a dataset for a stream.
+            self.delete(created.name)
+            return None
+
+    def _create(
+        self, purpose: str, display_name: str, in_parts: pb.PartsAnnouncement | None = None
+    ) -> pb.Dataset:
         request = pb.CreateDatasetRequest(
             parent=self._project,
             dataset=pb.Dataset(display_name=display_name, purpose=purpose),
             request_id=new_request_id(),
+            in_parts=in_parts,
         )
         return self._transport.call(self._stub.CreateDataset, request)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import ssl
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
@@ -58,6 +59,7 @@ class Transport:
 
     def __init__(self, address: str, api_key: str, *, tls: Tls | None, timeout: float) -> None:
         self.timeout = timeout
+        self._tls = tls
         self._metadata = (("authorization", f"Bearer {api_key}"),)
         options: list[tuple[str, Any]] = list(_OPTIONS)
         if tls is None:
@@ -72,6 +74,13 @@ class Transport:
                 f"The CA file {tls.ca_file} cannot be read: {error.strerror}."
             ) from error
         self.channel = grpc.secure_channel(address, grpc.ssl_channel_credentials(roots), options=options)
+
+    def tls_context(self) -> ssl.SSLContext:
+        """For what is reached by HTTPS beside the gateway: the system's authorities, and the platform's own."""
+        context = ssl.create_default_context()
+        if self._tls is not None and self._tls.ca_file is not None:
+            context.load_verify_locations(self._tls.ca_file)
+        return context
 
     def call(self, method: Callable[..., T], request: object, *, timeout: float | None = None) -> T:
         """Call, and again with growing waits while the platform is away. Raises LatheErrors.

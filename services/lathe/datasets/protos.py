@@ -166,7 +166,9 @@ def signed_pb(signed: SignedParts) -> pb.SignUploadPartsResponse:
         pb.SignedPart(number=part.number, offset=part.offset, size_bytes=part.size, url=url)
         for part, url in signed.parts
     ]
-    return pb.SignUploadPartsResponse(parts=parts, expire_time=_timestamp(signed.expire_time))
+    return pb.SignUploadPartsResponse(
+        parts=parts, expire_time=_timestamp(signed.expire_time), missing_bytes=signed.missing_bytes
+    )
 
 
 def audit_options(message: pb.AuditOptions) -> AuditOptions:

@@ -25,10 +25,11 @@ class PartTarget:
 
 @dataclass(frozen=True, slots=True)
 class SignedParts:
-    """Parts and the URL of each, which work until expire_time."""
+    """Parts and the URL of each, which work until expire_time. missing_bytes: of all that are missing."""
 
     parts: tuple[tuple[PlannedPart, str], ...]
     expire_time: datetime
+    missing_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,9 +88,12 @@ class UploadService:
         """URLs for missing parts. Raises NotFound, FailedPrecondition when the upload is over or nothing is signed."""
         session, dataset = await self._pending(project, dataset_id)
         expire_time = min(self.datasets.clock.now() + rules.URL_LIFE, session.expire_time)
-        left = rules.missing(session, await self._stored(dataset))[: rules.MAX_SIGNED]
-        signed = [(part, await self._signed(f"{dataset.staging_key}/{part.name}")) for part in left]
-        return SignedParts(tuple(signed), expire_time)
+        left = rules.missing(session, await self._stored(dataset))
+        signed = [
+            (part, await self._signed(f"{dataset.staging_key}/{part.name}"))
+            for part in left[: rules.MAX_SIGNED]
+        ]
+        return SignedParts(tuple(signed), expire_time, sum(part.size for part in left))
 
     async def complete(
         self, project: str, dataset_id: str, part_ids: Sequence[str], md5: str = ""

@@ -927,6 +927,9 @@ class SignUploadPartsResponse(message.Message):
 
     PARTS_FIELD_NUMBER: builtins.int
     EXPIRE_TIME_FIELD_NUMBER: builtins.int
+    MISSING_BYTES_FIELD_NUMBER: builtins.int
+    missing_bytes: builtins.int
+    """Of all missing parts together."""
     @builtins.property
     def parts(self) -> containers.RepeatedCompositeFieldContainer[SignedPart]:
         """Missing parts, at most 100 of them; none when all are stored."""
@@ -940,10 +943,11 @@ class SignUploadPartsResponse(message.Message):
         *,
         parts: abc.Iterable[SignedPart] | None = ...,
         expire_time: timestamp_pb2.Timestamp | None = ...,
+        missing_bytes: builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = typing.Literal["expire_time", b"expire_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["expire_time", b"expire_time", "parts", b"parts"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["expire_time", b"expire_time", "missing_bytes", b"missing_bytes", "parts", b"parts"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
