@@ -37,8 +37,9 @@ TICK_S = 1.0
 class LoopLimits:
     """max_sequences: sampled at once; max_waiting: accepted beyond them; stream_tokens: a reader's queue.
 
-    fused_tokens: how long the joined slices of a training pass may be. decode_steps: sampling's share, how many of
-    its steps go between two training passes while there is both to do.
+    fused_tokens: how long the joined slices of a training pass may be; fused_slowdown: how many times as long as alone
+    the oldest attempt may take for the others' sake. decode_steps: sampling's share, how many of its steps go between
+    two training passes while there is both to do.
     """
 
     max_sequences: int = 32
@@ -46,6 +47,7 @@ class LoopLimits:
     stream_tokens: int = 256
     prefill_tokens: int = 256
     fused_tokens: int = 320
+    fused_slowdown: float = 1.6
     decode_steps: int = 1
 
 
@@ -81,7 +83,13 @@ class ModelLoop:
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._waiting: deque[_Open] = deque()
         self._active: list[_Open] = []
-        self._trainer = Trainer(engine, clock, self._metrics, limits.fused_tokens)
+        self._trainer = Trainer(
+            engine,
+            clock,
+            self._metrics,
+            fused_tokens=limits.fused_tokens,
+            slowdown=limits.fused_slowdown,
+        )
         self._decoded = 0
         self._stopping = False
         self._lock = Lock()

@@ -129,6 +129,7 @@ async def _running(
         settings.max_sequences,
         settings.max_waiting,
         fused_tokens=settings.pass_tokens(),
+        fused_slowdown=settings.fused_slowdown,
         decode_steps=settings.decode_steps_per_pass,
     )
     try:

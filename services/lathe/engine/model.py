@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -359,46 +359,6 @@ class Progress:
     total_steps: int = 0
     notes: tuple[Note, ...] = ()
     dropped_checkpoints: tuple[int, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class Share:
-    """One attempt that waits for a pass: its order of arrival, tokens it had here so far, and those it waits for.
-
-    joins: whether its slice may share a pass (training slices may).
-    """
-
-    order: int
-    consumed: int
-    tokens: int
-    joins: bool = True
-
-
-def join(waiting: Sequence[Share], room: int) -> list[int]:
-    """Which of the waiting slices (at least one) are the next pass: the oldest attempt's, then others' by share.
-
-    Others are taken from the fewest tokens so far on, while the joined tokens stay within `room`; no slice is cut.
-    When the one with the fewest did not fit and has fallen more than `room` tokens behind the oldest, the pass is led
-    by that one: with slices that are too long to join, each attempt has its turn.
-    """
-
-    def served(index: int) -> tuple[int, int]:
-        return waiting[index].consumed, waiting[index].order
-
-    def led_by(first: int) -> list[int]:
-        chosen, joined = [first], waiting[first].tokens
-        for index in sorted(range(len(waiting)), key=served):
-            joins = waiting[first].joins and waiting[index].joins and index != first
-            if joins and joined + waiting[index].tokens <= room:
-                chosen.append(index)
-                joined += waiting[index].tokens
-        return chosen
-
-    oldest = min(range(len(waiting)), key=lambda index: waiting[index].order)
-    chosen = led_by(oldest)
-    last = min(range(len(waiting)), key=served)
-    behind = waiting[oldest].consumed - waiting[last].consumed
-    return led_by(last) if last not in chosen and behind > room else chosen
 
 
 class RankLost(Unavailable):

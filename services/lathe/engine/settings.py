@@ -55,6 +55,9 @@ class EngineSettings(ProcessSettings, service="engine"):
     fused_tokens: int | None = Field(
         None, ge=1, description="of several jobs' slices in one pass; train_tokens_per_slice if unset"
     )
+    fused_slowdown: float = Field(
+        1.6, gt=1, description="how many times as long as alone the oldest of several jobs may take"
+    )
     decode_steps_per_pass: int = Field(
         1,
         ge=1,

@@ -1,6 +1,6 @@
 """The training half of the model thread: attempts go on to their next request, and passes serve those requests.
 
-One turn is at most one pass. A pass joins whole slices of several attempts, chosen by `model.join`. What goes wrong in
+One turn is at most one pass. A pass joins whole slices of several attempts (see sharing.py). What goes wrong in
 a joined pass is found out by running its slices one by one, so that each attempt hears of its own errors alone.
 """
 
@@ -15,12 +15,13 @@ from typing import Any, Protocol
 from lathe.common.clock import Clock
 from lathe.common.errors import Internal, LatheError
 from lathe.common.metrics import Metrics
-from lathe.engine.model import AttemptEvent, Ended, Outcome, Share, Snapshot, StepMetrics, join, outcome_of
+from lathe.engine.model import AttemptEvent, Ended, Outcome, Snapshot, StepMetrics, outcome_of
 from lathe.engine.passes import is_out_of_memory
 from lathe.engine.ports import ModelVerbs
 from lathe.engine.recipes.turns import Blocked, Forward, Generate, Measure, Request, Score, Turns
 from lathe.engine.sampling import SamplingParams
 from lathe.engine.sequences import SequenceState
+from lathe.engine.sharing import PassCost, Share, join, most_credit, spare
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +42,10 @@ class Runnable(Protocol):
 
 @dataclass(slots=True)
 class _Training:
-    """One attempt. request: what it waits for; answer or error: what it goes on with when it waits for nothing."""
+    """One attempt. request: what it waits for; answer or error: what it goes on with when it waits for nothing.
+
+    credit: seconds that others may take while it is the oldest (see sharing.py).
+    """
 
     attempt_id: str
     run: Runnable
@@ -49,6 +53,7 @@ class _Training:
     emit: Callable[[AttemptEvent], None]
     order: int
     consumed: int
+    credit: float = 0.0
     suspended: bool = False
     blocked_until: float = float("-inf")
     request: Request | None = None
@@ -75,10 +80,17 @@ def forget_frames(error: BaseException) -> None:
 
 
 class Trainer:
-    """Belongs to the model thread. fused_tokens: how many tokens slices of several attempts may be in one pass."""
+    """Belongs to the model thread.
 
-    def __init__(self, engine: ModelVerbs, clock: Clock, metrics: Metrics, fused_tokens: int) -> None:
+    fused_tokens: how many tokens slices of several attempts may be in one pass. slowdown: how many times as long as
+    alone the oldest attempt may take beside others.
+    """
+
+    def __init__(
+        self, engine: ModelVerbs, clock: Clock, metrics: Metrics, *, fused_tokens: int, slowdown: float
+    ) -> None:
         self._engine, self._clock, self._metrics, self._room = engine, clock, metrics, fused_tokens
+        self._earns, self._cost = spare(slowdown), PassCost()
         self._attempts: list[_Training] = []
         self._arrivals = 0
 
@@ -121,15 +133,42 @@ class Trainer:
         for item in self._attempts:
             self._look_at_sequences(item)
         idle = [item for item in self._runnable() if item.request is None]
-        wrote = [self._go_on(item) for item in idle]
+        wrote = [self._charged(item) for item in idle]
         if any(wrote):
             # A snapshot may have taken as long as a pass: sampling comes first.
             return True
         waiting = [item for item in self._runnable() if isinstance(item.request, Forward | Score | Measure)]
         if waiting:
-            chosen = join([self._share(item) for item in waiting], self._room)
-            self._serve([waiting[index] for index in chosen])
+            self._next_pass(waiting)
         return bool(idle or waiting)
+
+    def _charged(self, item: _Training) -> bool:
+        """Lets it go on; what that takes is the oldest's own time, or taken from it."""
+        oldest, began = self._oldest(), self._clock.monotonic()
+        wrote = self._go_on(item)
+        seconds = self._clock.monotonic() - began
+        if oldest is not None:
+            oldest.credit += self._earns * seconds if item is oldest else -seconds
+        return wrote
+
+    def _oldest(self) -> _Training | None:
+        """The one that advances by a promise: one that waits for samples, or for time to pass, is held up by nobody."""
+        return next((item for item in self._runnable() if not isinstance(item.request, Generate)), None)
+
+    def _next_pass(self, waiting: Sequence[_Training]) -> None:
+        shares = [self._share(item) for item in waiting]
+        oldest = waiting[0]  # attempts stand in the order of their arrival
+        chosen = join(shares, self._room, self._cost, credit=oldest.credit, earns=self._earns)
+        items = [waiting[index] for index in chosen]
+        began = self._clock.monotonic()
+        self._serve(items)
+        seconds = self._clock.monotonic() - began
+        own = 0.0
+        if items[0] is oldest:
+            alone = self._cost.seconds(shares[0].tokens)
+            own = seconds if len(items) == 1 else min(seconds, alone)
+        credit = oldest.credit + self._earns * own - (seconds - own)
+        oldest.credit = min(credit, most_credit(shares, self._room, self._cost))
 
     def _runnable(self) -> list[_Training]:
         now = self._clock.monotonic()
@@ -192,7 +231,7 @@ class Trainer:
             return
         for item in items:
             try:
-                answer = self._pass(item.request)
+                answer = self._timed_pass(item.request)
             except Exception as error:
                 item.failed(error)
             else:
@@ -202,6 +241,7 @@ class Trainer:
     def _joined(self, items: Sequence[_Training]) -> bool:
         """Whether the joined pass went well; if not, the gradients are as they were before it."""
         requests = [item.request for item in items if isinstance(item.request, Forward)]
+        began = self._clock.monotonic()
         try:
             results = iter(self._engine.forward_backward([p for request in requests for p in request.pieces]))
         except Exception as error:
@@ -210,10 +250,19 @@ class Trainer:
             if is_out_of_memory(error):
                 self._room = sum(request.input_tokens for request in requests) // 2
             return False
+        seconds = self._clock.monotonic() - began
+        self._cost.learn(sum(request.input_tokens for request in requests), len(items), seconds)
         for item, request in zip(items, requests, strict=True):
             self._count(item)
             item.answered([replace(next(results), fused=True) for _ in request.pieces])
         return True
+
+    def _timed_pass(self, request: Request | None) -> Any:
+        began = self._clock.monotonic()
+        answer = self._pass(request)
+        if isinstance(request, Forward) and request.training:
+            self._cost.learn(request.input_tokens, 1, self._clock.monotonic() - began)
+        return answer
 
     def _pass(self, request: Request | None) -> Any:
         if isinstance(request, Score):
@@ -237,7 +286,8 @@ class Trainer:
             and request.training
             and all(self._engine.joins(piece.key) for piece in request.pieces)
         )
-        return Share(item.order, item.consumed, request.input_tokens, joins)
+        lengths = [len(row.tokens) for row in request.rows]
+        return Share(item.order, item.consumed, sum(lengths), len(lengths), max(lengths), joins)
 
     # Answers to held-out prompts: sequences that the loop samples beside the streams'.
 

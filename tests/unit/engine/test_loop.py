@@ -252,7 +252,7 @@ def test_a_blocked_attempt_is_let_alone_and_tried_again(
 def test_an_attempt_whose_wait_ends_while_the_loop_falls_asleep_is_not_forgotten(
     engine: FakeEngine, clock: FakeClock
 ) -> None:
-    trainer = Trainer(engine, clock, Metrics(), 100)  # type: ignore[arg-type]
+    trainer = Trainer(engine, clock, Metrics(), fused_tokens=100, slowdown=1.6)  # type: ignore[arg-type]
     trainer.start("att-1", Waits(engine, "waits", 1), lambda event: None)
     while trainer.turn():
         pass

@@ -237,7 +237,7 @@ def test_fused_with_a_supervised_job_each_is_as_alone(tmp_path: Path, make_engin
     )
     solo = {key: alone.told(*job, key) for key, job in jobs.items()}
     fused: dict[str, list[object]] = {key: [] for key in jobs}
-    trainer = Trainer(together.engine, FakeClock(), Metrics(), fused_tokens=400)
+    trainer = Trainer(together.engine, FakeClock(), Metrics(), fused_tokens=400, slowdown=1.6)
     for key, job in jobs.items():
         trainer.start(key, together.run(*job, key), fused[key].append)
     while trainer.turn():

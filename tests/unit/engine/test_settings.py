@@ -56,6 +56,15 @@ def test_a_joined_pass_is_no_longer_than_a_slice_if_nothing_else_is_said(
     assert (settings.pass_tokens(), settings.slice_tokens(), settings.decode_steps_per_pass) == (640, 320, 4)
 
 
+def test_the_oldest_job_may_not_be_promised_more_than_its_speed_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert EngineSettings.load().fused_slowdown == 1.6
+    monkeypatch.setenv("LATHE_ENGINE_FUSED_SLOWDOWN", "1")
+    with pytest.raises(InvalidArgument, match="fused_slowdown"):
+        EngineSettings.load()
+
+
 def test_a_typo_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LATHE_ENGINE_TREADS", "2")
     with pytest.raises(InvalidArgument, match="TREADS"):

@@ -6,25 +6,16 @@ import weakref
 from collections.abc import Sequence
 
 import pytest
-from hypothesis import example, given
-from hypothesis import strategies as st
 
 from lathe.common.errors import InvalidArgument, LatheError, ResourceExhausted
 from lathe.common.metrics import Metrics
 from lathe.engine.batch import CrossEntropy, TrainRow, TrainSlice
 from lathe.engine.lora_config import LoraSpec
-from lathe.engine.model import AttemptEvent, Ended, Outcome, Share, Snapshot, join
+from lathe.engine.model import AttemptEvent, Ended, Outcome, Snapshot
 from lathe.engine.recipes.turns import Turns, forward, generate, score
 from lathe.engine.training import Trainer
 from tests.fakes.clock import FakeClock
 from tests.fakes.engine import FakeEngine
-
-SHARES = st.lists(
-    st.builds(Share, st.integers(0, 99), st.integers(0, 500), st.integers(1, 100), st.booleans()),
-    min_size=1,
-    max_size=8,
-    unique_by=lambda share: share.order,
-)
 
 
 class Slices:
@@ -58,14 +49,23 @@ class Slices:
 
 
 class Bench:
-    def __init__(self, fused_tokens: int = 100) -> None:
-        self.engine = FakeEngine(self.before)
-        self.trainer = Trainer(self.engine, FakeClock(), Metrics(), fused_tokens)  # type: ignore[arg-type]
+    """A pass takes a second, and each of its slices a quarter of one for every ten tokens."""
+
+    def __init__(self, fused_tokens: int = 100, slowdown: float = 9.0) -> None:
+        self.engine, self.clock = FakeEngine(self.before), FakeClock()
+        self.trainer = Trainer(
+            self.engine,  # type: ignore[arg-type]
+            self.clock,
+            Metrics(),
+            fused_tokens=fused_tokens,
+            slowdown=slowdown,
+        )
         self.events: dict[str, list[AttemptEvent]] = {}
         self.refuse: dict[str, Exception] = {}
         self.no_room_for = 10**9
 
     def before(self, pieces: Sequence[TrainSlice]) -> None:
+        self.clock.tick(1 + sum(piece.input_tokens for piece in pieces) / 40)
         if sum(piece.input_tokens for piece in pieces) > self.no_room_for:
             raise MemoryError("no room")
         for piece in pieces:
@@ -90,52 +90,44 @@ def bench() -> Bench:
     return Bench()
 
 
-@given(SHARES, st.integers(1, 300))
-def test_a_pass_is_one_slice_or_training_slices_within_the_room(waiting: list[Share], room: int) -> None:
-    chosen = join(waiting, room)
-    assert len(set(chosen)) == len(chosen) >= 1
-    if len(chosen) > 1:
-        assert all(waiting[index].joins for index in chosen)
-        assert sum(waiting[index].tokens for index in chosen) <= room
-    # Nobody is left out who would have fitted.
-    left = [i for i in range(len(waiting)) if i not in chosen and waiting[i].joins]
-    if waiting[chosen[0]].joins:
-        joined = sum(waiting[index].tokens for index in chosen)
-        assert all(joined + waiting[index].tokens > room for index in left)
-
-
-@given(st.lists(st.integers(1, 100), min_size=2, max_size=5), st.integers(1, 300))
-@example([8, 34, 34, 10], 42)
-def test_nobody_waits_longer_than_it_takes_the_oldest_to_be_ahead(tokens: list[int], room: int) -> None:
-    consumed, waited = [0] * len(tokens), [0] * len(tokens)
-    for _ in range(300):
-        chosen = join([Share(i, consumed[i], tokens[i]) for i in range(len(tokens))], room)
-        for index in range(len(tokens)):
-            consumed[index] += tokens[index] if index in chosen else 0
-            waited[index] = 0 if index in chosen else waited[index] + 1
-        assert max(waited) <= len(tokens) * ((room + 2 * max(tokens)) // min(tokens) + 1)
-
-
-def test_one_that_is_far_behind_does_not_push_out_one_that_is_further() -> None:
-    # 41 joins the oldest, never one of 49: led by those, the passes would leave it out for ever.
-    waiting = [Share(1, 400, 40), Share(2, 100, 41), Share(3, 150, 49), Share(4, 150, 49)]
-    assert join(waiting, 89) == [0, 1]
-
-
-def test_the_oldest_is_in_every_pass_and_others_join_by_share() -> None:
-    waiting = [Share(3, 0, 40), Share(1, 50, 40), Share(2, 10, 40)]
-    assert join(waiting, 100) == [1, 0]
-    assert join(waiting, 120) == [1, 0, 2]
-    assert join(waiting, 79) == [1]
-    assert join([Share(1, 200, 40), Share(2, 50, 40)], 79) == [1]
-
-
 def test_small_slices_of_several_jobs_share_their_passes(bench: Bench) -> None:
     for name in ("a", "b", "c"):
         bench.start(name, *[30] * 3)
-    assert bench.passes() == ["a b c"] * 3
+    # Before any pass was measured nobody knows what joining costs the oldest.
+    assert bench.passes() == ["a", "a b c", "a b c", "b c"]
     assert all(isinstance(events[-1], Ended) for events in bench.events.values())
     assert bench.engine.adapter_keys() == ()
+
+
+def test_the_oldest_keeps_its_speed_whatever_the_others_bring() -> None:
+    bench = Bench(fused_tokens=50, slowdown=1.6)
+    bench.start("a", *[40] * 20)
+    bench.start("b", *[45] * 20)
+    bench.start("c", *[10] * 20)
+    while not bench.events["a"]:
+        bench.trainer.turn()
+    alone = 20 * 2.0
+    assert 1.4 * alone <= bench.clock.monotonic() <= 1.6 * alone
+    names = " ".join(call for call in bench.engine.calls if call.startswith("train")).split()
+    assert names.count("b") >= 4
+    assert names.count("c") >= 4
+
+
+def test_what_others_prepare_is_taken_from_their_time() -> None:
+    bench = Bench(slowdown=1.6)
+
+    class Prepares(Slices):
+        def turns(self) -> Turns[None]:
+            bench.clock.tick(10)
+            yield from super().turns()
+
+    bench.start("a", *[40] * 20)
+    bench.start("b", *[40] * 20, run=Prepares)
+    while not bench.events["a"]:
+        bench.trainer.turn()
+    assert bench.clock.monotonic() <= 1.6 * 20 * 2.0
+    joined = [call for call in bench.engine.calls if call.startswith("train")].index("train a b")
+    assert joined >= 10 / 0.6 / 2
 
 
 def test_slices_that_do_not_fit_together_take_turns() -> None:
@@ -183,7 +175,7 @@ def test_out_of_memory_together_is_tried_alone_and_later_passes_are_smaller(benc
     passes = bench.passes()
     assert [run.heard for run in runs] == [[], [], []]
     assert [run.step for run in runs] == [4, 4, 4]
-    assert passes[:3] == ["a", "b", "c"]
+    assert passes[:4] == ["a", "a", "b", "c"]
     assert max(len(one.split()) for one in passes) == 1
 
 
@@ -214,10 +206,10 @@ def test_what_a_failed_pass_held_is_free_when_the_next_one_runs() -> None:
                     raise MemoryError("no room") from error
 
     bench = Hungry()
-    runs = [bench.start(name, 30) for name in ("a", "b")]
+    runs = [bench.start("b", 30, 30), bench.start("a", 30)]
     bench.passes()
-    assert [len(run.heard) for run in runs] == [1, 0]
-    assert alive == {"a b": 0, "a": 0, "b": 0}
+    assert [len(run.heard) for run in runs] == [0, 1]
+    assert alive == {"b": 0, "b a": 0, "a": 0}
 
 
 class Asks(Slices):

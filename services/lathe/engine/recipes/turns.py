@@ -25,6 +25,10 @@ class Forward:
     training: bool = True
 
     @property
+    def rows(self) -> tuple[TrainRow, ...]:
+        return tuple(row for piece in self.pieces for row in piece.rows)
+
+    @property
     def input_tokens(self) -> int:
         return sum(piece.input_tokens for piece in self.pieces)
 
