@@ -98,6 +98,7 @@ def show(context: typer.Context, dataset: DATASET, as_json: JSON = False) -> Non
             ("state", state_word(found)),
             ("examples", str(found.report.example_count or "")),
             ("format", found.report.format),
+            ("written as", found.report.layout),
             ("size", size(found.size_bytes)),
             ("sha256", found.sha256),
             ("created", when(found.create_time)),

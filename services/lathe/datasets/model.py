@@ -13,7 +13,7 @@ from enum import StrEnum
 from lathe.common.errors import FailedPrecondition, FieldViolation, InvalidArgument, Unimplemented
 from lathe.datasets.operations import Preparation
 from lathe.text.findings import Finding, FindingGroup, Severity, Tally, kind_of, tally_of
-from lathe.text.formats import METHOD_FORMATS, RowFormat, described
+from lathe.text.formats import METHOD_FORMATS, Layout, RowFormat, described
 from lathe.text.rowindex import VERSION as INDEX_VERSION
 
 PURPOSES = ("fine-tune", "evals", "batch", "assistants", "vision", "user_data")
@@ -93,7 +93,7 @@ class Statistics:
 class Report:
     """What validation or an audit found: the first findings of `finding_count`. format: that of a training file's rows;
     None for other files, and where no row is a good one. groups: all findings by code, the gravest first. statistics:
-    an audit's."""
+    an audit's. layout: how the rows are written; validation's."""
 
     example_count: int = 0
     finding_count: int = 0
@@ -101,6 +101,7 @@ class Report:
     format: RowFormat | None = None
     groups: tuple[FindingGroup, ...] = ()
     statistics: Statistics | None = None
+    layout: Layout | None = None
 
     @property
     def has_errors(self) -> bool:
@@ -311,12 +312,15 @@ def check_format(method: str, report: Report) -> Finding | None:
     if found in wanted:
         return None
     fitting = " or ".join(name for name, formats in METHOD_FORMATS.items() if found in formats)
+    instead = (
+        f"Use the method {fitting}, or another file." if fitting else "No method trains on such files yet."
+    )
     return Finding(
         0,
         "",
         "wrong_format",
         f"The method {method} trains on a file in which each row is {' or '.join(map(described, wanted))}; in this one "
-        f"each is {described(found)}. Use the method {fitting}, or another file.",
+        f"each is {described(found)}. {instead}",
     )
 
 

@@ -65,6 +65,7 @@ def report_pb(report: Report) -> pb.ValidationReport:
         finding_count=report.finding_count,
         findings=[_finding_pb(finding) for finding in report.findings],
         format=report.format or "",
+        layout=report.layout or "",
         groups=[_group_pb(group) for group in report.groups],
         statistics=_statistics_pb(report.statistics) if report.statistics is not None else None,
     )

@@ -29,7 +29,7 @@ from lathe.datasets.model import (
 )
 from lathe.datasets.operations import from_json, to_json
 from lathe.text.findings import Finding, FindingGroup, tally_of
-from lathe.text.formats import RowFormat
+from lathe.text.formats import Layout, RowFormat
 
 metadata = sa.MetaData()
 
@@ -487,6 +487,7 @@ def _report(content: Mapping[str, Any]) -> Report:
     found = content.get("format")
     groups = content.get("groups")
     statistics = content.get("statistics")
+    layout = content.get("layout")
     return Report(
         content["example_count"],
         content["finding_count"],
@@ -496,6 +497,7 @@ def _report(content: Mapping[str, Any]) -> Report:
         if groups is None
         else tuple(FindingGroup(item["code"], item["count"], tuple(item["lines"])) for item in groups),
         None if statistics is None else _statistics(statistics),
+        Layout(layout) if layout else None,
     )
 
 

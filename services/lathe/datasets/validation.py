@@ -48,7 +48,14 @@ class TrainingRows:
 
     def report(self) -> Report:
         found = self._validator.finish()
-        return Report(found.rows, found.finding_count, found.findings, found.format, found.groups)
+        return Report(
+            example_count=found.rows,
+            finding_count=found.finding_count,
+            findings=found.findings,
+            format=found.format,
+            groups=found.groups,
+            layout=found.layout,
+        )
 
 
 class ObjectRows:
@@ -171,7 +178,7 @@ class Validation:
         if await self._store.is_claimed(found.sha256):
             raise Unavailable(f"An earlier copy of {dataset.name} is still being deleted.", retry_after=1)
         await self._make_blob(source, blob_key(found.sha256), found.size)
-        state = DatasetState.ERROR if report.finding_count else DatasetState.READY
+        state = DatasetState.ERROR if report.has_errors else DatasetState.READY
         await self._finish(dataset, state, found.sha256, report)
 
     async def _frozen(self, dataset: Dataset, parts: Sequence[str]) -> str | None:

@@ -226,7 +226,12 @@ def _join_parts(parts: Sequence[Any], field: str) -> str:
             raise RowError(where, "missing_content", f"a part must be an object, not {type_name(part)}")
         if part.get("type") != "text":
             kind = json.dumps(part.get("type"), ensure_ascii=False)
-            raise RowError(where, "missing_content", f"only parts of type text are supported, not {kind}")
+            raise RowError(
+                where,
+                "unsupported_content",
+                f"a part of type {kind} is no text; only text can be trained on and answered until there are models "
+                "that take more",
+            )
         if not isinstance(part.get("text"), str):
             raise RowError(f"{where}.text", "missing_content", "a text part needs a string under text")
         for key in part:

@@ -79,6 +79,11 @@ _ERRORS = {
     ),
     "invalid_label": ("a label is neither true nor false", _ROW),
     "invalid_prompt": ("a prompt does not end with a message to answer", _ROW),
+    "unsupported_format": ("rows of a kind that nothing here trains on", "Use a file of another format."),
+    "unsupported_content": (
+        "a message has a part that is no text, such as an image",
+        "Leave the row out, or only its text: models that see or hear are not there yet.",
+    ),
     "wrong_format": ("the method does not train on files of this format", "Choose the method that the message names."),
     "frozen_row": (
         "a row is in a frozen held-out set",
@@ -167,6 +172,10 @@ _WARNINGS = {
 }  # fmt: skip
 
 _NOTES = {
+    "unused_keys": (
+        "rows have keys that nothing is done with, such as an id",
+        "Nothing to do, if they are what you expect; rename what should be trained on.",
+    ),
     "split": (
         "a text is longer than the context limit and was split into several rows",
         "Nothing is lost; a higher limit keeps longer texts together.",

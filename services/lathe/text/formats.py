@@ -20,10 +20,12 @@ class Role(IntEnum):
 
 
 class RowFormat(StrEnum):
-    """What every row of one training file is.
+    """What every row of one training file is to a method, however it is written (see Layout).
 
-    CHAT: `messages`. PREFERENCE: `input`, `preferred_output`, `non_preferred_output`. UNPAIRED_PREFERENCE: `messages`,
-    or `prompt` and `completion`, with a `label`. COMPLETION: `prompt` and `completion`. TEXT: `text`.
+    CHAT: a conversation. PREFERENCE: a prompt and two answers, the better one and the other. UNPAIRED_PREFERENCE: an
+    answer with a verdict. COMPLETION: a prompt and its completion. TEXT: a text. REINFORCEMENT: a prompt and what a
+    grader needs to know. PAIR, SCORED_PAIR, TRIPLET, LABELLED_TEXT: texts for an encoder. No method trains on the last
+    five yet.
     """
 
     CHAT = "chat"
@@ -31,6 +33,23 @@ class RowFormat(StrEnum):
     UNPAIRED_PREFERENCE = "unpaired_preference"
     COMPLETION = "completion"
     TEXT = "text"
+    REINFORCEMENT = "reinforcement"
+    PAIR = "pair"
+    SCORED_PAIR = "scored_pair"
+    TRIPLET = "triplet"
+    LABELLED_TEXT = "labelled_text"
+
+
+class Layout(StrEnum):
+    """How rows are written: whose names they use. docs/data.md has a row of each."""
+
+    OPENAI = "openai"
+    TRL = "trl"
+    ALPACA = "alpaca"
+    SHAREGPT = "sharegpt"
+    QUESTION_ANSWER = "question_answer"
+    TEXT = "text"
+    SENTENCES = "sentences"
 
 
 def described(found: RowFormat) -> str:
@@ -44,6 +63,11 @@ _WORDS = {
     RowFormat.UNPAIRED_PREFERENCE: "an unpaired preference row (messages, or prompt and completion, with a label)",
     RowFormat.COMPLETION: "a completion row (prompt, completion)",
     RowFormat.TEXT: "a text row (text)",
+    RowFormat.REINFORCEMENT: "a reinforcement row (a prompt without an answer, and keys for a grader)",
+    RowFormat.PAIR: "a pair of texts (anchor, positive)",
+    RowFormat.SCORED_PAIR: "a pair of texts with a score or label (sentence1, sentence2, score)",
+    RowFormat.TRIPLET: "a triplet of texts (anchor, positive, negative)",
+    RowFormat.LABELLED_TEXT: "a text with a label (text, label)",
 }
 
 METHOD_FORMATS: dict[str, tuple[RowFormat, ...]] = {

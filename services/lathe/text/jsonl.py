@@ -9,12 +9,15 @@ from typing import overload
 from msgspec import Struct
 
 from lathe.text.errors import RowError
-from lathe.text.findings import Finding, FindingGroup, Tally
-from lathe.text.formats import RowFormat, described
+from lathe.text.findings import Finding, FindingGroup, Severity, Tally, kind_of
+from lathe.text.formats import Layout, RowFormat, described
 from lathe.text.rows import TrainingRow, parse_line
 
 MAX_LINE_BYTES = 16 << 20
 MIN_EXAMPLES = 10
+# Of the keys that are not used: so many are named, so much of each.
+_MAX_NAMED = 20
+_MAX_NAME = 40
 _BOM = b"\xef\xbb\xbf"
 
 
@@ -133,8 +136,9 @@ def _checked(line: Line, limit: int) -> tuple[int, bytes]:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """examples: rows without a finding. rows: lines that are not blank. findings: the first 20 of
-    finding_count. format: that of the good rows; None where there is none. groups: all findings by code."""
+    """examples: rows without an error. rows: lines that are not blank. findings: the first 20 of finding_count.
+    format: that of the good rows, layout: how the first of them is written; None where there is none. groups: all
+    findings by code."""
 
     examples: int
     rows: int
@@ -142,10 +146,12 @@ class Report:
     finding_count: int
     format: RowFormat | None
     groups: tuple[FindingGroup, ...] = ()
+    layout: Layout | None = None
 
     @property
     def valid(self) -> bool:
-        return self.finding_count == 0
+        """Whether the file can be trained on, as far as its rows tell."""
+        return not any(kind_of(group.code).severity is Severity.ERROR for group in self.groups)
 
 
 @dataclass(slots=True)
@@ -164,7 +170,8 @@ class Validator:
     _examples: int = field(default=0, init=False)
     _rows: int = field(default=0, init=False)
     _tally: Tally = field(default_factory=Tally, init=False)
-    _first: tuple[int, RowFormat] | None = field(default=None, init=False)
+    _first: tuple[int, RowFormat, Layout] | None = field(default=None, init=False)
+    _unused: dict[str, None] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
         self._splitter = LineSplitter(self.max_line_bytes)
@@ -184,9 +191,20 @@ class Validator:
                 f"but must have at least {self.min_examples} examples"
             )
             self._add(Finding(0, "", "invalid_n_examples", message))
-        found = self._first[1] if self._first is not None else None
+        if self._unused:
+            message = f"These keys of the rows are not used: {', '.join(self._unused)}"
+            self._add(Finding(0, "", "unused_keys", message))
+        _, found, layout = self._first or (0, None, None)
         tally = self._tally
-        return Report(self._examples, self._rows, tally.first(), tally.count, found, tally.groups())
+        return Report(
+            examples=self._examples,
+            rows=self._rows,
+            findings=tally.first(),
+            finding_count=tally.count,
+            format=found,
+            groups=tally.groups(),
+            layout=layout,
+        )
 
     def _check(self, line: Line) -> None:
         self._rows += 1
@@ -196,6 +214,8 @@ class Validator:
             self._add(Finding(line.number, error.field, error.code, error.detail))
             return
         self._examples += 1
+        if row.unused and len(self._unused) < _MAX_NAMED:
+            self._unused.update((key[:_MAX_NAME], None) for key in row.unused[:_MAX_NAMED])
         if self.on_row is not None:
             self.on_row(line, row)
 
@@ -208,8 +228,8 @@ class Validator:
             if line.ended or error.code not in ("invalid_json", "invalid_utf8"):
                 raise
             raise RowError("", error.code, f"{error.detail}; the file seems to stop half-way") from None
-        self._first = self._first or (line.number, row.format)
-        number, expected = self._first
+        self._first = self._first or (line.number, row.format, row.layout)
+        number, expected, _ = self._first
         if row.format is not expected:
             raise RowError(
                 "",

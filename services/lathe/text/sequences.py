@@ -16,18 +16,19 @@ from dataclasses import dataclass
 from datetime import datetime
 
 from lathe.text.errors import RowError
-from lathe.text.formats import Role, RowFormat
+from lathe.text.formats import Layout, Role, RowFormat
 from lathe.text.render import Example, RenderOptions, cut, render_whole
 from lathe.text.rows import TrainingRow
 from lathe.text.tokenizer import Tokenizer
 
 _FIELDS = {
-    RowFormat.PREFERENCE: ("preferred_output", "non_preferred_output"),
     RowFormat.COMPLETION: ("completion",),
     RowFormat.TEXT: ("text",),
     RowFormat.UNPAIRED_PREFERENCE: ("",),
 }
 """Where a finding about the n-th sequence of a row stands; in chat rows the finding itself knows."""
+_OPENAI_OUTPUTS = ("preferred_output", "non_preferred_output")
+_OUTPUTS = ("chosen", "rejected")
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,10 +63,10 @@ def _tokenised(
     row: TrainingRow, wholes: Sequence[Example | RowError], options: RenderOptions
 ) -> Tokenised | RowError:
     try:
-        fitted = [_fitted(whole, row.format, index, options) for index, whole in enumerate(wholes)]
+        fitted = [_fitted(whole, row, index, options) for index, whole in enumerate(wholes)]
         if row.format is RowFormat.PREFERENCE:
             ((chosen,), (rejected,)) = fitted
-            _check_pair(chosen, rejected, options)
+            _check_pair(chosen, rejected, row.layout, options)
     except RowError as error:
         return error
     return Tokenised(
@@ -79,18 +80,19 @@ def _tokenised(
     )
 
 
-def _fitted(whole: Example | RowError, found: RowFormat, index: int, options: RenderOptions) -> list[Example]:
+def _fitted(whole: Example | RowError, row: TrainingRow, index: int, options: RenderOptions) -> list[Example]:
     """The sequence within the limit. Raises RowError, placed where the sequence stands in its row."""
     try:
         if isinstance(whole, RowError):
             raise whole
-        if found is RowFormat.TEXT and options.truncation == "end":
+        if row.format is RowFormat.TEXT and options.truncation == "end":
             return list(split(whole, options.context_limit))
         return [cut(whole, options)]
     except RowError as error:
-        if found is RowFormat.CHAT:
+        if row.format is RowFormat.CHAT:
             raise
-        raise RowError(_FIELDS[found][index], error.code, error.detail) from None
+        fields = _outputs(row.layout) if row.format is RowFormat.PREFERENCE else _FIELDS[row.format]
+        raise RowError(fields[index], error.code, error.detail) from None
 
 
 def split(whole: Example, limit: int) -> Iterator[Example]:
@@ -105,19 +107,23 @@ def split(whole: Example, limit: int) -> Iterator[Example]:
         yield Example(tokens, mask, 0, sum(mask), whole.boundary_stable)
 
 
-def _check_pair(chosen: Example, rejected: Example, options: RenderOptions) -> None:
+def _outputs(layout: Layout) -> tuple[str, str]:
+    return _OPENAI_OUTPUTS if layout is Layout.OPENAI else _OUTPUTS
+
+
+def _check_pair(chosen: Example, rejected: Example, layout: Layout, options: RenderOptions) -> None:
     """Raises RowError where the two do not answer the same prompt, or are the same within the limit."""
     edge = chosen.mask.index(1)
     if rejected.mask.index(1) != edge or rejected.tokens[:edge] != chosen.tokens[:edge]:
         raise RowError(
-            "input",
+            "input" if layout is Layout.OPENAI else "prompt",
             "turn_not_maskable",
             "with this base model's chat template the prompt differs between the two outputs, so it cannot be told "
             "which tokens to compare",
         )
     if chosen.tokens == rejected.tokens:
         raise RowError(
-            "non_preferred_output",
+            _outputs(layout)[1],
             "identical_outputs",
-            f"is the same as preferred_output within the limit of {options.context_limit} tokens",
+            f"is the same as {_outputs(layout)[0]} within the limit of {options.context_limit} tokens",
         )

@@ -351,13 +351,16 @@ class ValidationReport(message.Message):
     FORMAT_FIELD_NUMBER: builtins.int
     GROUPS_FIELD_NUMBER: builtins.int
     STATISTICS_FIELD_NUMBER: builtins.int
+    LAYOUT_FIELD_NUMBER: builtins.int
     example_count: builtins.int
     finding_count: builtins.int
     """How many findings there are; the first 20 are listed, the gravest first."""
     format: builtins.str
-    """What the rows of a fine-tune file are: chat, preference, unpaired_preference, completion or text. Empty for files
-    of another purpose, and where no row is a good one.
+    """What the rows of a fine-tune file are: chat, preference, unpaired_preference, completion, text, reinforcement, pair,
+    scored_pair, triplet or labelled_text. Empty for files of another purpose, and where no row is a good one.
     """
+    layout: builtins.str
+    """Of a validation: how the rows are written: openai, trl, alpaca, sharegpt, question_answer, text or sentences."""
     @builtins.property
     def findings(self) -> containers.RepeatedCompositeFieldContainer[Finding]: ...
     @builtins.property
@@ -377,10 +380,11 @@ class ValidationReport(message.Message):
         format: builtins.str = ...,
         groups: abc.Iterable[FindingGroup] | None = ...,
         statistics: Statistics | None = ...,
+        layout: builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = typing.Literal["statistics", b"statistics"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["example_count", b"example_count", "finding_count", b"finding_count", "findings", b"findings", "format", b"format", "groups", b"groups", "statistics", b"statistics"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["example_count", b"example_count", "finding_count", b"finding_count", "findings", b"findings", "format", b"format", "groups", b"groups", "layout", b"layout", "statistics", b"statistics"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -86,7 +86,7 @@ def test_deprecated_functions_become_tools() -> None:
         (row({**USER, "content": 7}, ANSWER), "missing_content", "messages[0].content"),
         (
             row({**USER, "content": [{"type": "image_url"}]}, ANSWER),
-            "missing_content",
+            "unsupported_content",
             "messages[0].content[0]",
         ),
         (row(USER), "example_missing_assistant_message", "messages"),
