@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from lathe.cli import exits
+from lathe.cli import datasets_rows, exits
 from lathe.cli.connection import client_of
 from lathe.cli.dataset_report import say_report
 from lathe.cli.output import (
@@ -103,6 +103,8 @@ def show(context: typer.Context, dataset: DATASET, as_json: JSON = False) -> Non
             ("sha256", found.sha256),
             ("created", when(found.create_time)),
             ("expires", when(found.expire_time)),
+            ("made by", datasets_rows.said(found.preparation)),
+            ("frozen as", found.frozen_as),
         )
     )
     say_report(found.report, found.state == pb.DATASET_STATE_READY)
@@ -143,6 +145,9 @@ def delete(context: typer.Context, dataset: DATASET, as_json: JSON = False) -> N
         print_json({"deleted": dataset})
     else:
         note(f"{dataset} is deleted.")
+
+
+datasets_rows.register(app)
 
 
 def last_id(dataset: pb.Dataset) -> str:

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from lathe.client.names import full_name
 from lathe.client.paging import pages
 from lathe.client.parts import PartsUpload, StoreOutOfReach
+from lathe.client.rows import Rows
 from lathe.client.transport import Transport, new_request_id, pause
 from lathe.common.errors import (
     Aborted,
@@ -36,13 +36,8 @@ _SETTLED = frozenset({pb.DATASET_STATE_READY, pb.DATASET_STATE_ERROR})
 Progress = Callable[[int, int], None]
 
 
-class Datasets:
+class Datasets(Rows):
     """The datasets of the caller's project."""
-
-    def __init__(self, transport: Transport, project: str) -> None:
-        self._transport = transport
-        self._project = project
-        self._stub = DatasetsServiceStub(transport.channel)
 
     def upload(
         self,
@@ -148,9 +143,6 @@ class Datasets:
     def delete(self, name: str) -> None:
         """Raises NotFound."""
         self._transport.call(self._stub.DeleteDataset, pb.DeleteDatasetRequest(name=self._name(name)))
-
-    def _name(self, name: str) -> str:
-        return full_name(self._project, "datasets", name)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,27 @@
+"""How lines are named on the command line, and how an operation is told."""
+
+import pytest
+
+from lathe.cli.datasets_rows import parsed_lines, said
+from lathe.client.rows import split_operation
+from lathe.common.errors import InvalidArgument
+from lathe.v1 import datasets_pb2 as pb
+
+
+def test_lines_and_ranges() -> None:
+    assert parsed_lines("3, 17,40-42,41") == [3, 17, 40, 41, 42]
+    for wrong in ("", "a", "3-", "-3", "3,,4", "3-x"):
+        with pytest.raises(InvalidArgument, match="3,17,40-52"):
+            parsed_lines(wrong)
+    with pytest.raises(InvalidArgument, match="more than 10000"):
+        parsed_lines("1-999999999999")
+
+
+def test_an_operation_reads_as_a_line() -> None:
+    parents = [pb.DatasetParent(name="projects/p/datasets/file-1")]
+    split = split_operation(fraction=0.5, seed=3, stratify_by="answer")
+    made = pb.DatasetPreparation(parents=parents, operation=split, part="train")
+    assert said(made) == "split of file-1 (train): seed 3, fraction 0.5, stratify_by answer"
+    deduped = pb.DatasetOperation(dedupe=pb.DedupeRows())
+    assert said(pb.DatasetPreparation(parents=parents, operation=deduped)) == "dedupe of file-1"
+    assert said(pb.DatasetPreparation()) == ""
