@@ -27,6 +27,9 @@ from lathe.jobs.model import (
 )
 from lathe.jobs.training import TrainingSpec
 
+# The reason of the error for a job that only a replica of a newer version can read.
+NEWER_JOB = "NEWER_JOB"
+
 
 @dataclass(frozen=True, slots=True)
 class FileFinding:
@@ -253,7 +256,10 @@ class Launcher(Protocol):
 
 
 class JobSession(Protocol):
-    """The tables within one transaction."""
+    """The tables within one transaction.
+
+    Whatever reads a job raises Unavailable (reason NEWER_JOB) for one of a newer format than this version knows.
+    """
 
     async def add_job(self, job: Job, request_id: str, events: Sequence[NewEvent]) -> None:
         """Raises AlreadyExists if the project used the request_id before."""
@@ -265,6 +271,10 @@ class JobSession(Protocol):
         """lock: nobody else writes the row until the transaction ends."""
         ...
 
+    async def job_state(self, job_id: str) -> str | None:
+        """As it is written, of a job of any format."""
+        ...
+
     async def save(self, before: Job, after: Job, events: Sequence[NewEvent] = ()) -> Job:
         """Write `after` over `before` and append events.
 
@@ -273,7 +283,7 @@ class JobSession(Protocol):
         ...
 
     async def jobs_in(self, states: Sequence[JobState]) -> Sequence[Job]:
-        """Of every project, oldest first."""
+        """Of every project, oldest first; without those of a newer format, which are for replicas that know it."""
         ...
 
     async def list_jobs(

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 
 from lathe.common.clock import Clock
-from lathe.common.errors import Aborted, FailedPrecondition, FieldViolation, InvalidArgument
+from lathe.common.errors import Aborted, FailedPrecondition, FieldViolation, InvalidArgument, Unavailable
 from lathe.common.ids import IdFactory
 from lathe.common.metrics import Metrics
 from lathe.common.trainingconfig import CONFIG_VERSION
@@ -34,7 +34,7 @@ from lathe.jobs.model import (
     Place,
     WeightComparison,
 )
-from lathe.jobs.ports import JobSession, JobStore
+from lathe.jobs.ports import NEWER_JOB, JobSession, JobStore
 from lathe.jobs.progress import Progress, ReportedCheckpoint, estimate, note_events, progressed
 from lathe.jobs.quotas import Quotas
 from lathe.jobs.transitions import Trigger
@@ -44,7 +44,7 @@ log = logging.getLogger(__name__)
 LEASE_LOST = "LEASE_LOST"
 ENGINE_UNKNOWN = "ENGINE_UNKNOWN"
 
-_DIRECTIVES = {
+_DIRECTIVES: Mapping[str, Action] = {
     JobState.CANCELLING: Action.CANCEL,
     JobState.PAUSING: Action.PAUSE,
     JobState.PREEMPTING: Action.PREEMPT,
@@ -365,7 +365,12 @@ async def lose(
 
     expired_at: only if the lease has not been renewed since `attempt` was read. False if nothing was done.
     """
-    job = await session.job(attempt.job_id, lock=True)
+    try:
+        job = await session.job(attempt.job_id, lock=True)
+    except Unavailable as error:
+        if error.reason != NEWER_JOB:
+            raise
+        return False  # its end is for a replica that can read it
     now = clock.now()
     done = replace(attempt, outcome=Outcome.LOST, end_time=now, error=JobError("lease_lost", why))
     guard = attempt.lease_expire_time if expired_at else None
@@ -493,5 +498,5 @@ async def _renew(
         return Action.LEASE_LOST
     if not await session.renew(attempt_id, token, expire):
         return Action.LEASE_LOST
-    job = await session.job(attempt.job_id)
-    return _DIRECTIVES.get(job.state) if job is not None else Action.LEASE_LOST
+    state = await session.job_state(attempt.job_id)
+    return _DIRECTIVES.get(state) if state is not None else Action.LEASE_LOST

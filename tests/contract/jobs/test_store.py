@@ -15,7 +15,7 @@ from sqlalchemy import select, text, update
 
 from lathe.common.clock import SystemClock
 from lathe.common.db import Database, migrate, schema_state
-from lathe.common.errors import Aborted, AlreadyExists
+from lathe.common.errors import Aborted, AlreadyExists, Unavailable
 from lathe.jobs.model import (
     DEFAULT_CLASS,
     AdapterObject,
@@ -41,6 +41,7 @@ from lathe.jobs.progress import Note
 from lathe.jobs.store import SqlJobStore, tables
 from lathe.jobs.store.tables import metadata
 from lathe.jobs.training import Hyperparameters, Method, TrainingSpec
+from lathe.jobs.workers import Beat
 from tests.fakes.clock import FakeClock
 from tests.fakes.ids import FakeIds
 from tests.fakes.jobs import BASE, World, measured
@@ -168,6 +169,33 @@ async def test_the_version_before_finds_what_it_knows(world: World, db: Database
         "cosine",
     )
     assert (found.parent_model, found.comparison, found.compute) == ("", None, ComputeSpec("gpu", True))
+
+
+async def test_a_job_of_a_newer_format_is_left_to_newer_replicas(world: World, db: Database) -> None:
+    """As in the middle of an upgrade: what this version cannot read it neither tells, nor ends, nor fails."""
+    lease = await world.leased()
+    newer, plain = lease.job, await world.create()
+    async with db.write() as connection:
+        changed = update(tables.jobs).where(tables.jobs.c.id == newer.id)
+        body = {"method": {"of": "the next version"}}
+        await connection.execute(changed.values(format=2, body=body))
+
+    async with world.store.read() as session:
+        leased = await session.jobs_in([JobState.STARTING, JobState.RUNNING])
+        waiting = await session.jobs_in([JobState.VALIDATING_FILES])
+    assert (list(leased), [job.id for job in waiting]) == ([], [plain.id])
+    for work in (world.service.get("acme", newer.id), world.report(lease, 1)):
+        with pytest.raises(Unavailable, match="newer version") as caught:
+            await work
+        assert caught.value.reason == "NEWER_JOB"
+    # Its engine keeps the lease through this replica too.
+    answer = await world.workers.heartbeat(Beat("eng-a", [(lease.attempt.id, lease.attempt.lease_token)]))
+    assert list(answer.directives) == []
+    await world.pass_time(40, step=5)
+    async with world.store.read() as session:
+        attempt = await session.attempt(lease.attempt.id)
+        assert attempt is not None and attempt.outcome is None
+        assert await session.job_state(newer.id) == "starting"
 
 
 async def test_a_request_id_is_used_once_per_project(world: World) -> None:

@@ -8,6 +8,7 @@ from dataclasses import asdict, fields
 from datetime import datetime
 from typing import Any
 
+from lathe.common.errors import Unavailable
 from lathe.jobs import model
 from lathe.jobs.model import (
     AdapterObject,
@@ -32,6 +33,7 @@ from lathe.jobs.model import (
     TokenObject,
     WeightComparison,
 )
+from lathe.jobs.ports import NEWER_JOB
 from lathe.jobs.training import Hyperparameters, Method, TrainingSpec
 
 Row = Mapping[str, Any]
@@ -39,6 +41,9 @@ Row = Mapping[str, Any]
 _JOB_COLUMNS = frozenset(
     {"id", "project", "state", "lease_token", "version", "event_sequence", "create_time"}
 )
+# The highest format of a job that this version knows. A version that adds what the one before must not overlook (a
+# method, a state) raises it and writes it, in the column `format`, for the jobs that have it.
+JOB_FORMAT = 1
 # What version 0.1 knows of a job is in `body`, all else in `extra`: it reads a member of a member that it does not know
 # as an error, and drops a member that it does not know when it writes the body.
 _EXTRA = frozenset({"parent_model", "rerun_of", "halvings", "compare_with", "comparison"})
@@ -135,6 +140,14 @@ def job_values(job: Job) -> dict[str, Any]:
 
 
 def job(row: Row) -> Job:
+    """Raises Unavailable for a job that only a newer version can read: its replicas answer."""
+    if row["format"] > JOB_FORMAT:
+        raise Unavailable(
+            f"projects/{row['project']}/jobs/{row['id']} was written by a newer version than this replica of jobs has; "
+            "ask again, and finish the upgrade.",
+            reason=NEWER_JOB,
+            retry_after=1.0,
+        )
     known = {item.name for item in fields(Job)}
     # A body that a newer version wrote may have members that this one does not know: leave them out.
     body = {key: value for key, value in row["body"].items() if key in known}

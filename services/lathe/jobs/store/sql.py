@@ -118,6 +118,11 @@ class _Jobs(_Base):
         row = await self._first(query.with_for_update() if lock else query)
         return rows.job(row) if row is not None else None
 
+    async def job_state(self, job_id: str) -> str | None:
+        query = select(t.jobs.c.state).where(t.jobs.c.id == job_id)
+        found: str | None = (await self._connection.execute(query)).scalar_one_or_none()
+        return found
+
     async def save(self, before: Job, after: Job, events: Sequence[NewEvent] = ()) -> Job:
         saved = replace(after, version=before.version + 1, event_sequence=before.event_sequence + len(events))
         values = rows.job_values(saved) | {"event_sequence": saved.event_sequence}
@@ -139,7 +144,7 @@ class _Jobs(_Base):
     async def jobs_in(self, states: Sequence[JobState]) -> Sequence[Job]:
         query = (
             select(t.jobs)
-            .where(t.jobs.c.state.in_([str(state) for state in states]))
+            .where(t.jobs.c.state.in_([str(state) for state in states]), t.jobs.c.format <= rows.JOB_FORMAT)
             .order_by(t.jobs.c.create_time, t.jobs.c.id)
         )
         return [rows.job(row) for row in await self._all(query)]

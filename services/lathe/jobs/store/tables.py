@@ -38,6 +38,8 @@ jobs = Table(
     Column("body", JSON, nullable=False),
     # What the version before this one does not know of a job; it leaves the column as it is.
     Column("extra", JSON(none_as_null=True)),
+    # What a replica must know to act on the job; see JOB_FORMAT. One that knows less leaves it alone.
+    Column("format", Integer, nullable=False, server_default="1"),
     UniqueConstraint("project", "request_id", name="jobs_request_id"),
 )
 Index("jobs_by_project", jobs.c.project, jobs.c.create_time, jobs.c.id)
