@@ -5,17 +5,18 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import uuid
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 import pytest
 from pydantic import SecretStr
 
 from lathe.accounts import main as accounts_main
 from lathe.accounts.settings import AccountsSettings
-from lathe.client import Client
+from lathe.client import Client, parts
 from lathe.client import datasets as client_datasets
 from lathe.client.parts import PartsUpload
 from lathe.common.errors import FailedPrecondition, InvalidArgument
@@ -114,20 +115,26 @@ async def platform(
 
 
 async def test_a_large_file_goes_straight_to_the_store_though_its_connections_break(
-    platform: Platform,
+    platform: Platform, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[int] = []
+    limited, began = parts._limited, list[int]()
 
-    def progress(sent: int, size: int) -> None:
-        seen.append(sent)
-        if len(seen) == 1:
-            platform.public.cut()
+    def cut_in_the_second_part(file: IO[bytes], size: int) -> Iterator[bytes]:
+        began.append(size)
+        second = len(began) == 2
+        for block in limited(file, size):
+            yield block
+            if second:
+                platform.public.cut()
 
-    done = await platform.upload(DATA, progress)
+    monkeypatch.setattr(parts, "_AT_ONCE", 1)
+    monkeypatch.setattr(parts, "_limited", cut_in_the_second_part)
+    done = await platform.upload(DATA, lambda sent, size: seen.append(sent))
     assert (done.state, done.size_bytes) == (pb.DATASET_STATE_READY, len(DATA))
     assert done.sha256 == hashlib.sha256(DATA).hexdigest()
     assert seen[-1] == len(DATA) and seen == sorted(seen)
-    assert platform.public.connections > 4
+    assert len(began) == 5
     assert await platform.store.get(f"blobs/{done.sha256}") == DATA
     assert await platform.keys("staging/") == []
 
