@@ -42,6 +42,7 @@ from lathe.jobs.ports import (
 from lathe.jobs.progress import Progress
 from lathe.jobs.quotas import Quotas
 from lathe.jobs.reconciler import Reconciler
+from lathe.jobs.reports import Completion, ReportsService
 from lathe.jobs.requests import JobRequest
 from lathe.jobs.service import JobsService
 from lathe.jobs.sharedclock import SharedClock
@@ -49,7 +50,7 @@ from lathe.jobs.steps import JobSteps
 from lathe.jobs.store import SqlJobStore
 from lathe.jobs.store.tables import metadata
 from lathe.jobs.training import Method
-from lathe.jobs.workers import Completion, Lease, Registration, WorkersService
+from lathe.jobs.workers import Lease, Registration, WorkersService
 from tests.fakes.clock import FakeClock
 from tests.fakes.ids import FakeIds
 
@@ -246,6 +247,7 @@ class World:
         self.workers = WorkersService(
             self.store, quotas, changes, self.contact, self.clock, self.ids, metrics, classes=self.classes
         )
+        self.reports = ReportsService(self.store, changes, self.clock, self.ids)
         self.reconciler = Reconciler(
             self.store,
             self.launcher,
@@ -303,7 +305,7 @@ class World:
     async def report(self, lease: Lease, *steps: int, **fields: object) -> None:
         rows = [measured(step) for step in steps]
         progress = Progress(lease.attempt.id, lease.attempt.lease_token, rows, total_steps=10)
-        await self.workers.report(dataclasses.replace(progress, **fields))  # type: ignore[arg-type]
+        await self.reports.report(dataclasses.replace(progress, **fields))  # type: ignore[arg-type]
 
     async def complete(self, lease: Lease, outcome: Outcome, **fields: object) -> None:
         final = AdapterObject(f"{lease.attempt.prefix}final", "f" * 64)
@@ -313,7 +315,7 @@ class World:
             outcome,
             final if outcome is Outcome.SUCCEEDED else None,
         )
-        await self.workers.complete(dataclasses.replace(done, **fields))  # type: ignore[arg-type]
+        await self.reports.complete(dataclasses.replace(done, **fields))  # type: ignore[arg-type]
 
     async def pass_time(self, seconds: float, step: float = 1.0) -> None:
         """Reconcile every `step` seconds of it."""

@@ -31,6 +31,7 @@ from lathe.jobs.policy import Limits
 from lathe.jobs.ports import Launcher
 from lathe.jobs.quotas import Quotas
 from lathe.jobs.reconciler import Reconciler
+from lathe.jobs.reports import ReportsService
 from lathe.jobs.service import JobsService
 from lathe.jobs.servicer import JobsInternalServicer, JobsServicer, WorkerServicer
 from lathe.jobs.settings import JobsSettings, KubernetesSettings
@@ -86,6 +87,7 @@ async def running(
         gangs = Gangs(settings.max_workers, starts_engines=limits.can_launch)
         service = JobsService(store, accounts, models, datasets, changes, clock, ids, classes, gangs)
         workers = WorkersService(store, quotas, changes, contact, clock, ids, metrics, terms, classes)
+        reports = ReportsService(store, changes, clock, ids)
         directory = EngineDirectory(store, models, changes, contact, clock, limits, classes)
 
         engines = EngineProbe(store, clock)
@@ -97,7 +99,9 @@ async def running(
                 "lathe.v1.JobsInternalService",
             ),
             Registration(
-                add_WorkerServiceServicer_to_server, WorkerServicer(workers), "lathe.v1.WorkerService"
+                add_WorkerServiceServicer_to_server,
+                WorkerServicer(workers, reports),
+                "lathe.v1.WorkerService",
             ),
             diagnosis("jobs", machine_clock, database_probe(db, PACKAGE, machine_clock), engines.probe),
         ]

@@ -10,7 +10,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 
 from lathe.common import names
 from lathe.common.errors import FieldViolation, InvalidArgument, NotFound
-from lathe.jobs import model, progress, trainingprotos, workers
+from lathe.jobs import model, progress, reports, trainingprotos, workers
 from lathe.jobs.model import (
     AdapterObject,
     Checkpoint,
@@ -279,14 +279,14 @@ def _plan(plan: worker_pb2.SlicePlan) -> SlicePlan:
     return SlicePlan(plan.train_tokens_per_slice, plan.threads, plan.dtype, plan.device)
 
 
-def completion(request: worker_pb2.CompleteAttemptRequest) -> workers.Completion:
+def completion(request: worker_pb2.CompleteAttemptRequest) -> reports.Completion:
     """Raises InvalidArgument for an unknown outcome."""
     outcome = _OUTCOMES.get(request.outcome)
     if outcome is None:
         raise _invalid("outcome", "outcome is required.")
     final = request.final_adapter
     error = request.error
-    return workers.Completion(
+    return reports.Completion(
         attempt_id=request.attempt_id,
         lease_token=request.lease_token,
         outcome=outcome,

@@ -16,6 +16,7 @@ from lathe.common.rpc.principal import Role, current_caller, require_project, re
 from lathe.jobs import protos
 from lathe.jobs.directory import EngineDirectory
 from lathe.jobs.ports import User
+from lathe.jobs.reports import ReportsService
 from lathe.jobs.service import JobsService
 from lathe.jobs.workers import WorkersService
 from lathe.v1 import jobs_pb2 as pb
@@ -151,8 +152,8 @@ class JobsInternalServicer(pb_grpc.JobsInternalServiceServicer):
 class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
     """What engines call."""
 
-    def __init__(self, workers: WorkersService) -> None:
-        self._workers = workers
+    def __init__(self, workers: WorkersService, reports: ReportsService) -> None:
+        self._workers, self._reports = workers, reports
 
     async def Register(
         self, request: worker_pb2.RegisterRequest, context: ServicerContext
@@ -186,13 +187,13 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
     async def ReportProgress(
         self, request: worker_pb2.ReportProgressRequest, context: ServicerContext
     ) -> worker_pb2.ReportProgressResponse:
-        await self._workers.report(protos.progress_of(request))
+        await self._reports.report(protos.progress_of(request))
         return worker_pb2.ReportProgressResponse()
 
     async def CompleteAttempt(
         self, request: worker_pb2.CompleteAttemptRequest, context: ServicerContext
     ) -> worker_pb2.CompleteAttemptResponse:
-        await self._workers.complete(protos.completion(request))
+        await self._reports.complete(protos.completion(request))
         return worker_pb2.CompleteAttemptResponse()
 
     async def Deregister(

@@ -12,7 +12,8 @@ from lathe.jobs.gangs import Gangs
 from lathe.jobs.launchers.processes import gang_variables
 from lathe.jobs.model import ComputeSpec, Job, JobState, Outcome
 from lathe.jobs.ports import EngineLaunch
-from lathe.jobs.workers import Beat, Completion, Lease
+from lathe.jobs.reports import Completion
+from lathe.jobs.workers import Beat, Lease
 from lathe.v1 import jobs_pb2, worker_pb2
 from tests.fakes.jobs import USER, World, a_world
 
@@ -118,7 +119,7 @@ def test_an_engine_learns_of_its_workers_only_if_it_has_some() -> None:
 
 async def test_a_lost_worker_is_a_lost_lease_and_the_job_goes_on_elsewhere_at_once(world: World) -> None:
     job, lease = await leased(world)
-    await world.workers.complete(lost(lease))
+    await world.reports.complete(lost(lease))
     found = await world.job(job.id)
     assert (found.state, found.lost_lease_count, found.retry_count) == (JobState.QUEUED, 1, 0)
     assert found.hold_until is None
@@ -139,8 +140,8 @@ async def test_a_lost_worker_is_a_lost_lease_and_the_job_goes_on_elsewhere_at_on
 
 async def test_the_loss_of_a_worker_may_be_said_twice(world: World) -> None:
     job, lease = await leased(world)
-    await world.workers.complete(lost(lease))
-    await world.workers.complete(lost(lease))
+    await world.reports.complete(lost(lease))
+    await world.reports.complete(lost(lease))
     assert (await world.job(job.id)).lost_lease_count == 1
 
 
