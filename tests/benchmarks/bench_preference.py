@@ -44,7 +44,7 @@ from lathe.text.render import RenderOptions
 from lathe.text.rows import parse_line
 from lathe.text.sequences import tokenise_rows
 from lathe.text.tokenizer import Tokenizer
-from tests.fixtures.turns import served
+from tests.fixtures.turns import scores, served
 
 TICKETS = Path(__file__).resolve().parents[2] / "docs" / "examples" / "tickets"
 METHODS: dict[str, Method] = {"dpo": Dpo(), "ipo": Dpo(loss_type="ipo"), "orpo": Orpo(), "kto": Kto()}
@@ -108,8 +108,8 @@ class Bench:
 
     def measure(self, key: str, pairs: Sequence[TrainRow]) -> dict[str, float]:
         """right: share of the pairs whose right ticket is the likelier; margin: mean of log p(right) - log p(wrong)."""
-        sums = [self.engine.score(key, pairs[place : place + 2]) for place in range(0, len(pairs), 2)]
-        margins = [right.sum - wrong.sum for right, wrong in sums]
+        sums = [scores(self.engine, key, pairs[place : place + 2]) for place in range(0, len(pairs), 2)]
+        margins = [right - wrong for right, wrong in sums]
         figures = {"right": sum(m > 0 for m in margins) / len(margins), "margin": sum(margins) / len(margins)}
         print(f"{key or 'base'}: {figures}")
         return figures

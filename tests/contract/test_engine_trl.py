@@ -18,6 +18,7 @@ from lathe.engine.recipes.kto import KtoObjective
 from lathe.engine.recipes.orpo import OrpoObjective
 from lathe.text.formats import Role
 from tests.fixtures.tiny_llama import build_tiny_llama
+from tests.fixtures.turns import scores
 
 SPEC = LoraSpec(
     r=4,
@@ -117,7 +118,7 @@ def run(engine: Engine, slices: Sequence[tuple[Sequence[TrainRow], RowObjective]
 
 
 def reference(engine: Engine, rows: Sequence[TrainRow]) -> list[float]:
-    return [score.sum for score in engine.score("", rows)]
+    return scores(engine, "", rows)
 
 
 def assert_same_gradients(engine: Engine, model: Any) -> None:
@@ -220,8 +221,8 @@ def test_kto(folder: Path, engine: Engine, tmp_path: Path, sign: int) -> None:
     strange = [row(*example, Role.EXAMPLE) for example in mismatched]
     base = reference(engine, rows)
     drift = [
-        now.sum - before
-        for now, before in zip(engine.score("a", strange), reference(engine, strange), strict=True)
+        now - before
+        for now, before in zip(scores(engine, "a", strange), reference(engine, strange), strict=True)
     ]
     kl = max(0.0, sum(drift) / len(drift))
     assert (kl > 0) is (sign < 0)

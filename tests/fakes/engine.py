@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from lathe.common.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound
-from lathe.engine.batch import CrossEntropy, RowScore, SliceResult, TrainRow, TrainSlice, trained_tokens
+from lathe.engine.batch import CrossEntropy, SliceResult, TrainRow, TrainSlice, trained_tokens
 from lathe.engine.engine import EngineMemory
 from lathe.engine.full import FullSpec
 from lathe.engine.lora_config import ALL_LINEAR, LoraSpec
@@ -57,7 +57,7 @@ class _Adapter:
 
 class FakeEngine:
     """calls: what was done, in order: `train <keys>`, `optim <key>`, `eval <keys>`,
-    `score <key>`, `sample <n>`.
+    `sample <n>`.
 
     before_pass: called with each training pass's slices; may raise, as torch does out of memory. bytes_per_token: what
     measure says that a pass takes.
@@ -100,6 +100,9 @@ class FakeEngine:
         self._new(key)
         self._adapters[key] = self._read(folder, trainable=False)
 
+    def load_reference(self, key: str, folder: Path) -> None:
+        self.load_adapter(key, folder)
+
     def drop_adapter(self, key: str) -> None:
         if self._adapter(key).users:
             raise FailedPrecondition(f"adapter {key!r} is in use.")
@@ -126,11 +129,6 @@ class FakeEngine:
     def evaluate(self, pieces: Sequence[TrainSlice]) -> list[SliceResult]:
         self.calls.append("eval " + " ".join(piece.key for piece in pieces))
         return [self._result(self._adapters.get(piece.key), piece) for piece in pieces]
-
-    def score(self, key: str, rows: Sequence[TrainRow]) -> list[RowScore]:
-        self.calls.append(f"score {key}")
-        adapter = self._adapter(key) if key else None
-        return [RowScore(-self._loss(adapter) * trained_tokens(row), trained_tokens(row)) for row in rows]
 
     def optim_step(self, key: str, lr: float, *, clip: float = 1.0, weight_decay: float = 0.0) -> float:
         adapter = self._trainable(key)

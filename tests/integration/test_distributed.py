@@ -1,4 +1,4 @@
-"""One job on two workers, an engine and a Ray actor: the numbers of one, also after a worker was killed."""
+"""One job on two workers, an engine and a Ray actor: the numbers of one; sharded too, when one is killed."""
 
 from __future__ import annotations
 
@@ -78,7 +78,12 @@ async def test_two_workers_train_what_one_does_and_survive_the_loss_of_one(
     await place.until(lambda: bool(place.jobs.job.outcomes))
     assert_equal(await trained(place), alone)
 
+    engine.send_signal(signal.SIGTERM)
+    assert await engine.wait() == 0
+
     place.jobs.job = FakeJob()
+    sharded = on_two(ray_head) | {"LATHE_ENGINE_SHARD_BASE": "always"}
+    engine = await place.start("eng-sharded", **sharded)
     place.jobs.offer(place.attempt("parts", 1))
     await place.until(lambda: bool(place.jobs.job.checkpoints))
     [worker] = actors()
@@ -89,11 +94,13 @@ async def test_two_workers_train_what_one_does_and_survive_the_loss_of_one(
     place.jobs.job.outcomes.clear()
 
     place.jobs.offer(place.attempt("parts", 2))
-    await place.start("eng-again", **on_two(ray_head))
+    await place.start("eng-again", **sharded)
     await place.until(lambda: bool(place.jobs.job.outcomes))
     assert_equal(await trained(place), alone)
     assert len(place.jobs.job.checkpoints) == EPOCHS
-    assert "goes on from step" in (place.folder / "eng-again.log").read_text()
+    log = (place.folder / "eng-again.log").read_text()
+    assert "The base model is sharded over 2 workers" in log
+    assert "goes on from step" in log
 
 
 async def test_workers_that_are_not_there_in_time_are_told_of(place: Place, ray_head: RayHead) -> None:

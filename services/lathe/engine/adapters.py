@@ -28,6 +28,7 @@ from lathe.common.errors import InvalidArgument
 from lathe.engine.frozen import Frozen
 from lathe.engine.lora_config import CONFIG_FILE, LoraSpec
 from lathe.engine.lora_layout import EMBEDDING, HEAD, PREFIX, GroupKey, Site, lay_out, resolve
+from lathe.engine.parts import Parts, part_of
 from lathe.engine.untyped import as_tensor
 
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -38,6 +39,9 @@ class BaseWeights(Protocol):
 
     @property
     def embeddings(self) -> Tensor: ...
+
+    @property
+    def parts(self) -> Parts: ...
 
     def linear(self, key: GroupKey) -> Frozen: ...
 
@@ -211,10 +215,12 @@ class Adapter:
 
     def _base_norms(self, site: Site) -> Tensor:
         """The norms of the rows of W: [out]."""
-        if site.key == EMBEDDING:
-            return as_tensor(torch.linalg.vector_norm(self._base.embeddings, dim=0, dtype=self.master.dtype))
-        weight = self._base.linear(site.key).dense()[site.out_start : site.out_stop]
-        return as_tensor(torch.linalg.vector_norm(weight, dim=1, dtype=self.master.dtype))
+        with self._base.parts.reading(part_of(site.key)):
+            if site.key == EMBEDDING:
+                weight, dim = self._base.embeddings, 0
+            else:
+                weight, dim = self._base.linear(site.key).dense()[site.out_start : site.out_stop], 1
+            return as_tensor(torch.linalg.vector_norm(weight, dim=dim, dtype=self.master.dtype))
 
     @cached_property
     def _squares(self) -> dict[str, Tensor]:
@@ -225,11 +231,12 @@ class Adapter:
 
     def _set_gain(self, key: GroupKey, group: LoraGroup) -> None:
         """|W + s B A|^2 = |W|^2 + 2 s B (W A^T) + s^2 B A A^T B^T, by rows: the sum itself is never made."""
-        if key == EMBEDDING:
-            width, crossed = self._base.embeddings.shape[1], group.a.t() @ self._base.embeddings
-        else:
-            linear = self._base.linear(key)
-            width, crossed = linear.out_features, linear.product(group.a)
+        with self._base.parts.reading(part_of(key)):
+            if key == EMBEDDING:
+                width, crossed = self._base.embeddings.shape[1], group.a.t() @ self._base.embeddings
+            else:
+                linear = self._base.linear(key)
+                width, crossed = linear.out_features, linear.product(group.a)
         gain = torch.zeros(width, dtype=self.master.dtype, device=self.master.device)
         inverse = torch.ones_like(gain)
         for module in group.modules:
@@ -248,9 +255,11 @@ class Adapter:
 
     def _check_base_tensor(self, name: str, tensor: Tensor) -> None:
         """PEFT writes embeddings and head beside their LoRA: they must be the base's own."""
-        key = _base_tensor(name)
-        own = self._base.embeddings if key == EMBEDDING else self._base.linear(HEAD).dense()
-        if tensor.shape != own.shape or not torch.equal(tensor.to(own.device, own.dtype), own):
+        key = EMBEDDING if _base_tensor(name) == EMBEDDING else HEAD
+        with self._base.parts.reading(part_of(key)):
+            own = self._base.embeddings if key == EMBEDDING else self._base.linear(HEAD).dense()
+            same = tensor.shape == own.shape and torch.equal(tensor.to(own.device, own.dtype), own)
+        if not same:
             raise InvalidArgument(f"{WEIGHTS_FILE}: {name} is not the base model's own tensor.")
 
 

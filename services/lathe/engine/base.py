@@ -17,8 +17,9 @@ from lathe.engine.bank import AdapterBank, LoraPass
 from lathe.engine.frozen import Frozen
 from lathe.engine.kv import KVCache
 from lathe.engine.lora import Head, embed, linear
-from lathe.engine.lora_layout import HEAD, GroupKey
+from lathe.engine.lora_layout import EMBEDDING, HEAD, GroupKey
 from lathe.engine.norms import Norm
+from lathe.engine.parts import ALWAYS_THERE, Parts
 from lathe.engine.rope import Rope, RopeTables
 from lathe.engine.spec import DecoderSpec
 
@@ -57,13 +58,20 @@ class LayerWeights:
 
 @dataclass(slots=True)
 class Weights:
-    """embeddings_gradient: where their gradient is added, when they are trained (see full.py)."""
+    """table [vocab, hidden]: the embeddings; may be the head too. embeddings_gradient: where their gradient is added,
+    when they are trained (see full.py). parts: what must be said before a part is used."""
 
-    embeddings: Tensor  # [vocab, hidden]
+    table: Frozen
     layers: list[LayerWeights]
     final_norm: Norm
     head: Frozen
     embeddings_gradient: Tensor | None = None
+    parts: Parts = ALWAYS_THERE
+
+    @property
+    def embeddings(self) -> Tensor:
+        """The table as a tensor."""
+        return self.table.dense()
 
     @property
     def linears(self) -> list[Frozen]:
@@ -73,7 +81,8 @@ class Weights:
     @property
     def nbytes(self) -> int:
         norms = self.final_norm.nbytes + sum(w.norms.nbytes for w in self.layers)
-        return self.embeddings.nbytes + norms + sum(part.nbytes for part in self.linears)
+        linears = {id(part): part for part in (self.table, *self.linears)}
+        return norms + sum(part.nbytes for part in linears.values())
 
     def linear(self, key: GroupKey) -> Frozen:
         """A fused linear by (layer, name), or the head."""
@@ -126,7 +135,9 @@ class Decoder:
             positions, lengths, cache=cache, kv_slots=kv_slots, past=past, reach=reach
         )
         h = self._embed(tokens, lora)
+        parts = self.weights.parts
         for i, w in enumerate(self.weights.layers):
+            parts.take(i)
             x = w.norms.input(h)
             qkv = self._normalise_heads(linear(x, w.qkv, lora, (i, "qkv")), w.norms)
             h = _add(h, attention(i, qkv), w.o, lora, (i, "o"), norm=w.norms.attention_out)
@@ -134,11 +145,12 @@ class Decoder:
                 x = w.norms.mlp(h)
             inner = linear(x, w.gate_up, lora, (i, "gate_up"))
             inner = activate(inner, self.spec.activation, gated=self.spec.gated)
-            h = _add(h, inner, w.down, lora, (i, "down"), norm=w.norms.mlp_out)
+            h = parts.again(i, _add(h, inner, w.down, lora, (i, "down"), norm=w.norms.mlp_out))
         return self.weights.final_norm(h)
 
     def head(self, lora: LoraPass | None = None) -> Head:
         """The output head; lora: that of the rows which will go through it (AdapterBank.plan_head)."""
+        self.weights.parts.take(HEAD)
         return Head(self.weights.head, lora)
 
     def logits(self, hidden: Tensor, lora: LoraPass | None = None) -> Tensor:
@@ -146,6 +158,7 @@ class Decoder:
         return self.head(lora).forward(hidden).float()
 
     def _embed(self, tokens: Tensor, lora: LoraPass) -> Tensor:
+        self.weights.parts.take(EMBEDDING)
         h = embed(tokens, self.weights.embeddings, lora, self.weights.embeddings_gradient)
         return h if self._embedding_scale == 1 else h * self._embedding_scale
 

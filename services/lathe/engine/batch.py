@@ -84,14 +84,6 @@ class TrainSlice:
 
 
 @dataclass(frozen=True, slots=True)
-class RowScore:
-    """The sum of log p over a row's trained tokens, and how many they are."""
-
-    sum: float
-    count: int
-
-
-@dataclass(frozen=True, slots=True)
 class SliceResult:
     """What a slice measured.
 

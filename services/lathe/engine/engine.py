@@ -24,7 +24,7 @@ from lathe.common.errors import (
 from lathe.engine.adapters import Adapter
 from lathe.engine.bank import AdapterBank
 from lathe.engine.base import Decoder
-from lathe.engine.batch import CrossEntropy, RowScore, SliceResult, TrainRow, TrainSlice, trained_tokens
+from lathe.engine.batch import CrossEntropy, SliceResult, TrainRow, TrainSlice
 from lathe.engine.full import FullModel, FullSpec, ServedModel, check_room, check_same_architecture, is_full
 from lathe.engine.held import Held, kept
 from lathe.engine.kv import KVCache, common_prefix
@@ -32,10 +32,11 @@ from lathe.engine.lora_config import LoraSpec
 from lathe.engine.losses import token_logprobs
 from lathe.engine.memory import free_bytes, peak_bytes
 from lathe.engine.optim import AdamW
+from lathe.engine.parts import ALWAYS_THERE
 from lathe.engine.passes import check_rows, pack, rows_pass, run_slices
 from lathe.engine.sampling import Sampler, SamplingParams, sample_batch
 from lathe.engine.sequences import SequenceState, StepOutput, emit, slot_of
-from lathe.engine.weights import choose_dtype, load_weights, read_spec
+from lathe.engine.weights import Placement, Whole, choose_dtype, load_weights, read_spec
 
 OPTIMIZER_FILE = "optimizer.safetensors"
 SEED = "dropout_seed"
@@ -94,18 +95,19 @@ class Engine:
         device: str = "cpu",
         dtype: str = "auto",
         base_quantization: str = "none",
+        to: Placement | None = None,
         threads: int | None = None,
         kv_budget_bytes: int = 1 << 30,
         context_length: int | None = None,
     ) -> Self:
-        """Loads a Hugging Face folder. threads sets torch's for the process. Raises InvalidArgument."""
+        """Loads a Hugging Face folder. to: where its weights are kept; if left out whole, in base_quantization. threads
+        sets torch's for the process. Raises InvalidArgument."""
         if threads is not None:
             torch.set_num_threads(threads)
         place = torch.device(device)
         spec = read_spec(folder)
-        weights = load_weights(
-            folder, spec, device=place, dtype=choose_dtype(dtype, place), quantization=base_quantization
-        )
+        placement = Whole(base_quantization) if to is None else to
+        weights = load_weights(folder, spec, device=place, dtype=choose_dtype(dtype, place), to=placement)
         return cls(
             Decoder(spec, weights),
             kv_budget_bytes=kv_budget_bytes,
@@ -148,6 +150,10 @@ class Engine:
         else:
             self._hold(key, slot, self._bank.load(slot, folder), None)
 
+    def load_reference(self, key: str, folder: Path) -> None:
+        """As load_adapter, for an adapter that slices are evaluated with: wherever slices are computed."""
+        self.load_adapter(key, folder)
+
     def drop_adapter(self, key: str) -> None:
         """Raises NotFound, or FailedPrecondition while a sequence uses it."""
         held = self._adapter(key)
@@ -164,6 +170,11 @@ class Engine:
     def workers(self) -> int:
         """How many slices it computes at once: one, or one a rank (see distributed/ranks.py)."""
         return 1
+
+    @property
+    def sharded(self) -> bool:
+        """Whether its base is spread over ranks (see distributed/sharded.py)."""
+        return self.decoder.weights.parts is not ALWAYS_THERE
 
     def joins(self, key: str) -> bool:
         """Whether its slices may share a pass with other adapters'. Raises NotFound."""
@@ -192,14 +203,6 @@ class Engine:
         """The slices' losses, without gradients; the key "" is the base. Raises as forward_backward."""
         return self._run(pieces, training=False)
 
-    def score(self, key: str, rows: Sequence[TrainRow]) -> list[RowScore]:
-        """Each row's log-probability under an adapter ("" is the base), without gradients. Raises NotFound,
-        InvalidArgument."""
-        (result,) = self._run([TrainSlice(key, tuple(rows), CrossEntropy(1))], training=False)
-        return [
-            RowScore(-loss, trained_tokens(row)) for loss, row in zip(result.row_losses, rows, strict=True)
-        ]
-
     def measure(self, key: str, rows: Sequence[TrainRow]) -> int | None:
         """The bytes that a training pass over the rows takes at its worst moment, beyond what is held now; None where
         that cannot be measured. The adapter's gradients are forgotten. Raises as forward_backward."""
@@ -212,7 +215,7 @@ class Engine:
         try:
             return peak_bytes(self.decoder.device, work)
         finally:
-            self.zero_grad(key)
+            self._zero_grad(key)
 
     def free_bytes(self) -> int | None:
         """What a pass may still take, with sampling's cache at its full size and every optimizer's state in use; None
@@ -247,10 +250,7 @@ class Engine:
 
     def zero_grad(self, key: str) -> None:
         """Forgets the gradients of a step that will not be finished."""
-        held = self._adapter(key)
-        held.begun = False
-        if held.optimizer is not None:
-            held.optimizer.zero_grad()
+        self._zero_grad(key)
 
     def logprobs(self, key: str, tokens: Sequence[int]) -> list[float]:
         """log p(tokens[i] | tokens[:i]) for i = 1 …, by the pass that training uses."""
@@ -378,6 +378,12 @@ class Engine:
         if held is None:
             raise NotFound(f"this engine holds no adapter {key!r}; load it first.")
         return held
+
+    def _zero_grad(self, key: str) -> None:
+        held = self._adapter(key)
+        held.begun = False
+        if held.optimizer is not None:
+            held.optimizer.zero_grad()
 
     def _trainable(self, key: str) -> tuple[Adapter | FullModel, AdamW]:
         held = self._adapter(key)

@@ -51,7 +51,7 @@ class FrozenLinear:
         """packed: whether W may be kept in another layout than the given one."""
         self.out_features, self.in_features = weight.shape
         on_cpu = weight.device.type == "cpu" and weight.dtype == torch.bfloat16
-        self._packed = packed and on_cpu and _can_pack()
+        self._packed = packed and on_cpu and can_pack()
         self._weight = _pack(weight) if self._packed else weight.contiguous()
         self._bias = bias
         self._backward: Tensor | None = None
@@ -105,7 +105,8 @@ class FrozenLinear:
         return as_tensor(torch.ops.mkldnn._linear_pointwise(dy, self._backward, None, "none", [], ""))
 
 
-def _can_pack() -> bool:
+def can_pack() -> bool:
+    """Whether this CPU has the layouts of oneDNN that a bfloat16 W is kept in."""
     return bool(
         torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
         and torch.ops.mkldnn._is_mkldnn_bf16_supported()

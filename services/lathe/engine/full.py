@@ -20,6 +20,7 @@ from torch import Tensor
 
 from lathe.common.errors import FailedPrecondition, InvalidArgument
 from lathe.engine.base import Decoder, LayerNorms, LayerWeights, Weights
+from lathe.engine.frozen import FrozenLinear
 from lathe.engine.spec import DecoderSpec
 from lathe.engine.trained import TrainedLinear, TrainedNorm
 from lathe.engine.weights import groups, load_weights, read_spec, read_tensors
@@ -166,7 +167,7 @@ class _Views:
             head = self._model.views([self._parts["lm_head.weight"]], *size)
         bias = self._pair(["lm_head.bias"] if spec.head_bias else [], spec.vocab_size)
         return Weights(
-            embeddings,
+            FrozenLinear(embeddings, None, packed=False),
             [self._layer(f"model.layers.{i}.") for i in range(spec.layers)],
             self._norm(f"model.{spec.final_norm}", spec.hidden_size),
             TrainedLinear(head[0], bias[0], head[1], bias[1]),

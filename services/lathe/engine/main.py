@@ -29,7 +29,6 @@ from lathe.engine.adaptercache import AdapterCache
 from lathe.engine.basecache import ensure_base, work_folder
 from lathe.engine.engine import Engine
 from lathe.engine.jobs_client import GrpcJobs
-from lathe.engine.loading import load_engine
 from lathe.engine.loop import LoopLimits, ModelLoop
 from lathe.engine.memory import MemoryBook
 from lathe.engine.model import Registration as EngineRegistration
@@ -232,15 +231,19 @@ async def _base_folder(settings: EngineSettings, store: ObjectStore, clock: Cloc
 
 
 def _load(settings: EngineSettings, folder: Path, leave: Leave) -> Engine:
-    if settings.workers == 1:
-        return load_engine(Engine, settings, folder)
-    # Ray is an extra, and takes seconds to load.
-    from lathe.engine.distributed.ranks import LeadingEngine
-    from lathe.engine.distributed.ray_gang import assemble
+    if settings.workers > 1:
+        # Ray is an extra, and takes seconds to load.
+        from lathe.engine.distributed.ray_gang import assemble
 
-    engine = load_engine(LeadingEngine, settings, folder)
-    assemble(engine, settings, leave)
-    return engine
+        return assemble(settings, folder, leave)
+    return Engine.load(
+        folder,
+        device=settings.device,
+        dtype=settings.dtype,
+        base_quantization=settings.base_quantization,
+        threads=settings.model_threads(),
+        kv_budget_bytes=settings.kv_budget_mb << 20,
+    )
 
 
 def _speech(folder: Path) -> Speech | None:
@@ -295,7 +298,7 @@ def _worker(
         cache=settings.cache_folder,
         read_rows=read_rows,
         plan=plan,
-        environment=environment(plan),
+        environment=environment(plan, workers=engine.workers, sharded=engine.sharded),
         memory=partial(_memory, settings, engine, plan),
         checkpoint_interval_s=settings.checkpoint_interval_s,
         speech=speech,
@@ -315,7 +318,9 @@ def _worker(
 def _memory(settings: EngineSettings, engine: Engine, plan: SlicePlan, config: TrainingConfig) -> Memory:
     """What a job's preflight asks: of this engine, and of the cache that keeps what was measured."""
     book = MemoryBook(settings.cache_folder / "memory.jsonl")
-    about = (__version__, settings.base_digest, plan.dtype, plan.device, plan.threads, spec_of(config))
+    about = [__version__, settings.base_digest, plan.dtype, plan.device, plan.threads, spec_of(config)]
+    if engine.sharded:
+        about.append(f"sharded over {engine.workers}")
     profile = " ".join(map(str, about))
     return Memory(engine.free_bytes, partial(book.known, profile), partial(book.learn, profile))
 

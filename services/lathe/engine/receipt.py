@@ -21,9 +21,14 @@ _PACKAGES = ("numpy", "safetensors", "tokenizers", "torch", "transformers")
 _KERNEL_VARIABLES = ("ATEN_", "CUBLAS_", "DNNL_", "KMP_", "MKL_", "NVIDIA_TF32", "OMP_", "ONEDNN_")
 
 
-def environment(plan: SlicePlan) -> Environment:
-    """What this process computes with. Two attempts with equal ones, alone on their engines, give the same bits."""
-    return Environment(versions=_versions(), flags=_flags(plan))
+def environment(plan: SlicePlan, *, workers: int = 1, sharded: bool = False) -> Environment:
+    """What this process computes with. Two attempts with equal ones, alone on their engines, give the same bits.
+
+    workers: ranks that share a batch, whose gradients' sum has another order. sharded: their base's matrices are not in
+    a layout that only whole ones have.
+    """
+    spread = {"workers": str(workers), "base": "sharded" if sharded else "whole"} if workers > 1 else {}
+    return Environment(versions=_versions(), flags=_flags(plan) | spread)
 
 
 def _versions() -> dict[str, str]:

@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from pydantic import Field
+from pydantic import BaseModel, Field, SecretStr
 from pydantic_settings import SettingsConfigDict
 
 from lathe.common.service import ProcessSettings
@@ -23,6 +23,20 @@ class EngineDoor(ServiceSettings, service="engine"):
 
     rpc: RpcSettings = RpcSettings()
     drain_grace_s: float = Field(30.0, ge=0)
+
+
+class _Keys(BaseModel):
+    access_key: str | None = None
+    secret_key: SecretStr | None = None
+
+
+class StoreKeys(ServiceSettings, service="engine"):
+    """The object store's keys in this process's environment: what another rank of an engine reads of EngineSettings."""
+
+    model_config = SettingsConfigDict(extra="ignore")
+    partial: ClassVar[bool] = True
+
+    store: _Keys = _Keys()
 
 
 class EngineSettings(ProcessSettings, service="engine"):
@@ -69,6 +83,10 @@ class EngineSettings(ProcessSettings, service="engine"):
     ray_address: str = Field(
         "auto", description="of the Ray that starts the other workers; `local` starts one"
     )
+    shard_base: Literal["auto", "always", "never"] = Field(
+        "auto",
+        description="with several workers, each keeps a share of the base only; auto: when it does not fit one",
+    )
     worker_cpus: float = Field(1.0, ge=0, description="of each other worker")
     worker_gpus: float = Field(0.0, ge=0, description="of each other worker")
     gang_timeout_s: float = Field(300.0, gt=0, description="until all workers are there with the base loaded")
@@ -98,4 +116,9 @@ class EngineSettings(ProcessSettings, service="engine"):
 
     def model_threads(self) -> int:
         """What threads means."""
-        return self.threads or len(os.sched_getaffinity(0))
+        return threads_here(self.threads)
+
+
+def threads_here(wanted: int | None) -> int:
+    """As many as are wanted, or one for each core that this process may use."""
+    return wanted or len(os.sched_getaffinity(0))

@@ -18,7 +18,7 @@ from lathe.common.metrics import Metrics
 from lathe.engine.model import AttemptEvent, Ended, Outcome, Snapshot, StepMetrics, outcome_of
 from lathe.engine.passes import is_out_of_memory
 from lathe.engine.ports import ModelVerbs
-from lathe.engine.recipes.turns import Blocked, Forward, Generate, Measure, Request, Score, Turns
+from lathe.engine.recipes.turns import Blocked, Forward, Generate, Measure, Request, Turns
 from lathe.engine.sampling import SamplingParams
 from lathe.engine.sequences import SequenceState
 from lathe.engine.sharing import PassCost, Share, join, most_credit, spare
@@ -137,7 +137,7 @@ class Trainer:
         if any(wrote):
             # A snapshot may have taken as long as a pass: sampling comes first.
             return True
-        waiting = [item for item in self._runnable() if isinstance(item.request, Forward | Score | Measure)]
+        waiting = [item for item in self._runnable() if isinstance(item.request, Forward | Measure)]
         if waiting:
             self._next_pass(waiting)
         return bool(idle or waiting)
@@ -191,7 +191,7 @@ class Trainer:
                 logger.warning("attempt %s waits: %s", item.attempt_id, turn.reason)
                 item.blocked_until = self._clock.monotonic() + turn.seconds
                 return False
-            if isinstance(turn, Forward | Score | Measure | Generate):
+            if isinstance(turn, Forward | Measure | Generate):
                 item.request = turn
                 if isinstance(turn, Generate):
                     self._open_sequences(item, turn)
@@ -265,8 +265,6 @@ class Trainer:
         return answer
 
     def _pass(self, request: Request | None) -> Any:
-        if isinstance(request, Score):
-            return self._engine.score(request.key, request.rows)
         if isinstance(request, Measure):
             return self._engine.measure(request.key, request.rows)
         assert isinstance(request, Forward)
@@ -274,13 +272,13 @@ class Trainer:
         return verb(request.pieces)
 
     def _count(self, item: _Training) -> None:
-        assert isinstance(item.request, Forward | Score | Measure)
+        assert isinstance(item.request, Forward | Measure)
         item.consumed += item.request.input_tokens
         self._metrics.engine_tokens.labels("train").inc(item.request.input_tokens)
 
     def _share(self, item: _Training) -> Share:
         request = item.request
-        assert isinstance(request, Forward | Score | Measure)
+        assert isinstance(request, Forward | Measure)
         joins = (
             isinstance(request, Forward)
             and request.training

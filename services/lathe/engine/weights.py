@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -17,6 +17,7 @@ from lathe.common.errors import InvalidArgument
 from lathe.engine.base import LayerNorms, LayerWeights, Weights
 from lathe.engine.frozen import Frozen, FrozenLinear
 from lathe.engine.norms import Norm
+from lathe.engine.parts import ALWAYS_THERE, Parts
 from lathe.engine.quantized import NF4Linear
 from lathe.engine.spec import DecoderSpec
 from lathe.text.layout import Linear
@@ -31,53 +32,98 @@ def read_spec(folder: Path) -> DecoderSpec:
     return DecoderSpec.from_config(config)
 
 
+class Placement(Protocol):
+    """Where the weights are kept that are read: linears are made as a part's tensors come, part by part."""
+
+    @property
+    def parts(self) -> Parts: ...
+
+    def linear(self, weights: Sequence[Tensor], bias: Tensor | None) -> Frozen:
+        """A layer's: the pieces of W [out, in] along its outputs."""
+
+    def ends(self, table: Tensor, head: Tensor | None, bias: Tensor | None) -> tuple[Frozen, Frozen]:
+        """The embeddings and the head [vocab, hidden]; None: the head is the embeddings' table."""
+
+    def complete(self, layer: int, linears: Sequence[Frozen]) -> None:
+        """Called when a layer's linears are made, before the next layer is read."""
+
+
+class Whole:
+    """All of them in this process. quantization: "nf4" keeps the layers' linears in 4 bits, which raises
+    FailedPrecondition without what that needs."""
+
+    parts: Parts = ALWAYS_THERE
+
+    def __init__(self, quantization: str = "none") -> None:
+        self._quantize = quantization == "nf4"
+
+    def linear(self, weights: Sequence[Tensor], bias: Tensor | None) -> Frozen:
+        return NF4Linear(weights, bias) if self._quantize else FrozenLinear(join(weights), bias)
+
+    def ends(self, table: Tensor, head: Tensor | None, bias: Tensor | None) -> tuple[Frozen, Frozen]:
+        # Rows are looked up in the table as it is: packed it could not be read.
+        return FrozenLinear(table, None, packed=False), FrozenLinear(table if head is None else head, bias)
+
+    def complete(self, layer: int, linears: Sequence[Frozen]) -> None:
+        pass
+
+
 def load_weights(
-    folder: Path, spec: DecoderSpec, *, device: torch.device, dtype: torch.dtype, quantization: str = "none"
+    folder: Path, spec: DecoderSpec, *, device: torch.device, dtype: torch.dtype, to: Placement | None = None
 ) -> Weights:
     """Reads the weights a layer at a time (memory-mapped), in the compute dtype.
 
-    quantization: "nf4" keeps the layers' linears in 4 bits. Raises FailedPrecondition without what that needs,
-    InvalidArgument for pickle weights, a missing file or tensor, or a shape config.json does not give.
+    to: where they are kept; Whole if left out. Raises InvalidArgument for pickle weights, a missing file or tensor, or
+    a shape config.json does not give, and what the placement raises.
     """
     with ExitStack() as stack:
-        return _Reader(folder, stack, device, dtype, quantization).weights(spec)
+        return _Reader(folder, stack, device, dtype).weights(spec, Whole() if to is None else to)
 
 
 def read_tensors(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[str, Tensor]]:
     """The named tensors of a folder one by one, on the CPU in fp32. Raises as load_weights does."""
     with ExitStack() as stack:
-        reader = _Reader(folder, stack, torch.device("cpu"), torch.float32, "none")
+        reader = _Reader(folder, stack, torch.device("cpu"), torch.float32)
         for name, shape in shapes.items():
             yield name, reader.read(name, *shape)
 
 
 def random_weights(
-    spec: DecoderSpec, *, device: torch.device, dtype: torch.dtype, seed: int = 0, std: float = 0.02
+    spec: DecoderSpec,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    seed: int = 0,
+    std: float = 0.02,
+    to: Placement | None = None,
 ) -> Weights:
-    """Weights drawn at random with this standard deviation, head tied, no biases: for benchmarks and tests."""
+    """Weights drawn at random with this standard deviation, head tied, no biases: for benchmarks and tests.
+
+    to: where they are kept; Whole if left out.
+    """
+    place = Whole() if to is None else to
     generator = torch.Generator().manual_seed(seed)
 
     def draw(*size: int) -> Tensor:
         return torch.empty(size).normal_(std=std, generator=generator).to(device, dtype)
 
-    def frozen(out: int, width: int) -> FrozenLinear:
-        return FrozenLinear(draw(out, width), None)
-
     def norm(width: int) -> Norm:
         bias = torch.zeros(width, device=device, dtype=dtype) if spec.norm == "layer" else None
         return Norm(torch.ones(width, device=device, dtype=dtype), bias, spec.norm_eps)
 
-    def layer() -> LayerWeights:
-        fused: dict[str, Frozen] = {
-            group: frozen(sum(part.out_features for part in parts), parts[0].in_features)
+    def layer(number: int) -> LayerWeights:
+        fused = {
+            group: place.linear([draw(sum(part.out_features for part in parts), parts[0].in_features)], None)
             for group, parts in groups(spec).items()
         }
+        place.complete(number, list(fused.values()))
         norms = {role: norm(spec.norm_width(role)) for role in spec.norms}
         return LayerWeights(norms=LayerNorms(**norms), **fused)
 
     embeddings = draw(spec.vocab_size, spec.hidden_size)
-    layers = [layer() for _ in range(spec.layers)]
-    return Weights(embeddings, layers, norm(spec.hidden_size), FrozenLinear(embeddings, None))
+    layers = [layer(number) for number in range(spec.layers)]
+    table, head = place.ends(embeddings, None, None)
+    return Weights(table, layers, norm(spec.hidden_size), head, parts=place.parts)
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
@@ -104,11 +150,8 @@ def _gemm_seconds(dtype: torch.dtype) -> float:
 
 
 class _Reader:
-    def __init__(
-        self, folder: Path, stack: ExitStack, device: torch.device, dtype: torch.dtype, quantization: str
-    ) -> None:
+    def __init__(self, folder: Path, stack: ExitStack, device: torch.device, dtype: torch.dtype) -> None:
         self._device, self._dtype = device, dtype
-        self._quantize = quantization == "nf4"
         self._files: dict[str, Any] = {}
         for path in weight_files(folder):
             try:
@@ -117,27 +160,30 @@ class _Reader:
                 raise InvalidArgument(f"{path.name} cannot be read as safetensors: {error}") from error
             self._files.update(dict.fromkeys(file.keys(), file))
 
-    def weights(self, spec: DecoderSpec) -> Weights:
+    def weights(self, spec: DecoderSpec, to: Placement) -> Weights:
         hidden, vocab = spec.hidden_size, spec.vocab_size
-        embeddings = self.read("model.embed_tokens.weight", vocab, hidden)
-        head = embeddings if spec.tied_head else self.read("lm_head.weight", vocab, hidden)
-        bias = self.read("lm_head.bias", vocab) if spec.head_bias else None
-        layers = [self._layer(spec, f"model.layers.{i}.") for i in range(spec.layers)]
+        table, head = to.ends(
+            self.read("model.embed_tokens.weight", vocab, hidden),
+            None if spec.tied_head else self.read("lm_head.weight", vocab, hidden),
+            self.read("lm_head.bias", vocab) if spec.head_bias else None,
+        )
+        layers = [self._layer(spec, i, to) for i in range(spec.layers)]
         final = self._norm(spec, f"model.{spec.final_norm}", hidden)
-        return Weights(embeddings, layers, final, FrozenLinear(head, bias))
+        return Weights(table, layers, final, head, parts=to.parts)
 
-    def _layer(self, spec: DecoderSpec, prefix: str) -> LayerWeights:
-        fused = {group: self._fused(prefix, parts) for group, parts in groups(spec).items()}
+    def _layer(self, spec: DecoderSpec, layer: int, to: Placement) -> LayerWeights:
+        prefix = f"model.layers.{layer}."
+        fused = {group: self._fused(prefix, parts, to) for group, parts in groups(spec).items()}
+        to.complete(layer, list(fused.values()))
         norms = {
             role: self._norm(spec, prefix + path, spec.norm_width(role)) for role, path in spec.norms.items()
         }
         return LayerWeights(norms=LayerNorms(**norms), **fused)
 
-    def _fused(self, prefix: str, parts: Sequence[Linear]) -> Frozen:
+    def _fused(self, prefix: str, parts: Sequence[Linear], to: Placement) -> Frozen:
         weights = [self.read(f"{prefix}{p.path}.weight", p.out_features, p.in_features) for p in parts]
         biases = [self.read(f"{prefix}{p.path}.bias", p.out_features) for p in parts if p.bias]
-        bias = _join(biases) if biases else None
-        return NF4Linear(weights, bias) if self._quantize else FrozenLinear(_join(weights), bias)
+        return to.linear(weights, join(biases) if biases else None)
 
     def _norm(self, spec: DecoderSpec, path: str, width: int) -> Norm:
         bias = self.read(f"{path}.bias", width) if spec.norm == "layer" else None
@@ -192,7 +238,8 @@ def groups(spec: DecoderSpec) -> dict[str, list[Linear]]:
     return groups
 
 
-def _join(parts: Sequence[Tensor]) -> Tensor:
+def join(parts: Sequence[Tensor]) -> Tensor:
+    """Along their outputs."""
     return parts[0] if len(parts) == 1 else torch.cat(list(parts))
 
 

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from lathe.common.errors import DataLoss, InvalidArgument
 from lathe.common.metrics import Metrics
-from lathe.engine.batch import TrainRow
+from lathe.engine.batch import TrainRow, TrainSlice, trained_tokens
 from lathe.engine.engine import Engine
 from lathe.engine.model import (
     Dpo,
@@ -35,12 +35,12 @@ from lathe.engine.recipes.methods import recipe_of
 from lathe.engine.recipes.recipe import TrainData
 from lathe.engine.recipes.run import Run
 from lathe.engine.recipes.saving import Start
-from lathe.engine.recipes.turns import Score, Turn
+from lathe.engine.recipes.turns import Forward, Turn
 from lathe.engine.training import Trainer
 from lathe.text.formats import Role
 from tests.fakes.clock import FakeClock
 from tests.fixtures.tiny_chat import write_tiny_chat
-from tests.fixtures.turns import served
+from tests.fixtures.turns import scores, served
 from tests.unit.engine.conftest import MakeEngine
 
 METHODS: dict[str, Method] = {
@@ -74,7 +74,7 @@ def against_the_base(engine: Engine, rows: Sequence[TrainRow]) -> list[TrainRow]
     """The pairs, with the answer that the base finds less likely as the chosen one."""
     turned = []
     for one, other in zip(rows[0::2], rows[1::2], strict=True):
-        likely = [score.sum for score in engine.score("", [one, other])]
+        likely = scores(engine, "", [one, other])
         first, second = (one, other) if likely[0] < likely[1] else (other, one)
         turned += [replace(first, role=Role.CHOSEN), replace(second, role=Role.REJECTED)]
     return turned
@@ -146,7 +146,8 @@ def weights(snapshot: Snapshot) -> bytes:
 
 
 def margins(engine: Engine, key: str, rows: Sequence[TrainRow]) -> list[float]:
-    sums = [score.sum / score.count for score in engine.score(key, rows)]
+    found = zip(scores(engine, key, rows), rows, strict=True)
+    sums = [score / trained_tokens(row) for score, row in found]
     return [chosen - rejected for chosen, rejected in zip(sums[0::2], sums[1::2], strict=True)]
 
 
@@ -217,14 +218,15 @@ def test_stopped_anywhere_and_gone_on_the_bits_are_the_same(
 def test_the_reference_is_computed_once(bench: Bench) -> None:
     rows = pairs(5)
     told = bench.told(METHODS["dpo"], rows)
-    scored = [turn for turn in told if isinstance(turn, Score)]
-    assert {score.key for score in scored} == {""}
-    assert sum(len(score.rows) for score in scored) == len(rows)
+    assert sum(len(piece.rows) for piece in scored_by_the_base(told)) == len(rows)
     epoch = first_snapshot(told)
     start = Start(epoch.folder, epoch.step, epoch.trained_tokens, state=epoch.state)
-    assert not [
-        turn for turn in bench.told(METHODS["dpo"], rows, "b", start=start) if isinstance(turn, Score)
-    ]
+    assert not scored_by_the_base(bench.told(METHODS["dpo"], rows, "b", start=start))
+
+
+def scored_by_the_base(told: Sequence[Turn]) -> list[TrainSlice]:
+    passes = [turn.pieces for turn in told if isinstance(turn, Forward)]
+    return [piece for pieces in passes for piece in pieces if not piece.key]
 
 
 def test_fused_with_a_supervised_job_each_is_as_alone(tmp_path: Path, make_engine: MakeEngine) -> None:
@@ -274,11 +276,11 @@ def test_on_top_of_a_tuned_model_that_model_is_the_reference(bench: Bench, name:
 def test_where_every_weight_is_trained_the_reference_stays_the_base(tmp_path: Path) -> None:
     bench = Bench(tmp_path / "run", Engine.load(write_tiny_chat(tmp_path / "base"), dtype="float32"))
     config = replace(CONFIG, full_parameter=True, learning_rate=1e-3, n_epochs=2, batch_size=8)
-    before = [score.sum for score in bench.engine.score("", pairs(4))]
+    before = scores(bench.engine, "", pairs(4))
     first, second = steps_of(bench.told(METHODS["dpo"], pairs(4), config=config))
     assert first.train_loss == pytest.approx(math.log(2), abs=1e-6)
     assert second.figures["rewards/margins"] > 0
-    assert [score.sum for score in bench.engine.score("", pairs(4))] == before
+    assert scores(bench.engine, "", pairs(4)) == before
 
 
 def test_validation_has_the_methods_own_loss_and_figures(bench: Bench) -> None:

@@ -2,75 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from threading import Barrier, BrokenBarrierError
-from typing import TypeVar
 
 import pytest
 import torch
 from torch import Tensor
 
-from lathe.common.errors import FailedPrecondition
+from lathe.common.errors import AlreadyExists, FailedPrecondition
 from lathe.engine.base import Decoder
 from lathe.engine.batch import CrossEntropy, TrainRow, TrainSlice
-from lathe.engine.distributed.ranks import Gang, LeadingEngine, RankEngine, Work
+from lathe.engine.distributed import files
+from lathe.engine.distributed.leading import LeadingEngine
+from lathe.engine.distributed.ranks import RankEngine
 from lathe.engine.engine import Engine
 from lathe.engine.lora_config import LoraSpec
 from lathe.engine.model import RankLost
 from lathe.engine.sampling import SamplingParams
 from lathe.engine.spec import DecoderSpec
 from lathe.engine.weights import random_weights
+from tests.fixtures.gang import ThreadPeer, gang_of
+from tests.fixtures.turns import scores
 from tests.unit.engine.conftest import CONFIG
 
-T = TypeVar("T")
 STEPS = 3
-
-
-class Sums:
-    """What torch.distributed does for processes."""
-
-    def __init__(self, world: int) -> None:
-        self._barrier = Barrier(world, timeout=10)
-        self._tensors: list[Tensor] = []
-
-    def add_up(self, tensor: Tensor) -> None:
-        try:
-            self._tensors.append(tensor)
-            self._barrier.wait()
-            whole = torch.stack(sorted(self._tensors, key=id)).sum(0)
-            self._barrier.wait()
-            tensor.copy_(whole)
-            self._tensors.clear()
-            self._barrier.wait()
-        except BrokenBarrierError as error:
-            raise RankLost("nobody is there") from error
-
-    def break_off(self) -> None:
-        self._barrier.abort()
-
-
-class ThreadPeer:
-    """A rank in a thread. lost: what happens to a process that is killed; lost_after: works that it still does."""
-
-    def __init__(self, engine: RankEngine, sums: Sums) -> None:
-        self.engine, self.lost, self._sums = engine, False, sums
-        self.lost_after: int | None = None
-        self._thread = ThreadPoolExecutor(1)
-
-    def submit(self, work: Work[T]) -> Callable[[], T]:
-        if self.lost_after is not None:
-            self.lost_after -= 1
-            self.lost = self.lost_after < 0
-        if self.lost:
-            self._sums.break_off()
-            return _gone
-        return self._thread.submit(work, self.engine).result
-
-
-def _gone() -> T:
-    raise RankLost("killed")
 
 
 def decoder() -> Decoder:
@@ -79,13 +33,7 @@ def decoder() -> Decoder:
 
 
 def gang(world: int) -> tuple[LeadingEngine, list[ThreadPeer], list[str]]:
-    sums, left = Sums(world), list[str]()
-    engine = LeadingEngine(decoder())
-    peers = [ThreadPeer(RankEngine(decoder()), sums) for _ in range(world - 1)]
-    for peer in peers:
-        peer.engine.join(sums.add_up)
-    engine.lead(Gang(peers, sums.add_up, lambda: left.append("left")))
-    return engine, peers, left
+    return gang_of(LeadingEngine(decoder()), [RankEngine(decoder()) for _ in range(world - 1)])
 
 
 def slices(seed: int, count: int = 3) -> list[TrainSlice]:
@@ -145,8 +93,7 @@ def test_scores_and_evaluations_come_back_in_the_rows_order(tmp_path: Path) -> N
     assert [r.loss for r in engine.evaluate(batch)] == pytest.approx(
         [one.evaluate([p])[0].loss for p in batch]
     )
-    found = [score.sum for score in engine.score("a", rows)]
-    assert found == pytest.approx([score.sum for score in one.score("a", rows)], abs=1e-4)
+    assert scores(engine, "a", rows) == pytest.approx(scores(one, "a", rows), abs=1e-4)
 
 
 @pytest.mark.parametrize("when", ["pass", "step"])
@@ -218,3 +165,59 @@ def test_what_a_rank_refuses_is_raised_as_it_is() -> None:
     with pytest.raises(Exception, match="holds no adapter 'b'"):
         engine.zero_grad("b")
     assert not left
+
+
+def test_a_reference_is_on_every_rank(tmp_path: Path) -> None:
+    engine, peers, _ = gang(2)
+    engine.create_adapter("a", LoraSpec(r=4), seed=3)
+    engine.save("a", tmp_path, with_optimizer=False)
+    engine.load_reference("a/reference", tmp_path)
+    rows = [row for piece in slices(7) for row in piece.rows]
+    pieces = [TrainSlice("a/reference", (row,), CrossEntropy(1)) for row in rows]
+
+    found = [-result.loss_sum for result in engine.evaluate(pieces)]
+
+    assert found == pytest.approx(scores(engine, "a", rows), abs=1e-4)
+    assert peers[0].engine.adapter_keys() == ("a", "a/reference")
+    engine.drop_adapter("a/reference")
+    assert peers[0].engine.adapter_keys() == ("a",)
+
+
+def test_an_adapter_that_one_rank_cannot_make_is_on_none(tmp_path: Path) -> None:
+    engine, peers, left = gang(3)
+    peers[1].engine.create_adapter("a", LoraSpec(r=4), seed=3)
+    with pytest.raises(AlreadyExists):
+        engine.create_adapter("a", LoraSpec(r=4), seed=3)
+    assert [one.adapter_keys() for one in (engine, *(peer.engine for peer in peers))] == [()] * 3
+    engine.create_adapter("a", LoraSpec(r=4), seed=3)
+    assert not left
+
+
+def test_files_arrive_as_they_are_in_pieces(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(files, "PIECE_BYTES", 5)
+    source = tmp_path / "source"
+    (source / "deeper").mkdir(parents=True)
+    contents = {"a.json": b"0123456789", "b.bin": bytes(range(13)), "empty": b""}
+    for name, content in contents.items():
+        (source / name).write_bytes(content)
+    sent: list[Tensor] = []
+    files.send(source, lambda piece: sent.append(piece.clone()), torch.device("cpu"))
+    assert [len(piece) for piece in sent] == [5, 5, 5, 5, 3]
+
+    def next_piece(tensor: Tensor) -> None:
+        tensor.copy_(sent.pop(0))
+
+    with files.receiving(files.listing(source), next_piece, torch.device("cpu")) as folder:
+        assert {path.name: path.read_bytes() for path in folder.iterdir()} == contents
+    assert not folder.exists()
+
+
+def test_the_rank_with_the_least_room_decides(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, peers, _ = gang(2)
+    engine.create_adapter("a", LoraSpec(r=4), seed=3)
+    room = {id(engine): 70, id(peers[0].engine): 50}
+    taken = {id(engine): 10, id(peers[0].engine): 30}
+    monkeypatch.setattr(Engine, "free_bytes", lambda self: room[id(self)])
+    monkeypatch.setattr(Engine, "measure", lambda self, key, rows: taken[id(self)])
+    assert engine.free_bytes() == 50
+    assert engine.measure("a", slices(0)[0].rows) == 30

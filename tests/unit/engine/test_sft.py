@@ -13,14 +13,14 @@ from typing import Any
 import pytest
 
 from lathe.common.errors import DataLoss, FailedPrecondition, InvalidArgument
-from lathe.engine.batch import CrossEntropy, RowScore, SliceResult, TrainRow, TrainSlice, trained_tokens
+from lathe.engine.batch import CrossEntropy, SliceResult, TrainRow, TrainSlice, trained_tokens
 from lathe.engine.model import Note, SlicePlan, Snapshot, SnapshotKind, StepMetrics, TrainingConfig
 from lathe.engine.recipes.recipe import Job, TrainData
 from lathe.engine.recipes.run import VALIDATION, Run
 from lathe.engine.recipes.samples import Speech, held_out
 from lathe.engine.recipes.saving import Start
 from lathe.engine.recipes.sft import SupervisedRecipe
-from lathe.engine.recipes.turns import Blocked, Forward, Score, Turn
+from lathe.engine.recipes.turns import Blocked, Forward, Turn
 from lathe.text.formats import Role
 from tests.fakes.clock import FakeClock
 from tests.fakes.engine import FakeEngine
@@ -286,19 +286,24 @@ def test_out_of_memory_in_a_score_halves_it_alone() -> None:
     asked: list[list[int]] = []
     request = next(turns)
     with pytest.raises(StopIteration) as ended:
-        while isinstance(request, Score):
-            asked.append([row.line for row in request.rows])
+        while isinstance(request, Forward):
+            (piece,) = request.pieces
+            asked.append([row.line for row in piece.rows])
             request = (
-                turns.send([RowScore(row.line, 1) for row in request.rows])
-                if len(request.rows) < 3
+                turns.send([_scored([-float(row.line) for row in piece.rows])])
+                if len(piece.rows) < 3
                 else turns.throw(MemoryError("no room"))
             )
     assert asked == [[1, 2, 3, 4], [1, 2], [3, 4]]
-    assert [one.sum for one in ended.value.value] == [1, 2, 3, 4]
+    assert ended.value.value == [1, 2, 3, 4]
     turns = job.score(rows(1), "")
     next(turns)
     with pytest.raises(FailedPrecondition, match="A row of 8 tokens does not fit"):
         turns.throw(MemoryError("no room"))
+
+
+def _scored(losses: Sequence[float]) -> SliceResult:
+    return SliceResult(sum(losses), len(losses), 0, len(losses), row_losses=tuple(losses))
 
 
 def test_other_errors_pass_through(tmp_path: Path) -> None:

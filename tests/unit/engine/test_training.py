@@ -12,7 +12,7 @@ from lathe.common.metrics import Metrics
 from lathe.engine.batch import CrossEntropy, TrainRow, TrainSlice
 from lathe.engine.lora_config import LoraSpec
 from lathe.engine.model import AttemptEvent, Ended, Outcome, Snapshot
-from lathe.engine.recipes.turns import Turns, forward, generate, score
+from lathe.engine.recipes.turns import Turns, forward, generate
 from lathe.engine.training import Trainer
 from tests.fakes.clock import FakeClock
 from tests.fakes.engine import FakeEngine
@@ -219,7 +219,8 @@ class Asks(Slices):
 
     def turns(self) -> Turns[None]:
         self.engine.create_adapter(self.name, LoraSpec(r=2), 1)
-        scores = yield from score([TrainRow([1, 2, 3], [False, True, True])], "")
+        row = TrainRow([1, 2, 3], [False, True, True])
+        scores = yield from forward([TrainSlice("", (row,), CrossEntropy(1))], training=False)
         try:
             tokens = yield from generate(self.name, [[1, 2], [3]], 3, frozenset())
         except LatheError as error:
@@ -236,7 +237,7 @@ def test_what_a_run_asks_for_is_answered(bench: Bench) -> None:
         states = bench.trainer.sequences
         bench.engine.step(states)  # type: ignore[arg-type]
     scores, tokens = asks.answers
-    assert scores[0].count == 2  # type: ignore[index]
+    assert scores[0].tokens == 2  # type: ignore[index]
     assert [len(one) for one in tokens] == [3, 3]  # type: ignore[attr-defined]
     assert not bench.engine.open
     assert isinstance(bench.events["a"][-1], Ended)

@@ -9,8 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import TCPStore as Store  # type: ignore[attr-defined]
+from torch.distributed.device_mesh import DeviceMesh
 
-from lathe.engine.distributed.ranks import Reduce
 from lathe.engine.model import RankLost
 
 
@@ -27,35 +27,42 @@ def find_store(host: str, port: int, world: int, timeout_s: float) -> Store:
         raise RankLost(f"rank 0 does not answer at {host}:{port}: {error}") from error
 
 
-def join_group(store: Store, rank: int, world: int, device: str, timeout_s: float) -> Reduce:
-    """Waits until all ranks are there; answers how they add up. A process joins one group in its life.
+class ProcessGroup:
+    """ranks.Group. A process joins one in its life."""
 
-    Raises RankLost when one is missing after timeout_s, now or at a sum.
-    """
-    backend, timeout = ("nccl" if device == "cuda" else "gloo"), timedelta(seconds=timeout_s)
-    try:
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
-    except RuntimeError as error:
-        raise RankLost(f"rank {rank} of {world} waited for the others in vain: {error}") from error
-    return _whole_or_not(_sum)
-
-
-def _sum(tensor: Tensor) -> None:
-    dist.all_reduce(tensor)
-    if tensor.is_cuda:
-        # NCCL answers before it is done; what went wrong is heard only here.
-        torch.cuda.synchronize(tensor.device)
-
-
-def _whole_or_not(reduce: Callable[[Tensor], None]) -> Reduce:
-    """A sum that breaks off may have been written in part: the tensor is as it was then."""
-
-    def whole(tensor: Tensor) -> None:
-        before = tensor.clone()
+    def __init__(self, store: Store, rank: int, world: int, device: str, timeout_s: float) -> None:
+        """Waits until all ranks are there. Raises RankLost when one is missing after timeout_s, now or later."""
+        self._device = device
+        backend, timeout = ("nccl" if device == "cuda" else "gloo"), timedelta(seconds=timeout_s)
         try:
-            reduce(tensor)
+            dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
         except RuntimeError as error:
-            tensor.copy_(before)
-            raise RankLost(f"the gradients could not be added up: {error}") from error
+            raise RankLost(f"rank {rank} of {world} waited for the others in vain: {error}") from error
 
-    return whole
+    def mesh(self) -> DeviceMesh:
+        """The ranks in a row, for sharding."""
+        assert dist.group.WORLD is not None
+        return DeviceMesh.from_group(dist.group.WORLD, self._device)
+
+    def add_up(self, tensor: Tensor) -> None:
+        _whole_or_not(dist.all_reduce, tensor, "the gradients could not be added up")
+
+    def broadcast(self, tensor: Tensor) -> None:
+        _whole_or_not(_from_rank_0, tensor, "the files could not be sent")
+
+
+def _from_rank_0(tensor: Tensor) -> None:
+    dist.broadcast(tensor, src=0)
+
+
+def _whole_or_not(work: Callable[[Tensor], object], tensor: Tensor, problem: str) -> None:
+    """What breaks off may have been written in part: the tensor is as it was then."""
+    before = tensor.clone()
+    try:
+        work(tensor)
+        if tensor.is_cuda:
+            # NCCL answers before it is done; what went wrong is heard only here.
+            torch.cuda.synchronize(tensor.device)
+    except RuntimeError as error:
+        tensor.copy_(before)
+        raise RankLost(f"{problem}: {error}") from error

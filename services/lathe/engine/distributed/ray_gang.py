@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 import ray
@@ -20,11 +21,12 @@ from lathe.common.clock import SystemClock
 from lathe.common.errors import Unavailable
 from lathe.common.objectstore.factory import open_store as open_objects
 from lathe.engine.basecache import ensure_base
-from lathe.engine.distributed.group import find_store, join_group, open_store
-from lathe.engine.distributed.ranks import Gang, LeadingEngine, RankEngine, Work
-from lathe.engine.loading import load_engine
+from lathe.engine.distributed.group import ProcessGroup, find_store, open_store
+from lathe.engine.distributed.joining import RankSettings, load_rank, told
+from lathe.engine.distributed.leading import Gang, LeadingEngine
+from lathe.engine.distributed.ranks import RankEngine, Work
 from lathe.engine.model import RankLost
-from lathe.engine.settings import EngineSettings
+from lathe.engine.settings import EngineSettings, threads_here
 
 T = TypeVar("T")
 
@@ -37,26 +39,27 @@ class Raised:
 
 
 class PeerProcess:
-    """What runs in an actor: an engine that does what rank 0 says, in order."""
+    """What runs in an actor: an engine that does what rank 0 says, in order. Its answers are values, or Raised."""
 
-    def __init__(self, settings: EngineSettings) -> None:
-        store = open_objects(settings.store)
-        base = ensure_base(store, settings.base_digest, settings.cache_folder, SystemClock())
-        self._settings = settings
-        self._engine = load_engine(RankEngine, settings, asyncio.run(base))
+    def __init__(self, rank: RankSettings) -> None:
+        self._rank = rank
+        base = ensure_base(open_objects(rank.own_store()), rank.base_digest, rank.cache_folder, SystemClock())
+        self._folder = asyncio.run(base)
 
-    def join(self, host: str, port: int, rank: int) -> object:
-        """Meet the others; answers None, or Raised."""
-        world, timeout_s = self._settings.workers, self._settings.rank_timeout_s
+    def join(self, host: str, port: int, number: int) -> object:
+        """Meet the others, and load the base."""
+        rank = self._rank
         try:
-            store = find_store(host, port, world, timeout_s)
-            self._engine.join(join_group(store, rank, world, self._settings.device, timeout_s))
+            store = find_store(host, port, rank.world, rank.timeout_s)
+            group = ProcessGroup(store, number, rank.world, rank.device, rank.timeout_s)
+            threads = threads_here(rank.threads)
+            self._engine = load_rank(RankEngine, rank, threads, self._folder, group)
         except Exception as error:
             return Raised(error)
         return None
 
     def run(self, work: Work[Any]) -> object:
-        """What the work answers, or Raised."""
+        """What the work answers."""
         try:
             return work(self._engine)
         except Exception as error:
@@ -75,23 +78,30 @@ class RayPeer:
         return lambda: _answer(answer, self.timeout_s)
 
 
-def assemble(engine: LeadingEngine, settings: EngineSettings, leave: Callable[[], None]) -> None:
-    """Start the peers and lead them. Raises Unavailable when they are not there within gang_timeout_s."""
+def assemble(settings: EngineSettings, folder: Path, leave: Callable[[], None]) -> LeadingEngine:
+    """Rank 0, with the others there and the base in this folder loaded by all.
+
+    Raises Unavailable when they are not there within gang_timeout_s, and what loading raises.
+    """
+    rank = told(settings, folder)
     ray.init(address=settings.ray_address, log_to_driver=False, include_dashboard=False)
-    actors = _actors(settings)
+    actors = _actors(settings, rank)
     host = str(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]
-    timeout_s = settings.rank_timeout_s
-    store = open_store(host, settings.workers, timeout_s)
-    joining = [actor.join.remote(host, store.port, rank) for rank, actor in enumerate(actors, start=1)]
-    reduce = join_group(store, 0, settings.workers, settings.device, timeout_s)
+    store = open_store(host, rank.world, rank.timeout_s)
+    joining = [actor.join.remote(host, store.port, number) for number, actor in enumerate(actors, start=1)]
+    group = ProcessGroup(store, 0, rank.world, rank.device, rank.timeout_s)
+    engine = load_rank(LeadingEngine, rank, settings.model_threads(), folder, group)
     for answer in joining:
-        _answer(answer, timeout_s)
-    engine.lead(Gang([RayPeer(actor, timeout_s) for actor in actors], reduce, leave))
+        _answer(answer, settings.gang_timeout_s)
+    engine.lead(Gang([RayPeer(actor, rank.timeout_s) for actor in actors], group, leave))
+    return engine
 
 
-def _actors(settings: EngineSettings) -> list[Any]:
-    """The peers, each with its base loaded."""
+def _actors(settings: EngineSettings, rank: RankSettings) -> list[Any]:
+    """The peers, each with the base's files at hand."""
     wanted = settings.workers - 1
+    if not wanted:
+        return []
     share = {"CPU": settings.worker_cpus, "GPU": settings.worker_gpus}
     needs = {name: amount for name, amount in share.items() if amount}
     group = placement_group([needs] * wanted, strategy="SPREAD")
@@ -107,11 +117,11 @@ def _actors(settings: EngineSettings) -> list[Any]:
     remote = remote.options(
         scheduling_strategy=PlacementGroupSchedulingStrategy(placement_group=group), **options
     )
-    actors: list[Any] = [remote.remote(settings) for _ in range(wanted)]
+    actors: list[Any] = [remote.remote(rank) for _ in range(wanted)]
     try:
         ray.get([actor.__ray_ready__.remote() for actor in actors], timeout=settings.gang_timeout_s)
     except (GetTimeoutError, RayError) as error:
-        raise Unavailable(f"A worker could not load the base model: {error}") from error
+        raise Unavailable(f"A worker could not fetch the base model: {error}") from error
     return actors
 
 

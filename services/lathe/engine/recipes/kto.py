@@ -89,7 +89,7 @@ class KtoRecipe(ReferencedRecipe):
             return 0.0
         now = yield from self.job.score(rows, self.job.key)
         before = yield from self.reference.score(rows)
-        return max(0.0, fmean(score.sum - reference for score, reference in zip(now, before, strict=True)))
+        return max(0.0, fmean(score - reference for score, reference in zip(now, before, strict=True)))
 
 
 def mismatched(rows: Sequence[TrainRow], longest: int) -> list[TrainRow]:

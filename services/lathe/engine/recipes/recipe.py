@@ -12,7 +12,7 @@ before its first slice, so that the slices' size changes nothing:
         def objectives(self, batch):
             reference = yield from self.job.score(batch.rows, "")     # the base without the adapter
             pairs = len(batch.rows) // 2
-            return lambda places: DpoLoss([reference[place].sum for place in places], self.beta, pairs)
+            return lambda places: DpoLoss([reference[place] for place in places], self.beta, pairs)
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lathe.common.errors import FailedPrecondition
-from lathe.engine.batch import Objective, RowScore, TrainRow
+from lathe.engine.batch import CrossEntropy, Objective, TrainRow, TrainSlice
 from lathe.engine.model import TrainingConfig
 from lathe.engine.packing import cut, halve
 from lathe.engine.passes import is_out_of_memory
 from lathe.engine.ports import TrainVerbs
-from lathe.engine.recipes.turns import Turns, score
+from lathe.engine.recipes.turns import Turns, forward
 
 # Answers the objective of some of a batch's rows, given by their places in it.
 Objectives = Callable[[Sequence[int]], Objective]
@@ -65,22 +65,29 @@ class Job:
     slice_tokens: int
     initial: Path | None = None
 
-    def score(self, rows: Sequence[TrainRow], key: str) -> Turns[list[RowScore]]:
-        """The rows' log-probabilities under an adapter ("" is the base), slice by slice; a slice that does not fit
-        goes in halves. Raises FailedPrecondition for a row that does not fit."""
-        scores: list[RowScore] = []
-        pieces = list(cut(range(len(rows)), [len(row.tokens) for row in rows], self.slice_tokens))
+    def score(self, rows: Sequence[TrainRow], key: str) -> Turns[list[float]]:
+        """log p of each row's trained tokens under an adapter ("" is the base), a slice for each worker at a time; what
+        does not fit goes in halves. Raises FailedPrecondition for a row that does not fit."""
+        lengths = [len(row.tokens) for row in rows]
+        scores: list[float] = []
+        pieces = list(cut(range(len(rows)), lengths, self.slice_tokens))
         while pieces:
-            piece = pieces.pop(0)
+            together = pieces[: self.engine.workers]
+            slices = [
+                TrainSlice(key, tuple(rows[i] for i in piece.rows), CrossEntropy(1)) for piece in together
+            ]
             try:
-                scores += yield from score([rows[place] for place in piece.rows], key)
-                continue
+                results = yield from forward(slices, training=False)
             except (MemoryError, RuntimeError) as error:
                 if not is_out_of_memory(error):
                     raise
-            if len(piece.rows) == 1:
-                raise no_room(len(rows[piece.rows[0]].tokens))
-            pieces = [*halve(piece), *pieces]
+                if all(len(piece.rows) == 1 for piece in together):
+                    raise no_room(max(lengths[piece.rows[0]] for piece in together)) from error
+                halves = [half for piece in together for half in halve(piece)]
+                pieces = [*halves, *pieces[len(together) :]]
+            else:
+                scores += [-loss for result in results for loss in result.row_losses]
+                pieces = pieces[len(together) :]
         return scores
 
 

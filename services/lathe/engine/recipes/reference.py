@@ -37,7 +37,7 @@ class Reference:
     def begin(self) -> None:
         """Loads the frozen copy, where there is one."""
         if self._job.initial is not None:
-            self._job.engine.load_adapter(self._key, self._job.initial)
+            self._job.engine.load_reference(self._key, self._job.initial)
 
     def close(self) -> None:
         if self._key in self._job.engine.adapter_keys():
@@ -54,8 +54,7 @@ class Reference:
 
     def score(self, rows: Sequence[TrainRow]) -> Turns[list[float]]:
         """log p of rows that are not the data's own; they are not remembered."""
-        scores = yield from self._job.score(rows, self._key)
-        return [score.sum for score in scores]
+        return (yield from self._job.score(rows, self._key))
 
     def save(self, folder: Path) -> tuple[str, ...]:
         (folder / REFERENCE).write_bytes(to_safetensors(self._known))

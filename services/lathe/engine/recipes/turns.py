@@ -11,7 +11,7 @@ from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from lathe.engine.batch import RowScore, SliceResult, TrainRow, TrainSlice
+from lathe.engine.batch import SliceResult, TrainRow, TrainSlice
 from lathe.engine.model import Note, Snapshot, StepMetrics
 
 T = TypeVar("T")
@@ -31,18 +31,6 @@ class Forward:
     @property
     def input_tokens(self) -> int:
         return sum(piece.input_tokens for piece in self.pieces)
-
-
-@dataclass(frozen=True, slots=True)
-class Score:
-    """Log-probabilities of whole rows under an adapter, "" for the base; answered by a list of RowScore."""
-
-    rows: tuple[TrainRow, ...]
-    key: str
-
-    @property
-    def input_tokens(self) -> int:
-        return sum(len(row.tokens) for row in self.rows)
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +63,7 @@ class Blocked:
     reason: str
 
 
-Request = Forward | Score | Measure | Generate
+Request = Forward | Measure | Generate
 RecipeEvent = StepMetrics | Snapshot | Note
 Turn = Request | Blocked | RecipeEvent
 Turns = Generator[Turn, Any, T]
@@ -85,12 +73,6 @@ def forward(pieces: Sequence[TrainSlice], *, training: bool = True) -> Turns[lis
     """The slices' results; see Engine.forward_backward and Engine.evaluate."""
     results: list[SliceResult] = yield Forward(tuple(pieces), training)
     return results
-
-
-def score(rows: Sequence[TrainRow], key: str) -> Turns[list[RowScore]]:
-    """The rows' log-probabilities in one pass; see Engine.score."""
-    scores: list[RowScore] = yield Score(tuple(rows), key)
-    return scores
 
 
 def measure(key: str, rows: Sequence[TrainRow]) -> Turns[int | None]:
