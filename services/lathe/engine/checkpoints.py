@@ -23,6 +23,7 @@ from typing import Any
 from lathe.common.errors import DataLoss, NotFound
 from lathe.common.objectstore.base import ObjectStore
 from lathe.engine.model import (
+    OPTIMIZER_FILE,
     AdapterRef,
     CheckpointReport,
     RunState,
@@ -37,7 +38,6 @@ from lathe.engine.watch import Evaluations, LossHistory
 logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
-OPTIMIZER = "optimizer.safetensors"
 # What a method measures the trained model against.
 REFERENCE = "reference.safetensors"
 # A checkpoint brings the best adapter so far along, under these names.
@@ -109,7 +109,7 @@ class Manifest:
 
 def is_of_training(name: str) -> bool:
     """Whether a checkpoint's file is only for going on with its job: its adapter is whole without it."""
-    return name in {OPTIMIZER, REFERENCE} or name.startswith(BEST)
+    return name in {OPTIMIZER_FILE, REFERENCE} or name.startswith(BEST)
 
 
 @dataclass(frozen=True, slots=True)
@@ -293,6 +293,6 @@ async def _candidates(
             except DataLoss as error:
                 pass_over(prefix, error)
                 continue
-            if any(entry.path == OPTIMIZER for entry in manifest.files):
+            if any(entry.path == OPTIMIZER_FILE for entry in manifest.files):
                 found.append((-manifest.step, age, prefix, manifest, hashlib.sha256(data).hexdigest()))
     return [(prefix, manifest, digest) for *_, prefix, manifest, digest in sorted(found, key=lambda f: f[:2])]

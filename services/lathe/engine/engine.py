@@ -31,6 +31,7 @@ from lathe.engine.kv import KVCache, common_prefix
 from lathe.engine.lora_config import LoraSpec
 from lathe.engine.losses import token_logprobs
 from lathe.engine.memory import free_bytes, peak_bytes
+from lathe.engine.model import OPTIMIZER_FILE
 from lathe.engine.optim import AdamW
 from lathe.engine.parts import ALWAYS_THERE
 from lathe.engine.passes import check_rows, pack, rows_pass, run_slices
@@ -38,7 +39,6 @@ from lathe.engine.sampling import Sampler, SamplingParams, sample_batch
 from lathe.engine.sequences import SequenceState, StepOutput, emit, slot_of
 from lathe.engine.weights import Placement, Whole, choose_dtype, load_weights, read_spec
 
-OPTIMIZER_FILE = "optimizer.safetensors"
 SEED = "dropout_seed"
 # A prompt waits for another one that is being computed when they share at least this many further tokens.
 _WORTH_WAITING = 8

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lathe.common.errors import InvalidArgument
+from lathe.engine.jsonfile import read_object
 from lathe.engine.sources import first_line
 
 WEIGHT_INDEX = "model.safetensors.index.json"
@@ -42,13 +43,7 @@ def read_json(path: Path, name: str) -> dict[str, Any]:
         raise InvalidArgument(
             f"{path} has no {name}{adapter}: a base model is a Hugging Face folder with {name}"
         )
-    try:
-        content = json.loads((path / name).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InvalidArgument(f"{name} is not JSON: {first_line(error)}") from error
-    if not isinstance(content, dict):
-        raise InvalidArgument(f"{name} must hold a JSON object")
-    return content
+    return read_object(path / name)
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

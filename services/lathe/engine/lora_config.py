@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -10,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from lathe.common.errors import FieldViolation, InvalidArgument
+from lathe.engine.jsonfile import read_object
 
 CONFIG_FILE = "adapter_config.json"
 # PEFT's word for every linear of the layers; the head and the embeddings are named when they are wanted.
@@ -133,13 +133,7 @@ class LoraSpec:
 
 def read_spec(folder: Path) -> LoraSpec:
     """The LoraSpec of an adapter folder. Raises InvalidArgument."""
-    try:
-        config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InvalidArgument(f"the adapter's {CONFIG_FILE} cannot be read: {error}") from error
-    if not isinstance(config, dict):
-        raise InvalidArgument(f"the adapter's {CONFIG_FILE} is not a JSON object.")
-    return LoraSpec.from_config(config)
+    return LoraSpec.from_config(read_object(folder / CONFIG_FILE))
 
 
 def invalid(name: str, what: str) -> InvalidArgument:

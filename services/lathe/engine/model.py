@@ -14,6 +14,8 @@ from lathe.engine.watch import Evaluations, LossHistory
 
 # Where the weights of an adapter are, and those of a whole tuned model.
 WEIGHTS_FILES = ("adapter_model.safetensors", "model.safetensors")
+# Of the optimizer's state and dropout's seed: what an adapter that is trained on has beside its weights.
+OPTIMIZER_FILE = "optimizer.safetensors"
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -16,6 +15,7 @@ from torch import Tensor
 from lathe.common.errors import InvalidArgument
 from lathe.engine.base import LayerNorms, LayerWeights, Weights
 from lathe.engine.frozen import Frozen, FrozenLinear
+from lathe.engine.jsonfile import read_object
 from lathe.engine.norms import Norm
 from lathe.engine.parts import ALWAYS_THERE, Parts
 from lathe.engine.quantized import NF4Linear
@@ -28,7 +28,7 @@ _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 def read_spec(folder: Path) -> DecoderSpec:
     """The spec of a folder's config.json. Raises InvalidArgument."""
-    config = _json(folder / "config.json")
+    config = read_object(folder / "config.json")
     return DecoderSpec.from_config(config)
 
 
@@ -210,7 +210,7 @@ class _Reader:
 def weight_files(folder: Path) -> tuple[Path, ...]:
     """The safetensors files of a folder, sharded or not. Raises InvalidArgument (naming pickle where it is)."""
     if (folder / _INDEX).is_file():
-        mapping = _json(folder / _INDEX).get("weight_map")
+        mapping = read_object(folder / _INDEX).get("weight_map")
         if not isinstance(mapping, Mapping):
             raise InvalidArgument(f"{_INDEX} has no weight_map.")
         names = sorted({str(name) for name in mapping.values()})
@@ -241,13 +241,3 @@ def groups(spec: DecoderSpec) -> dict[str, list[Linear]]:
 def join(parts: Sequence[Tensor]) -> Tensor:
     """Along their outputs."""
     return parts[0] if len(parts) == 1 else torch.cat(list(parts))
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InvalidArgument(f"{path.name} cannot be read: {error}") from error
-    if not isinstance(value, dict):
-        raise InvalidArgument(f"{path.name} is not a JSON object.")
-    return value

@@ -88,7 +88,7 @@ SPOILED: dict[str, tuple[Callable[[Path], object], str]] = {
     "module": (config(target_modules=["q_proj", "wat_proj"]), "wat_proj"),
     "rank": (config(r=1000), r"the base model needs \(1000,"),
     "no JSON": (lambda folder: (folder / "adapter_config.json").write_text("{"), "adapter_config.json"),
-    "no object": (lambda folder: (folder / "adapter_config.json").write_text("[]"), "not a JSON object"),
+    "no object": (lambda folder: (folder / "adapter_config.json").write_text("[]"), "must hold a JSON object"),
     "option": (config(modules_to_save=["lm_head"]), "modules_to_save"),
     "new option": (config(kasa_config={"beta": 1}), "kasa_config"),
 }

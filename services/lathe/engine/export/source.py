@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from lathe.common.errors import InvalidArgument
 from lathe.engine.full import check_same_architecture, is_full
+from lathe.engine.jsonfile import read_object
 from lathe.engine.weights import read_spec, weight_files
 from lathe.text.errors import TemplateError, TokenizerError
 from lathe.text.tokenizer import Tokenizer
@@ -113,7 +113,7 @@ class Source:
         """config.json. Raises InvalidArgument, also where every weight of another architecture was tuned."""
         if self.is_full:
             check_same_architecture(read_spec(self.base), self.weights)
-        return read_json(self.weights / "config.json")
+        return read_object(self.weights / "config.json")
 
     def tensors(self) -> Tensors:
         """The base's. Raises InvalidArgument for a folder without safetensors."""
@@ -131,17 +131,6 @@ class Source:
         """A file name for what is exported: letters, digits, dots and dashes."""
         named = self.lineage.model or self.lineage.base_model or self.base.name
         return "".join(c if c.isalnum() or c in ".-_" else "-" for c in named).strip("-.") or "model"
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Raises InvalidArgument naming the file."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InvalidArgument(f"{path} cannot be read: {error}.") from error
-    if not isinstance(value, dict):
-        raise InvalidArgument(f"{path} is not a JSON object.")
-    return value
 
 
 def _natural(name: str) -> list[tuple[int, str]]:
