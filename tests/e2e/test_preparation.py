@@ -66,6 +66,22 @@ def test_a_row_is_found_wherever_it_is(client: Client, colours: datasets_pb2.Dat
     assert not client.datasets.find(row=json.dumps(row("?", "never uploaded"))).places
 
 
+def _check_lineage(
+    client: Client, job: jobs_pb2.Job, train: datasets_pb2.Dataset, held_out: datasets_pb2.Dataset
+) -> None:
+    """The model knows its rows, and the rows know their models."""
+    (training,) = client.lineage.of_model(job.fine_tuned_model).trainings
+    assert training.job is not None and training.job.name == job.name
+    assert train.name in {each.name for each in training.rows.datasets}
+    assert training.rows.audit.rows == train.report.example_count
+
+    def seen_by(dataset: datasets_pb2.Dataset) -> set[str]:
+        return {each.model_id for each in client.lineage.of_row(dataset=dataset.name, line=1).models}
+
+    assert job.fine_tuned_model in seen_by(train)
+    assert job.fine_tuned_model not in seen_by(held_out)
+
+
 def test_no_job_trains_on_a_held_out_row(
     client: Client, base_model: str, colours: datasets_pb2.Dataset
 ) -> None:
@@ -87,6 +103,7 @@ def test_no_job_trains_on_a_held_out_row(
         for update in client.jobs.watch(job.name):
             job = update.job
         assert job.state == jobs_pb2.JOB_STATE_SUCCEEDED, job
+        _check_lineage(client, job, train, held_out)
         with pytest.raises(FailedPrecondition, match=name):
             client.datasets.delete(held_out.name)
     finally:

@@ -22,6 +22,7 @@ from lathe.cli import (
     export,
     jobs,
     keys,
+    lineage,
     login,
     models,
     platform,
@@ -42,6 +43,7 @@ _RUN = "Run a platform"
 models.app.command()(export.export)
 app.add_typer(models.app, name="models", rich_help_panel=_USE)
 app.add_typer(datasets.app, name="datasets", rich_help_panel=_USE)
+app.add_typer(lineage.app, name="lineage", rich_help_panel=_USE)
 app.add_typer(jobs.app, name="jobs", rich_help_panel=_USE)
 app.add_typer(keys.app, name="keys", rich_help_panel=_USE)
 app.command(rich_help_panel=_USE)(login.login)

@@ -12,6 +12,7 @@ from lathe.client.datasets import Datasets
 from lathe.client.deployments import Deployments
 from lathe.client.inference import chat_request
 from lathe.client.jobs import Jobs
+from lathe.client.lineage import Lineage
 from lathe.client.models import Adapters, Models
 from lathe.client.transport import Tls, Transport
 from lathe.common.errors import Unavailable
@@ -55,6 +56,10 @@ class Client:
     @cached_property
     def jobs(self) -> Jobs:
         return Jobs(self._transport, self.project)
+
+    @cached_property
+    def lineage(self) -> Lineage:
+        return Lineage(self.datasets, self.adapters, self.jobs)
 
     @cached_property
     def keys(self) -> Keys:

@@ -86,6 +86,13 @@ class Rows:
         request = pb.FindRowsRequest(parent=self._project, row=row, line=place, digest=digest)
         return self._transport.call(self._stub.FindRows, request, timeout=_ROWS_S)
 
+    def trained_rows(self, dataset_sha256: str, audit_key: str) -> pb.TrainedRows:
+        """What a job trained on, by the digests in its model's lineage."""
+        request = pb.GetTrainedRowsRequest(
+            parent=self._project, dataset_sha256=dataset_sha256, audit_key=audit_key
+        )
+        return self._transport.call(self._stub.GetTrainedRows, request)
+
     def freeze(self, name: str, frozen_as: str) -> pb.Dataset:
         """Keep a dataset as a held-out set: no job trains on a file with one of its rows from now on.
 

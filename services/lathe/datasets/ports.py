@@ -166,6 +166,10 @@ class DatasetStore(Protocol):
         """It counts as used now."""
         ...
 
+    async def is_audit_of(self, key: str, dataset_sha256: str) -> bool:
+        """Whether there is an audit with this key, and of a dataset with this digest."""
+        ...
+
     async def running_audits(self) -> Sequence[AuditTask]:
         """Oldest first."""
         ...

@@ -15,7 +15,7 @@ from lathe.common.ids import IdFactory
 from lathe.common.objectstore.base import ObjectStore
 from lathe.datasets import model as rules
 from lathe.datasets.differences import MAX_FIRST, Difference, difference
-from lathe.datasets.model import Dataset, DatasetState, blob_key
+from lathe.datasets.model import Audit, Dataset, DatasetState, blob_key
 from lathe.datasets.operations import Operation, Parent, Preparation, check_operation, name_of, parts_of
 from lathe.datasets.ports import DatasetStore
 from lathe.datasets.preparing import selected
@@ -153,6 +153,16 @@ class PreparationService:
         entry = index.entry(position)
         chunks = self.objects.stream(blob_key(dataset.sha256), offset=entry.offset, length=entry.length)
         return b"".join([chunk async for chunk in chunks])
+
+    async def trained_rows(
+        self, project: str, sha256: str, audit_key: str
+    ) -> tuple[list[Dataset], Audit | None]:
+        """The project's datasets with these bytes, oldest first, and the audit of them with this key. None for an
+        audit of other bytes, of bytes that the project has not (or no more), and for one that has gone."""
+        found = [each for each in await self.store.training_files(project) if each.sha256 == sha256]
+        if not found or not await self.store.is_audit_of(audit_key, sha256):
+            return found, None
+        return found, await self.store.get_audit(audit_key, self.clock.now())
 
     # --- held-out sets ----------------------------------------------------------------------------------------
 

@@ -54,6 +54,16 @@ class PreparationMethods(pb_grpc.DatasetsServiceServicer):
         require_project(request.line.dataset, field="line.dataset")
         return await self._preparation.find_line(project, dataset, request.line.line)
 
+    async def GetTrainedRows(
+        self, request: pb.GetTrainedRowsRequest, context: ServicerContext
+    ) -> pb.TrainedRows:
+        (project,) = names.PROJECT.parse(request.parent, field="parent")
+        require_project(request.parent, field="parent")
+        found, audit = await self._preparation.trained_rows(
+            project, request.dataset_sha256, request.audit_key
+        )
+        return protos.trained_rows_pb(found, audit)
+
     async def FreezeDataset(self, request: pb.FreezeDatasetRequest, context: ServicerContext) -> pb.Dataset:
         project, dataset = _ids(request.name)
         require_role("member")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 
@@ -203,6 +204,15 @@ def found_pb(found: Found) -> pb.FindRowsResponse:
         for place in found.places
     ]
     return pb.FindRowsResponse(digest=found.digest.hex(), row=found.row.decode(), places=places)
+
+
+def trained_rows_pb(found: Sequence[Dataset], audit: Audit | None) -> pb.TrainedRows:
+    answer = pb.TrainedRows(datasets=map(dataset_pb, found))
+    if audit is not None:
+        answer.audit.CopyFrom(audit_pb(audit))
+        # Where the tokens lie is the platform's own affair.
+        answer.audit.ClearField("object_key")
+    return answer
 
 
 def digest(text: str) -> bytes:

@@ -411,6 +411,11 @@ class SqlDatasetStore:
             row = (await connection.execute(audits.select().where(audits.c.key == key))).one_or_none()
         return _audit(row) if row is not None else None
 
+    async def is_audit_of(self, key: str, dataset_sha256: str) -> bool:
+        query = sa.select(audits.c.key).where(audits.c.key == key, audits.c.dataset_sha256 == dataset_sha256)
+        async with self._db.read() as connection:
+            return (await connection.execute(query)).first() is not None
+
     async def running_audits(self) -> Sequence[AuditTask]:
         query = audits.select().where(_RUNNING).order_by(audits.c.create_time, audits.c.key)
         async with self._db.read() as connection:

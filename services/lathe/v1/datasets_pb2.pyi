@@ -1610,3 +1610,54 @@ class ThawDatasetRequest(message.Message):
     _ClearFieldArgType: _TypeAlias = typing.Literal["name", b"name"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class GetTrainedRowsRequest(message.Message):
+    DESCRIPTOR: descriptor.Descriptor
+
+    PARENT_FIELD_NUMBER: builtins.int
+    DATASET_SHA256_FIELD_NUMBER: builtins.int
+    AUDIT_KEY_FIELD_NUMBER: builtins.int
+    parent: builtins.str
+    """projects/{project}"""
+    dataset_sha256: builtins.str
+    """Lineage.dataset_sha256 and Lineage.audit_key of an adapter."""
+    audit_key: builtins.str
+    def __init__(
+        self,
+        *,
+        parent: builtins.str = ...,
+        dataset_sha256: builtins.str = ...,
+        audit_key: builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["audit_key", b"audit_key", "dataset_sha256", b"dataset_sha256", "parent", b"parent"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class TrainedRows(message.Message):
+    DESCRIPTOR: descriptor.Descriptor
+
+    DATASETS_FIELD_NUMBER: builtins.int
+    AUDIT_FIELD_NUMBER: builtins.int
+    @builtins.property
+    def datasets(self) -> containers.RepeatedCompositeFieldContainer[Dataset]:
+        """The project's datasets with these bytes, oldest first; none once all were deleted."""
+
+    @builtins.property
+    def audit(self) -> Audit:
+        """How they were rendered: what was trained, cut and left out. Unset where no dataset is left, or the audit has gone."""
+
+    def __init__(
+        self,
+        *,
+        datasets: abc.Iterable[Dataset] | None = ...,
+        audit: Audit | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = typing.Literal["audit", b"audit"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["audit", b"audit", "datasets", b"datasets"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...

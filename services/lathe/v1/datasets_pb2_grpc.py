@@ -106,6 +106,11 @@ class DatasetsServiceStub:
                 request_serializer=lathe_dot_v1_dot_datasets__pb2.FindRowsRequest.SerializeToString,
                 response_deserializer=lathe_dot_v1_dot_datasets__pb2.FindRowsResponse.FromString,
                 _registered_method=True)
+        self.GetTrainedRows = channel.unary_unary(
+                '/lathe.v1.DatasetsService/GetTrainedRows',
+                request_serializer=lathe_dot_v1_dot_datasets__pb2.GetTrainedRowsRequest.SerializeToString,
+                response_deserializer=lathe_dot_v1_dot_datasets__pb2.TrainedRows.FromString,
+                _registered_method=True)
         self.FreezeDataset = channel.unary_unary(
                 '/lathe.v1.DatasetsService/FreezeDataset',
                 request_serializer=lathe_dot_v1_dot_datasets__pb2.FreezeDatasetRequest.SerializeToString,
@@ -220,6 +225,13 @@ class DatasetsServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetTrainedRows(self, request, context):
+        """What a job trained on, by the digests in its model's lineage.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def FreezeDataset(self, request, context):
         """Keeps a READY training file as a held-out set: from now on no job of the project that trains on a file with one
         of its rows is queued, and it can neither be deleted nor expire. The same name again answers with the dataset.
@@ -307,6 +319,11 @@ def add_DatasetsServiceServicer_to_server(servicer, server):
                     servicer.FindRows,
                     request_deserializer=lathe_dot_v1_dot_datasets__pb2.FindRowsRequest.FromString,
                     response_serializer=lathe_dot_v1_dot_datasets__pb2.FindRowsResponse.SerializeToString,
+            ),
+            'GetTrainedRows': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetTrainedRows,
+                    request_deserializer=lathe_dot_v1_dot_datasets__pb2.GetTrainedRowsRequest.FromString,
+                    response_serializer=lathe_dot_v1_dot_datasets__pb2.TrainedRows.SerializeToString,
             ),
             'FreezeDataset': grpc.unary_unary_rpc_method_handler(
                     servicer.FreezeDataset,
@@ -698,6 +715,33 @@ class DatasetsService:
             '/lathe.v1.DatasetsService/FindRows',
             lathe_dot_v1_dot_datasets__pb2.FindRowsRequest.SerializeToString,
             lathe_dot_v1_dot_datasets__pb2.FindRowsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetTrainedRows(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/lathe.v1.DatasetsService/GetTrainedRows',
+            lathe_dot_v1_dot_datasets__pb2.GetTrainedRowsRequest.SerializeToString,
+            lathe_dot_v1_dot_datasets__pb2.TrainedRows.FromString,
             options,
             channel_credentials,
             insecure,

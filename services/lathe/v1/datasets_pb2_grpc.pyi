@@ -64,6 +64,8 @@ class DatasetsServiceStub:
     """Which rows two READY datasets share, in whatever format and spelling."""
     FindRows: _grpc.UnaryUnaryMultiCallable[_datasets_pb2.FindRowsRequest, _datasets_pb2.FindRowsResponse]
     """Where a row is in the training files of a project. What was deleted is not found."""
+    GetTrainedRows: _grpc.UnaryUnaryMultiCallable[_datasets_pb2.GetTrainedRowsRequest, _datasets_pb2.TrainedRows]
+    """What a job trained on, by the digests in its model's lineage."""
     FreezeDataset: _grpc.UnaryUnaryMultiCallable[_datasets_pb2.FreezeDatasetRequest, _datasets_pb2.Dataset]
     """Keeps a READY training file as a held-out set: from now on no job of the project that trains on a file with one
     of its rows is queued, and it can neither be deleted nor expire. The same name again answers with the dataset.
@@ -106,6 +108,8 @@ class DatasetsServiceAsyncStub(DatasetsServiceStub):
     """Which rows two READY datasets share, in whatever format and spelling."""
     FindRows: _aio.UnaryUnaryMultiCallable[_datasets_pb2.FindRowsRequest, _datasets_pb2.FindRowsResponse]  # type: ignore[assignment]
     """Where a row is in the training files of a project. What was deleted is not found."""
+    GetTrainedRows: _aio.UnaryUnaryMultiCallable[_datasets_pb2.GetTrainedRowsRequest, _datasets_pb2.TrainedRows]  # type: ignore[assignment]
+    """What a job trained on, by the digests in its model's lineage."""
     FreezeDataset: _aio.UnaryUnaryMultiCallable[_datasets_pb2.FreezeDatasetRequest, _datasets_pb2.Dataset]  # type: ignore[assignment]
     """Keeps a READY training file as a held-out set: from now on no job of the project that trains on a file with one
     of its rows is queued, and it can neither be deleted nor expire. The same name again answers with the dataset.
@@ -229,6 +233,14 @@ class DatasetsServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_datasets_pb2.FindRowsResponse, _abc.Awaitable[_datasets_pb2.FindRowsResponse]]:
         """Where a row is in the training files of a project. What was deleted is not found."""
+
+    @_abc_1.abstractmethod
+    def GetTrainedRows(
+        self,
+        request: _datasets_pb2.GetTrainedRowsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_datasets_pb2.TrainedRows, _abc.Awaitable[_datasets_pb2.TrainedRows]]:
+        """What a job trained on, by the digests in its model's lineage."""
 
     @_abc_1.abstractmethod
     def FreezeDataset(

@@ -145,6 +145,9 @@ async def test_audits(store):
     await store.add_audit(replace(TASK, base_model="baseModels/other"))
     assert await store.running_audits() == [TASK]
     assert await store.get_audit("none", NOW) is None
+    assert await store.is_audit_of(TASK.key, TASK.dataset_sha256)
+    assert not await store.is_audit_of(TASK.key, "0" * 64)
+    assert not await store.is_audit_of("none", TASK.dataset_sha256)
     await store.set_audit_object(TASK.key, RESULT.sha256)
     assert await store.get_audit(TASK.key, NOW) == Audit(TASK.key, AuditState.RUNNING)
     assert not await store.claim_blob(RESULT.sha256, "someone")

@@ -229,6 +229,22 @@ async def test_a_row_is_found_by_its_text_its_line_and_its_digest(world):
         await service.find_row("acme", b'{"messages": 3}')
 
 
+async def test_what_a_job_trained_on_is_known_as_long_as_the_project_has_the_bytes(world, service):
+    await world.base_models.add_tiny(world.objects)
+    dataset, copy = await world.ready(SIXTY), await world.ready(SIXTY)
+    made = await settled_audit(world, dataset)
+    lookup = world.preparation().trained_rows
+    found, shown = await lookup("acme", dataset.sha256, made.key)
+    assert [each.id for each in found] == [dataset.id, copy.id] and shown == made
+    assert (await lookup("other", dataset.sha256, made.key)) == ([], None)
+    assert (await lookup("acme", dataset.sha256, "0" * 64))[1] is None
+    other = await world.ready(GOOD)
+    assert (await lookup("acme", other.sha256, made.key))[1] is None
+    for each in (dataset, copy):
+        await service.delete("acme", each.id)
+    assert await lookup("acme", dataset.sha256, made.key) == ([], None)
+
+
 # --- held-out sets -----------------------------------------------------------------------------------------------
 
 
