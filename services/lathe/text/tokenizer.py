@@ -34,6 +34,7 @@ class Tokenizer:
     eos_id: the one that ends a text outside any chat; None where the model names none.
     eos_ids: every id that ends a turn, ascending: eos of tokenizer_config, generation_config and config, and
     the special token with which the chat template closes an assistant's turn.
+    special_texts: the special tokens as a text would hold them.
     plain_added: id -> text of the added tokens, where they are recognised as they are written; None where a
     normaliser or word boundaries have a say.
     digest: SHA-256 over the canonical tokenizer.json, named special tokens and stop ids; template_digest:
@@ -53,6 +54,9 @@ class Tokenizer:
         self._special_tokens = dict(special_tokens)
         added = backend.get_added_tokens_decoder()
         self._special_ids = frozenset(id_ for id_, token in added.items() if token.special)
+        self.special_texts: tuple[str, ...] = tuple(
+            str(token.content) for token in added.values() if token.special
+        )
         self._anchor_ids = frozenset(id_ for id_, token in added.items() if not token.single_word)
         normalizes = backend.normalizer is not None
         plain = not any(token.single_word or (normalizes and token.normalized) for token in added.values())

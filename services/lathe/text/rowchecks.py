@@ -1,0 +1,157 @@
+"""What is found in one row beside what keeps it from being trained on: see `KINDS` for each code."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from functools import cached_property
+
+from lathe.text.chat import Chat
+from lathe.text.findings import Finding
+from lathe.text.formats import RowFormat
+from lathe.text.language import language_of
+from lathe.text.privacy import find_sensitive
+from lathe.text.probe import TemplateProbe
+from lathe.text.render import Example
+from lathe.text.rows import Plain, TrainingRow
+from lathe.text.sequences import Tokenised
+from lathe.text.tokenizer import Tokenizer
+
+# An answer's trained tokens, the end of its turn among them.
+_TINY_TOKENS = 2
+_RUNS = re.compile(rb"\x01+")
+
+
+class RowChecks:
+    """Checks rows for one base model; keeps nothing of them."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._stops = frozenset(tokenizer.eos_ids)
+
+    def check(self, line: int, row: TrainingRow, found: Tokenised) -> Iterator[Finding]:
+        """All findings of a row; several of one code stand side by side."""
+        for code, field, message in sorted(self._all(row, found), key=lambda item: item[0]):
+            yield Finding(line, field, code, message)
+
+    def _all(self, row: TrainingRow, found: Tokenised) -> Iterator[tuple[str, str, str]]:
+        yield from self._tokens(row, found)
+        chat = row.parts[0].content
+        if isinstance(chat, Chat) and self._probe is not None:
+            yield from self._template(row.format, chat, self._probe)
+        for field, text in texts_of(row):
+            yield from self._text(field, text)
+
+    @cached_property
+    def _probe(self) -> TemplateProbe | None:
+        return TemplateProbe(self._tokenizer.template) if self._tokenizer.has_template else None
+
+    @cached_property
+    def _special(self) -> re.Pattern[str] | None:
+        texts = sorted(self._tokenizer.special_texts, key=lambda text: (-len(text), text))
+        # The first characters are looked for first: there may be hundreds of special tokens.
+        firsts = "".join(sorted({text[0] for text in texts}))
+        wanted = "|".join(map(re.escape, texts))
+        return re.compile(f"(?=[{re.escape(firsts)}])(?:{wanted})") if texts else None
+
+    def _tokens(self, row: TrainingRow, found: Tokenised) -> Iterator[tuple[str, str, str]]:
+        for part, (_, example) in zip(row.parts, found.sequences, strict=False):
+            if row.format is RowFormat.TEXT:
+                return
+            if self._stop_is_missing(part.content, example):
+                yield "stop_not_trained", "", "the last trained token of a turn is none that ends a turn"
+            answer = _answer(part.content)
+            if answer is not None and not answer.strip():
+                yield "empty_answer", "", "the answer is white space only"
+            elif answer is not None and not example.lost and example.trained_tokens <= _TINY_TOKENS:
+                yield (
+                    "tiny_answer",
+                    "",
+                    f"the answer has {example.trained_tokens} trained tokens, its end included",
+                )
+
+    def _stop_is_missing(self, content: Chat | Plain, example: Example) -> bool:
+        if isinstance(content, Plain):
+            return self._tokenizer.eos_id is None
+        ends = [run.end() - 1 for run in _RUNS.finditer(example.mask)]
+        # The last turn of a row that was cut has lost its end: that is told already.
+        whole = ends[:-1] if example.lost else ends
+        return any(example.tokens[end] not in self._stops for end in whole)
+
+    def _template(self, found: RowFormat, chat: Chat, probe: TemplateProbe) -> Iterator[tuple[str, str, str]]:
+        losses = probe.losses(chat)
+        for index, key in losses.dropped:
+            role = chat.messages[index]["role"]
+            yield (
+                "message_dropped",
+                _place(found, index, key),
+                f"the template does not write the {key} of message {index + 1} ({role})",
+            )
+        for index in losses.reordered:
+            role = chat.messages[index]["role"]
+            yield (
+                "messages_reordered",
+                _place(found, index, ""),
+                f"the template writes message {index + 1} ({role}) after a later one",
+            )
+        if losses.tools:
+            count = len(chat.tools or ())
+            yield "tools_not_rendered", "tools", f"the template writes none of the row's tools ({count})"
+
+    def _text(self, field: str, text: str) -> Iterator[tuple[str, str, str]]:
+        special = self._special.search(text) if self._special is not None else None
+        if special is not None:
+            token, place = special[0], special.start() + 1
+            yield "special_token_in_text", field, f"character {place} begins the special token {token!r}"
+        for item in find_sensitive(text):
+            yield item.code, field, f"character {item.start + 1} begins what looks like {item.what}"
+
+
+def texts_of(row: TrainingRow) -> Iterator[tuple[str, str]]:
+    """(path, text) of all that a row says; of a pair the equal prompt once."""
+    for number, part in enumerate(row.parts):
+        content = part.content
+        if isinstance(content, Plain):
+            if not number and content.prompt:
+                yield "prompt", content.prompt
+            yield ("text" if row.format is RowFormat.TEXT else "completion"), content.completion
+            continue
+        begin = len(content.messages) - 1 if number else 0
+        for index, message in enumerate(content.messages[begin:], begin):
+            text = message.get("content")
+            if text:
+                yield _place(row.format, index, "content"), text
+
+
+def answer_of(row: TrainingRow) -> str | None:
+    """What the row teaches to say: the last answer of its first sequence; None for plain texts and tool calls."""
+    return None if row.format is RowFormat.TEXT else _answer(row.parts[0].content)
+
+
+def language_of_row(row: TrainingRow) -> str:
+    """Of the answer; of the last text before it where the answer says too little."""
+    texts = [text for _, text in texts_of(row)]
+    found = (language_of(text) for text in reversed(texts[-3:]))
+    return next((language for language in found if language != "und"), "und")
+
+
+def turns_of(row: TrainingRow) -> int:
+    """How many messages the row has; 1 for a text."""
+    content = row.parts[0].content
+    return len(content.messages) if isinstance(content, Chat) else 1
+
+
+def _answer(content: Chat | Plain) -> str | None:
+    if isinstance(content, Plain):
+        return content.completion
+    trained = [m for m, weight in zip(content.messages, content.weights, strict=True) if weight]
+    if not trained or trained[-1].get("tool_calls"):
+        return None
+    return trained[-1].get("content") or ""
+
+
+def _place(found: RowFormat, index: int, key: str) -> str:
+    """The path of a message. In other formats than chat the message's number tells it: they have other keys."""
+    if found is not RowFormat.CHAT:
+        return f"message {index + 1}"
+    return f"messages[{index}]" + (f".{key}" if key else "")
