@@ -9,18 +9,30 @@ import logging
 import shutil
 import tempfile
 from collections import OrderedDict
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lathe.common.errors import DataLoss, LatheError, NotFound, RetryableError, Unavailable
 from lathe.common.objectstore.base import ObjectStore
-from lathe.datasets.model import AuditResult, AuditState, AuditTask, TokenizerFile, blob_key, whole_file
+from lathe.datasets.chunkwork import Chunker, ChunkWork
+from lathe.datasets.collecting import Collector, Outcome, file_sha256, overlap_finding
+from lathe.datasets.model import (
+    AuditResult,
+    AuditState,
+    AuditTask,
+    TokenizerFile,
+    blob_key,
+    report_of,
+    whole_file,
+)
 from lathe.datasets.ports import DatasetStore
 from lathe.datasets.service import render_options
-from lathe.datasets.tokenpass import Outcome, TokenPass, file_sha256
 from lathe.text import VERSION
 from lathe.text.arrow import TokenWriter
+from lathe.text.duplicates import find_duplicates, find_overlap
+from lathe.text.findinglines import FindingLines
+from lathe.text.findings import Tally
 from lathe.text.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
@@ -96,9 +108,11 @@ class Auditor:
         """RUNNING -> READY or ERROR. Raises Unavailable while something is away."""
         await asyncio.to_thread(self._work.mkdir, parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix="audit-", dir=self._work) as temporary:
-            path = Path(temporary) / "tokens.arrow"
+            files = AuditFiles(Path(temporary) / "tokens.arrow", Path(temporary) / "findings.arrow")
             try:
-                outcome = await self._tokenise(task, path)
+                outcome = await (
+                    self._tokenise(task, files) if task.compared is None else self._compare(task, files)
+                )
             except RetryableError:
                 raise
             except NotFound as error:
@@ -112,20 +126,27 @@ class Auditor:
                 report = whole_file("server_error", f"The audit failed: {words}")
                 await self._store.finish_audit(task.key, AuditState.FAILED, report, AuditResult())
                 return
-            if not outcome.result.sha256:
-                await self._store.finish_audit(task.key, AuditState.ERROR, outcome.report, AuditResult())
-                return
-            # The row says which blob it needs before anyone could delete an equal one.
-            await self._store.set_audit_object(task.key, outcome.result.sha256)
-            if await self._store.is_claimed(outcome.result.sha256):
-                raise Unavailable(
-                    "An earlier copy of the token object is still being deleted.", retry_after=1
-                )
-            await self._objects.put_file(blob_key(outcome.result.sha256), path)
-            await self._store.finish_audit(task.key, AuditState.READY, outcome.report, outcome.result)
+            await self._keep(task, outcome, files)
 
-    async def _tokenise(self, task: AuditTask, path: Path) -> Outcome:
-        """Write the token object to `path`; a result without digest if a row cannot be trained on."""
+    async def _keep(self, task: AuditTask, outcome: Outcome, files: AuditFiles) -> None:
+        """Store what an audit made, and finish it."""
+        result = outcome.result
+        objects = [(result.sha256, files.tokens), (result.findings_sha256, files.findings)]
+        # The row says which blobs it needs before anyone could delete equal ones.
+        await self._store.set_audit_objects(task.key, result.sha256, result.findings_sha256)
+        for sha256, path in objects:
+            if not sha256:
+                continue
+            if await self._store.is_claimed(sha256):
+                raise Unavailable(
+                    "An earlier copy of an audit's object is still being deleted.", retry_after=1
+                )
+            await self._objects.put_file(blob_key(sha256), path)
+        state = AuditState.ERROR if outcome.report.has_errors else AuditState.READY
+        await self._store.finish_audit(task.key, state, outcome.report, result)
+
+    async def _tokenise(self, task: AuditTask, files: AuditFiles) -> Outcome:
+        """Write the token object and the findings; a result without token object if a row cannot be trained on."""
         tokenizer = await self._tokenizers.get(task.files)
         options = render_options(task.options)
         metadata = {
@@ -136,13 +157,62 @@ class Auditor:
             "template": task.template_digest,
             "options": options.canonical(),
         }
-        with TokenWriter(path, metadata) as writer:
-            work = TokenPass(tokenizer, options, writer, task.now)
+        work = ChunkWork(tokenizer, options, task.now)
+        with TokenWriter(files.tokens, metadata) as writer:
+            collector = Collector(writer)
+            chunker = Chunker()
+
+            def take(data: bytes) -> None:
+                for lines in chunker.feed(data):
+                    collector.add(work.run(lines))
+
+            def rest() -> None:
+                for lines in chunker.finish():
+                    collector.add(work.run(lines))
+
             # Each chunk in a thread of its own turn: the event loop stays free between and during them.
-            async for chunk in self._objects.stream(blob_key(task.dataset_sha256), chunk_size=256 * 1024):
-                await asyncio.to_thread(work.feed, chunk)
-            outcome = await asyncio.to_thread(work.finish)
-        if work.has_errors:
-            return outcome
-        digest = await asyncio.to_thread(file_sha256, path)
-        return replace(outcome, result=replace(outcome.result, sha256=digest))
+            async for data in self._objects.stream(blob_key(task.dataset_sha256), chunk_size=256 * 1024):
+                await asyncio.to_thread(take, data)
+            await asyncio.to_thread(rest)
+        return await asyncio.to_thread(_concluded, collector, files, metadata)
+
+    async def _compare(self, task: AuditTask, files: AuditFiles) -> Outcome:
+        """What a training and a validation file both hold. Raises NotFound if one of their audits is gone."""
+        paths = []
+        for key in task.compared or ():
+            audit = await self._store.get_audit(key, task.now)
+            if audit is None or not audit.object_key:
+                raise NotFound(f"The audit {key} is not there any more.")
+            path = files.tokens.with_name(f"{key}.arrow")
+            await self._objects.fetch(audit.object_key, path)
+            paths.append(path)
+        return await asyncio.to_thread(_compared, paths, files, {"key": task.key, "text": VERSION})
+
+
+@dataclass(frozen=True, slots=True)
+class AuditFiles:
+    """Where an audit writes before it stores."""
+
+    tokens: Path
+    findings: Path
+
+
+def _concluded(collector: Collector, files: AuditFiles, metadata: Mapping[str, str]) -> Outcome:
+    outcome = collector.conclude(find_duplicates(files.tokens))
+    collector.found.write(files.findings, metadata)
+    digests = (
+        "" if collector.has_errors else file_sha256(files.tokens),
+        file_sha256(files.findings),
+    )
+    return replace(outcome, result=replace(outcome.result, sha256=digests[0], findings_sha256=digests[1]))
+
+
+def _compared(paths: Sequence[Path], files: AuditFiles, metadata: Mapping[str, str]) -> Outcome:
+    training, validation = paths
+    tally, found = Tally(), FindingLines()
+    for item in find_overlap(training, validation):
+        finding = overlap_finding(item)
+        tally.add(finding)
+        found.add(finding.code, (finding.line,))
+    found.write(files.findings, metadata)
+    return Outcome(AuditResult(findings_sha256=file_sha256(files.findings)), report_of(0, tally))

@@ -183,7 +183,9 @@ class BaseModelInfo:
 @dataclass(frozen=True, slots=True)
 class AuditTask:
     """All that an audit's result depends on. `files` say where the tokenizer is, and `now` is what a template that
-    writes the date reads: neither is part of the key, because the digests and the stored row stand for them."""
+    writes the date reads: neither is part of the key, because the digests and the stored row stand for them.
+    compared: the keys of two finished audits, of a training and a validation file: the task is then to find what both
+    hold, and nothing is tokenised."""
 
     key: str
     dataset_sha256: str
@@ -193,11 +195,13 @@ class AuditTask:
     options: AuditOptions
     files: tuple[TokenizerFile, ...]
     now: datetime
+    compared: tuple[str, str] | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class AuditResult:
     """What an audit made: the token object's digest, and counts. sha256 is empty when there are errors.
+    findings_sha256: of the object that names all findings by line (`lathe.text.findinglines`).
 
     rows: what a batch counts: a chat row, a preference pair, one of the pieces of a long text. max_row_tokens: of one
     sequence.
@@ -209,6 +213,7 @@ class AuditResult:
     trained_tokens: int = 0
     truncated_rows: int = 0
     max_row_tokens: int = 0
+    findings_sha256: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,6 +228,11 @@ class Audit:
     @property
     def object_key(self) -> str:
         return blob_key(self.result.sha256) if self.result.sha256 else ""
+
+    @property
+    def findings_key(self) -> str:
+        """The object that names all findings by line; empty while there is none."""
+        return blob_key(self.result.findings_sha256) if self.result.findings_sha256 else ""
 
 
 def blob_key(sha256: str) -> str:

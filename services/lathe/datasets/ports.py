@@ -174,8 +174,8 @@ class DatasetStore(Protocol):
         """Oldest first."""
         ...
 
-    async def set_audit_object(self, key: str, sha256: str) -> None:
-        """Note, before the object is written, which blob a RUNNING audit needs."""
+    async def set_audit_objects(self, key: str, sha256: str, findings_sha256: str) -> None:
+        """Note, before the objects are written, which blobs a RUNNING audit needs; empty for none."""
         ...
 
     async def finish_audit(self, key: str, state: AuditState, report: Report, result: AuditResult) -> None:
@@ -187,7 +187,7 @@ class DatasetStore(Protocol):
         ...
 
     async def drop_running_audit(self, key: str) -> None:
-        """Forget a RUNNING audit, and claim its blob if it has one by now."""
+        """Forget a RUNNING audit, and claim its blobs if it has some by now."""
         ...
 
     async def unneeded_audits(self, unused_since: datetime) -> Sequence[str]:
@@ -195,7 +195,7 @@ class DatasetStore(Protocol):
         ...
 
     async def begin_remove_audit(self, key: str, unused_since: datetime) -> None:
-        """Forget an audit if it is still unneeded, and claim its blob in the same moment."""
+        """Forget an audit if it is still unneeded, and claim its blobs in the same moment."""
         ...
 
     async def audit_claims(self) -> Sequence[tuple[str, str]]:

@@ -72,6 +72,8 @@ audits = sa.Table(
     sa.Column("trained_tokens", sa.BigInteger),
     sa.Column("truncated_rows", sa.BigInteger),
     sa.Column("max_row_tokens", sa.Integer),
+    sa.Column("findings_sha256", sa.String),
+    sa.Column("compared", sa.JSON(none_as_null=True)),
 )
 uploads = sa.Table(
     "uploads",
@@ -359,7 +361,8 @@ class SqlDatasetStore:
             if await self._claimant(sha256) != owner:
                 return False
         by_dataset = sa.select(datasets.c.id).where(_LIVE, datasets.c.sha256 == sha256).limit(1)
-        by_audit = sa.select(audits.c.key).where(audits.c.sha256 == sha256).limit(1)
+        of_audit = sa.or_(audits.c.sha256 == sha256, audits.c.findings_sha256 == sha256)
+        by_audit = sa.select(audits.c.key).where(of_audit).limit(1)
         # Another transaction than the claim's: the claim must be seen by others before this one looks for them.
         async with self._db.write() as connection:
             needed = (await connection.execute(by_dataset)).first() or (
@@ -397,6 +400,7 @@ class SqlDatasetStore:
             "create_time": task.now,
             "use_time": task.now,
             "report": asdict(Report()),
+            "compared": list(task.compared) if task.compared is not None else None,
             **asdict(AuditResult()),
         }
         try:
@@ -421,8 +425,9 @@ class SqlDatasetStore:
         async with self._db.read() as connection:
             return [_task(row) for row in await connection.execute(query)]
 
-    async def set_audit_object(self, key: str, sha256: str) -> None:
-        await self._change(audits.update().where(audits.c.key == key, _RUNNING).values(sha256=sha256))
+    async def set_audit_objects(self, key: str, sha256: str, findings_sha256: str) -> None:
+        values = {"sha256": sha256, "findings_sha256": findings_sha256}
+        await self._change(audits.update().where(audits.c.key == key, _RUNNING).values(values))
 
     async def finish_audit(self, key: str, state: AuditState, report: Report, result: AuditResult) -> None:
         await self._change(
@@ -459,8 +464,8 @@ class SqlDatasetStore:
                 row = (await connection.execute(query)).one_or_none()
                 if row is None:
                     return
-                if row.sha256:
-                    claim = {"sha256": row.sha256, "owner": AUDIT_CLAIM + row.key}
+                for sha256 in filter(None, (row.sha256, row.findings_sha256)):
+                    claim = {"sha256": sha256, "owner": AUDIT_CLAIM + row.key}
                     await connection.execute(claims.insert().values(claim))
                 await connection.execute(audits.delete().where(audits.c.key == row.key))
         except sa.exc.IntegrityError as error:
@@ -535,11 +540,18 @@ def _overlap(row: Any) -> Overlap:
 
 def _audit(row: Any) -> Audit:
     result = AuditResult(
-        row.sha256, row.rows, row.tokens, row.trained_tokens, row.truncated_rows, row.max_row_tokens
+        row.sha256,
+        row.rows,
+        row.tokens,
+        row.trained_tokens,
+        row.truncated_rows,
+        row.max_row_tokens,
+        row.findings_sha256,
     )
-    # While RUNNING the digest only reserves the blob.
+    # While RUNNING the digests only reserve the blobs.
     state = AuditState(row.state)
-    return Audit(row.key, state, _report(row.report), result if state is AuditState.READY else AuditResult())
+    settled = state in (AuditState.READY, AuditState.ERROR)
+    return Audit(row.key, state, _report(row.report), result if settled else AuditResult())
 
 
 def _task(row: Any) -> AuditTask:
@@ -552,4 +564,5 @@ def _task(row: Any) -> AuditTask:
         options=AuditOptions(**row.options),
         files=tuple(TokenizerFile(**file) for file in row.files),
         now=row.create_time,
+        compared=(row.compared[0], row.compared[1]) if row.compared else None,
     )

@@ -176,6 +176,10 @@ _NOTES = {
         "rows have keys that nothing is done with, such as an id",
         "Nothing to do, if they are what you expect; rename what should be trained on.",
     ),
+    "tail_cut": (
+        "a row is longer than the context limit and loses its end, but nothing of it that is trained",
+        "Nothing is wrong with what is trained; a higher limit keeps the row whole.",
+    ),
     "split": (
         "a text is longer than the context limit and was split into several rows",
         "Nothing is lost; a higher limit keeps longer texts together.",

@@ -19,7 +19,7 @@ from lathe.text.tokenizer import Tokenizer
 
 # An answer's trained tokens, the end of its turn among them.
 _TINY_TOKENS = 2
-_RUNS = re.compile(rb"\x01+")
+TRAINED_RUNS = re.compile(rb"\x01+")
 
 
 class RowChecks:
@@ -73,7 +73,7 @@ class RowChecks:
     def _stop_is_missing(self, content: Chat | Plain, example: Example) -> bool:
         if isinstance(content, Plain):
             return self._tokenizer.eos_id is None
-        ends = [run.end() - 1 for run in _RUNS.finditer(example.mask)]
+        ends = [run.end() - 1 for run in TRAINED_RUNS.finditer(example.mask)]
         # The last turn of a row that was cut has lost its end: that is told already.
         whole = ends[:-1] if example.lost else ends
         return any(example.tokens[end] not in self._stops for end in whole)

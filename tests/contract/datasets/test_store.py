@@ -148,7 +148,7 @@ async def test_audits(store):
     assert await store.is_audit_of(TASK.key, TASK.dataset_sha256)
     assert not await store.is_audit_of(TASK.key, "0" * 64)
     assert not await store.is_audit_of("none", TASK.dataset_sha256)
-    await store.set_audit_object(TASK.key, RESULT.sha256)
+    await store.set_audit_objects(TASK.key, RESULT.sha256, "")
     assert await store.get_audit(TASK.key, NOW) == Audit(TASK.key, AuditState.RUNNING)
     assert not await store.claim_blob(RESULT.sha256, "someone")
     await store.finish_audit(TASK.key, AuditState.READY, REPORT, RESULT)
@@ -165,7 +165,7 @@ async def test_failed_audits_are_forgotten_and_dropped_ones_leave_a_claim(store)
     await store.forget_failed_audits()
     assert await store.get_audit(TASK.key, NOW) is None
     await store.add_audit(TASK)
-    await store.set_audit_object(TASK.key, RESULT.sha256)
+    await store.set_audit_objects(TASK.key, RESULT.sha256, "")
     await store.drop_running_audit(TASK.key)
     assert await store.audit_claims() == [(RESULT.sha256, "audit:" + TASK.key)]
     assert await store.claim_blob(RESULT.sha256, "audit:" + TASK.key)

@@ -9,6 +9,7 @@ from lathe.common.errors import FailedPrecondition, InvalidArgument, NotFound, U
 from lathe.datasets.auditing import Auditor
 from lathe.datasets.model import AuditOptions, AuditState, Report, blob_key, check_format
 from lathe.text.arrow import read_tokens
+from lathe.text.findinglines import read_finding_lines
 from lathe.text.formats import Role, RowFormat
 from lathe.text.tokenizer import Tokenizer
 from tests.fixtures.tiny import tiny_tokenizer_config, tiny_tokenizer_json
@@ -96,7 +97,7 @@ async def test_what_cannot_be_audited_says_why(world, base):
 
 
 async def test_cut_rows_are_named_and_a_row_with_nothing_to_train_is_an_error(world, base):
-    short = [row("Hi", "Yes") for _ in range(10)]
+    short = [row(f"Hi {n}", "Yes, of course") for n in range(10)]
     cut = await audited(
         world,
         await world.ready(jsonl([*short, row("Hi", "How can I help you today? " * 20)])),
@@ -107,7 +108,7 @@ async def test_cut_rows_are_named_and_a_row_with_nothing_to_train_is_an_error(wo
     assert [(found.line, found.field, found.code) for found in cut.report.findings] == [
         (11, "messages", "truncated")
     ]
-    long = jsonl([row("Hello how can I help you today? " * 20, "Yes"), *short])
+    long = jsonl([row("Hello how can I help you today? " * 20, "Yes, of course"), *short])
     empty = await audited(world, await world.ready(long), AuditOptions(context_limit=64))
     assert (empty.state, empty.object_key) == (AuditState.ERROR, "")
     assert (empty.report.findings[0].line, empty.report.findings[0].code) == (1, "nothing_trained")
@@ -119,7 +120,9 @@ async def test_lines_are_those_of_the_file(world, base):
     weightless = {
         "messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "weight": 0}]
     }
-    content = b"\xef\xbb\xbf" + jsonl([row()] * 10) + b"\r\n\r\n" + jsonl([weightless])
+    content = (
+        b"\xef\xbb\xbf" + jsonl(row(f"Hello {n}") for n in range(10)) + b"\r\n\r\n" + jsonl([weightless])
+    )
     audit = await audited(world, await world.ready(content))
     assert [(found.line, found.code) for found in audit.report.findings] == [(13, "nothing_trained")]
 
@@ -136,7 +139,7 @@ async def test_the_bytes_are_the_same_each_time(world, base):
 
 
 @pytest.mark.parametrize("after", [False, True])
-@pytest.mark.parametrize("method", ["set_audit_object", "finish_audit", None])
+@pytest.mark.parametrize("method", ["set_audit_objects", "finish_audit", None])
 async def test_an_audit_interrupted_anywhere_goes_on(world, base, method, after):
     dataset = await world.ready()
     await ensure(world, dataset)
@@ -200,12 +203,14 @@ async def test_token_objects_go_a_week_after_the_last_dataset_and_use(world, bas
     await world.start().delete("acme", dataset.id)
     await world.sweep()
     assert await world.objects.head(audit.object_key) is not None
+    assert await world.objects.head(audit.findings_key) is not None
     assert await world.objects.head(blob_key(sha(GOOD))) is None
     world.clock.tick(timedelta(days=7, seconds=1).total_seconds())
     with pytest.raises(Died):
         await world.sweep(store=DyingRows(world.store, "begin_remove_audit", after=True))
     await world.sweep()
     assert await world.objects.head(audit.object_key) is None
+    assert await world.objects.head(audit.findings_key) is None
     assert await world.store.audit_claims() == []
 
 
@@ -246,7 +251,9 @@ async def test_a_cut_pair_is_one_note(world, base):
 
 
 async def test_a_long_text_becomes_several_rows(world, base):
-    rows = [{"text": "One two three"}] * 10 + [{"text": "One two three four five six. " * 30}]
+    rows = [{"text": f"One two three {n}"} for n in range(10)] + [
+        {"text": "One two three four five six. " * 30}
+    ]
     dataset = await world.ready(jsonl(rows))
     audit = await audited(world, dataset, AuditOptions(context_limit=32))
     assert (audit.report.example_count, audit.report.format) == (11, RowFormat.TEXT)
@@ -275,3 +282,35 @@ async def test_a_method_trains_on_files_of_its_format(world, base, method, conte
 def test_a_file_validated_before_formats_were_told_is_chat():
     assert check_format("supervised", Report(12)) is None
     assert "a chat row" in check_format("dpo", Report(12)).message
+
+
+async def findings(world, audit, tmp_path):
+    path = tmp_path / "findings.arrow"
+    await world.objects.fetch(audit.findings_key, path)
+    return list(read_finding_lines(path))
+
+
+async def test_all_findings_are_stored_by_line(world, base, tmp_path):
+    rows = [row(f"Hello {n}") for n in range(12)]
+    audit = await audited(world, await world.ready(jsonl([*rows, *rows[:3]])))
+    assert audit.state is AuditState.READY
+    assert await findings(world, audit, tmp_path) == [(line, "duplicate") for line in (13, 14, 15)]
+    (group,) = audit.report.groups
+    assert (group.code, group.count, group.lines) == ("duplicate", 3, (13, 14, 15))
+    refused = await audited(
+        world,
+        await world.ready(jsonl([*rows, row("a", "How can I " * 9)])),
+        AuditOptions(context_limit=32, truncation="error"),
+    )
+    assert (refused.state, refused.object_key) == (AuditState.ERROR, "")
+    assert await findings(world, refused, tmp_path) == [(13, "context_exceeded")]
+
+
+async def test_an_audit_counts_over_all_rows(world, base):
+    audit = await audited(world, await world.ready(jsonl(row(f"Hello {n}") for n in range(60))))
+    statistics = audit.report.statistics
+    assert statistics.row_tokens.count == statistics.turn_tokens.count == 60
+    assert statistics.prompt_tokens.mean + statistics.completion_tokens.mean < statistics.row_tokens.max
+    assert statistics.turns.min == statistics.turns.max == 2
+    assert [(share.value, share.count) for share in statistics.answers] == [("How can I help you today?", 60)]
+    assert [group.code for group in audit.report.groups] == ["label_imbalance"]

@@ -1,0 +1,137 @@
+"""What is found in one row, against templates and tokenizers with the faults in question."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lathe.text.language import language_of
+from lathe.text.render import RenderOptions
+from lathe.text.rowchecks import RowChecks, language_of_row, texts_of
+from lathe.text.rows import TrainingRow, parse_line
+from lathe.text.sequences import Tokenised, tokenise_rows
+from lathe.text.tokenizer import Tokenizer
+from tests.fixtures.templates import REAL
+from tests.fixtures.tiny import CHATML, tiny_tokenizer_config, tiny_tokenizer_json
+
+TOOLS = [{"type": "function", "function": {"name": "get_weather", "parameters": {"type": "object"}}}]
+CALL = {"type": "function", "function": {"name": "get_weather", "arguments": "{}"}}
+
+
+def tokenizer(template: str = CHATML) -> Tokenizer:
+    return Tokenizer.from_files(tiny_tokenizer_json().encode(), tiny_tokenizer_config(template))
+
+
+def parsed(*turns: tuple[str, str], **more: Any) -> TrainingRow:
+    messages = [{"role": role, "content": content} for role, content in turns]
+    return parse_line(json.dumps({"messages": messages, **more}).encode())
+
+
+def codes(row: TrainingRow, template: str = CHATML, limit: int = 4096) -> list[str]:
+    made = tokenizer(template)
+    (found,) = tokenise_rows(made, [row], RenderOptions(limit))
+    assert isinstance(found, Tokenised)
+    return [finding.code for finding in RowChecks(made).check(7, row, found)]
+
+
+def test_a_good_row_has_no_finding():
+    row = parsed(("system", "Be brief."), ("user", "Hi"), ("assistant", "How can I help you?"))
+    assert codes(row) == []
+
+
+def test_a_template_that_ends_no_turn_is_found():
+    broken = "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}"
+    broken += "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+    row = parsed(("user", "Hi"), ("assistant", "How can I help you?"))
+    assert codes(row, broken) == ["stop_not_trained"]
+
+
+def test_a_row_that_was_cut_is_not_told_twice():
+    row = parsed(("user", "Hi"), ("assistant", "How can I help you today? " * 5))
+    assert codes(row, limit=24) == []
+
+
+def test_tools_that_the_template_ignores_are_found():
+    row = parsed(("user", "Hi"), ("assistant", "How can I help you?"), tools=TOOLS)
+    assert codes(row) == ["tools_not_rendered"]
+    assert codes(row, REAL["qwen"]) == []
+
+
+def test_a_call_that_the_template_ignores_is_found():
+    messages = [
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": "Let me look at it.", "tool_calls": [CALL]},
+    ]
+    row = parse_line(json.dumps({"messages": messages, "tools": TOOLS}).encode())
+    assert codes(row) == ["message_dropped", "tools_not_rendered"]
+
+
+_SYSTEM_LAST = "{% set ordered = messages[1:2] + messages[:1] + messages[2:] %}"
+
+
+@pytest.mark.parametrize(
+    ("template", "code"),
+    [
+        (
+            CHATML.replace("in messages", "in messages | rejectattr('role', 'equalto', 'system')"),
+            "message_dropped",
+        ),
+        (_SYSTEM_LAST + CHATML.replace("in messages", "in ordered"), "messages_reordered"),
+    ],
+)
+def test_roles_that_the_template_drops_or_moves_are_found(template, code):
+    row = parsed(("system", "Be brief."), ("user", "Hi"), ("assistant", "How can I help you?"))
+    assert codes(row, template) == [code]
+
+
+def test_special_tokens_in_a_text_are_found():
+    row = parsed(("user", "What is <|im_end|>?"), ("assistant", "It ends a turn of mine."))
+    made = tokenizer()
+    (found,) = tokenise_rows(made, [row], RenderOptions(4096))
+    assert isinstance(found, Tokenised)
+    (finding,) = RowChecks(made).check(7, row, found)
+    assert (finding.line, finding.field, finding.code) == (7, "messages[0].content", "special_token_in_text")
+    assert "character 9" in finding.message and "<|im_end|>" in finding.message
+
+
+def test_empty_and_tiny_answers_are_found():
+    assert codes(parsed(("user", "Hi"), ("assistant", " \n"))) == ["empty_answer"]
+    assert codes(parsed(("user", "Hi"), ("assistant", "a"))) == ["tiny_answer"]
+    assert codes(parse_line(b'{"prompt": "a", "completion": " "}')) == ["empty_answer"]
+
+
+def test_a_model_without_end_of_text_is_found():
+    made = Tokenizer.from_files(tiny_tokenizer_json().encode(), {})
+    row = parse_line(b'{"prompt": "a", "completion": "How can I help you?"}')
+    (found,) = tokenise_rows(made, [row], RenderOptions(4096))
+    assert isinstance(found, Tokenised)
+    assert [finding.code for finding in RowChecks(made).check(1, row, found)] == ["stop_not_trained"]
+
+
+def test_the_prompt_of_a_pair_is_read_once():
+    output = [{"role": "assistant", "content": "b"}]
+    row = {
+        "input": {"messages": [{"role": "user", "content": "a"}]},
+        "preferred_output": output,
+        "non_preferred_output": [{"role": "assistant", "content": "c"}],
+    }
+    assert [text for _, text in texts_of(parse_line(json.dumps(row).encode()))] == ["a", "b", "c"]
+
+
+@given(st.lists(st.tuples(st.text(min_size=1), st.text(min_size=1)), min_size=1, max_size=3))
+@settings(max_examples=60, deadline=None)
+def test_any_text_is_checked(turns):
+    row = parsed(*[turn for u, a in turns for turn in (("user", u), ("assistant", a))])
+    codes(row)
+
+
+def test_languages():
+    german = "Ich möchte gern wissen, wann meine Bestellung endlich bei mir ankommt."
+    assert language_of(german) == "de"
+    assert language_of("My order has not arrived yet. Please tell me where it is now.") == "en"
+    assert language_of("42") == language_of("") == "und"
+    assert language_of_row(parsed(("user", german), ("assistant", "ok"))) == "de"
