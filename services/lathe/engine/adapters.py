@@ -254,13 +254,19 @@ class Adapter:
         group.inverse, group.gain = inverse, gain.to(self._compute.dtype)
 
     def _check_base_tensor(self, name: str, tensor: Tensor) -> None:
-        """PEFT writes embeddings and head beside their LoRA: they must be the base's own."""
         key = EMBEDDING if _base_tensor(name) == EMBEDDING else HEAD
         with self._base.parts.reading(part_of(key)):
-            own = self._base.embeddings if key == EMBEDDING else self._base.linear(HEAD).dense()
-            same = tensor.shape == own.shape and torch.equal(tensor.to(own.device, own.dtype), own)
-        if not same:
-            raise InvalidArgument(f"{WEIGHTS_FILE}: {name} is not the base model's own tensor.")
+            check_own(
+                name, tensor, self._base.embeddings if key == EMBEDDING else self._base.linear(HEAD).dense()
+            )
+
+
+def check_own(name: str, tensor: Tensor, own: Tensor) -> None:
+    """PEFT writes embeddings and head beside their LoRA: they must be the base's own, in the lower one of the two
+    precisions. Raises InvalidArgument."""
+    dtype = min(tensor.dtype, own.dtype, key=lambda dtype: dtype.itemsize)
+    if tensor.shape != own.shape or not torch.equal(tensor.to(own.device, dtype), own.to(dtype)):
+        raise InvalidArgument(f"{WEIGHTS_FILE}: {name} is not the base model's own tensor.")
 
 
 def check_weights(folder: Path, spec: LoraSpec, everywhere: Sequence[Site]) -> None:

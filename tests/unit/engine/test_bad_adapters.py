@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lathe.common.errors import InvalidArgument
+from lathe.engine.adapters import check_own
 from lathe.engine.engine import Engine
 from lathe.engine.lora_config import LoraSpec
 from lathe.engine.sampling import SamplingParams
@@ -88,7 +89,10 @@ SPOILED: dict[str, tuple[Callable[[Path], object], str]] = {
     "module": (config(target_modules=["q_proj", "wat_proj"]), "wat_proj"),
     "rank": (config(r=1000), r"the base model needs \(1000,"),
     "no JSON": (lambda folder: (folder / "adapter_config.json").write_text("{"), "adapter_config.json"),
-    "no object": (lambda folder: (folder / "adapter_config.json").write_text("[]"), "must hold a JSON object"),
+    "no object": (
+        lambda folder: (folder / "adapter_config.json").write_text("[]"),
+        "must hold a JSON object",
+    ),
     "option": (config(modules_to_save=["lm_head"]), "modules_to_save"),
     "new option": (config(kasa_config={"beta": 1}), "kasa_config"),
 }
@@ -123,3 +127,13 @@ def test_the_bases_own_tensors_beside_the_lora_are_taken(make_engine: MakeEngine
     tensors(lambda t: t.update({"base_model.model.lm_head.base_layer.weight": head.clone()}))(good)
     engine.load_adapter("a", good)
     assert engine.adapter_keys() == ("a",)
+
+
+@pytest.mark.parametrize("wide", [torch.float32, torch.float64])
+def test_the_bases_own_tensors_may_be_kept_in_either_precision(wide: torch.dtype) -> None:
+    own = torch.randn(4, 3, generator=torch.Generator().manual_seed(0)).to(wide)
+    for tensor, base in ((own.bfloat16(), own), (own, own.bfloat16()), (own, own)):
+        check_own("lm_head", tensor, base)
+    for other in (own + 0.1, own[:3]):
+        with pytest.raises(InvalidArgument, match="lm_head is not the base model's own"):
+            check_own("lm_head", other.bfloat16(), own)

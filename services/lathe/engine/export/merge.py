@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lathe.common.errors import InvalidArgument
-from lathe.engine.adapters import WEIGHTS_FILE, check_weights
+from lathe.engine.adapters import WEIGHTS_FILE, check_own, check_weights
 from lathe.engine.export.source import TensorInfo, Tensors
 from lathe.engine.lora_config import read_spec
 from lathe.engine.lora_layout import EMBEDDING, PREFIX, lay_out, resolve
@@ -105,7 +105,7 @@ class MergedModel:
                 delta.parts[part.kind] = tensors.read(part.name)
             for info in tensors.infos():
                 if info.name not in {part.name for part in parts}:
-                    self._check_own(info.name, tensors.read(info.name))
+                    self._check_own(info.name, tensors.stored(info.name))
         for name in deltas:
             if self._stored.get(name, name) not in self._base:
                 raise InvalidArgument(
@@ -114,8 +114,5 @@ class MergedModel:
         return deltas
 
     def _check_own(self, name: str, tensor: Tensor) -> None:
-        """PEFT writes embeddings and head beside their LoRA: they must be the base's own."""
         own = name.removeprefix(PREFIX).replace(".base_layer.", ".")
-        stored = self._stored.get(own, own)
-        if stored not in self._base or not torch.equal(tensor, self._base.read(stored)):
-            raise InvalidArgument(f"{WEIGHTS_FILE}: {name} is not the base model's own tensor.")
+        check_own(name, tensor, self._base.stored(self._stored.get(own, own)))

@@ -62,9 +62,16 @@ class Tensors:
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self._files[name].get_slice(name).get_shape())
 
+    def stored(self, name: str) -> Tensor:
+        """In its own precision. Raises InvalidArgument for one that the files do not have."""
+        if name not in self._files:
+            raise InvalidArgument(f"The model's files have no {name}, which its config.json asks for.")
+        tensor: Tensor = self._files[name].get_tensor(name)
+        return tensor
+
     def read(self, name: str) -> Tensor:
         """As float32. Raises InvalidArgument for integers and for NaN or infinity."""
-        tensor: Tensor = self._files[name].get_tensor(name)
+        tensor = self.stored(name)
         if not tensor.is_floating_point():
             raise InvalidArgument(
                 f"Tensor {name} is {tensor.dtype}; only floating point weights can be exported."
