@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
@@ -50,6 +51,11 @@ JOBS = {
     "d": TrainingConfig(
         2, 4, 5e-3, 4, lora_r=16, target_modules=("gate_proj", "lm_head", "embed_tokens"), use_rslora=True
     ),
+}
+# One shape, as small jobs mostly have: they go through batched products.
+ALIKE = {
+    name: TrainingConfig(2, 1, rate, seed, lora_r=4, target_modules=("all-linear",))
+    for seed, (name, rate) in enumerate({"p": 3e-2, "q": 1e-2, "r": 2e-2, "s": 5e-3}.items())
 }
 # A rate that no loss survives.
 BROKEN = TrainingConfig(2, 1, 1e308, 5, lora_r=16, target_modules=("lm_head",))
@@ -94,6 +100,8 @@ def engine_of(dtype: torch.dtype) -> RecordingEngine:
 def rows_of(name: str) -> list[TrainRow]:
     seed = ord(name[0])
     lengths = [5 + (7 * i * seed) % 19 for i in range(4)]
+    if name in ALIKE:
+        lengths = [14 + (i * seed) % 4 for i in range(4)]
     return [
         TrainRow(
             [(seed * (i + 1) + 11 * j * j) % 96 for j in range(length)],
@@ -117,7 +125,7 @@ def trained(
             engine=engine,
             key=name,
             data=TrainData(rows_of(name)),
-            config=JOBS.get(name, BROKEN),
+            config={**JOBS, **ALIKE}.get(name, BROKEN),
             plan=SlicePlan(SLICE_TOKENS, 1, str(dtype), "cpu"),
             folder=lambda kind, step, name=name: folder / f"{name}-{kind}-{step}",
             clock=clock,
@@ -151,10 +159,11 @@ def distances(a: Outcome, b: Outcome) -> tuple[float, float, float]:
     return losses, gradients, weights
 
 
-def test_in_float64_every_number_is_equal(tmp_path: Path) -> None:
-    fused, engine = trained(list(JOBS), torch.float64, tmp_path / "fused")
+@pytest.mark.parametrize("names", [list(JOBS), list(ALIKE)], ids=["mixed", "alike"])
+def test_in_float64_every_number_is_equal(tmp_path: Path, names: list[str]) -> None:
+    fused, engine = trained(names, torch.float64, tmp_path / "fused")
     assert max(engine.joined) == 4
-    for name in JOBS:
+    for name in names:
         alone, engine = trained([name], torch.float64, tmp_path / "alone")
         assert set(engine.joined) == {1}
         torch.testing.assert_close(fused[name].losses, alone[name].losses, rtol=1e-10, atol=0)
@@ -163,9 +172,12 @@ def test_in_float64_every_number_is_equal(tmp_path: Path) -> None:
         torch.testing.assert_close(fused[name].weights, alone[name].weights, rtol=1e-10, atol=1e-10)
 
 
-def test_in_bfloat16_fusing_moves_a_job_no_further_than_rounding_did(tmp_path: Path) -> None:
-    fused, _ = trained(list(JOBS), torch.bfloat16, tmp_path / "fused")
-    for name in JOBS:
+@pytest.mark.parametrize("names", [list(JOBS), list(ALIKE)], ids=["mixed", "alike"])
+def test_in_bfloat16_fusing_moves_a_job_no_further_than_rounding_did(
+    tmp_path: Path, names: list[str]
+) -> None:
+    fused, _ = trained(names, torch.bfloat16, tmp_path / "fused")
+    for name in names:
         alone, _ = trained([name], torch.bfloat16, tmp_path / "alone")
         exact, _ = trained([name], torch.float64, tmp_path / "exact")
         moved, rounded = distances(fused[name], alone[name]), distances(alone[name], exact[name])

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lathe.engine.adapters import Adapter, BaseWeights, check_weights
 from lathe.engine.frozen import FrozenLinear
+from lathe.engine.lora_batched import BatchRows, batch_rows
 from lathe.engine.lora_config import LoraSpec, read_spec
 from lathe.engine.lora_layout import GroupKey, Site
 
@@ -57,11 +58,13 @@ class MixedLora:
 class LoraPass:
     """How LoRA is applied in one pass. `anchor` is there in training passes only (see lora.linear).
 
-    mixed, where there is one, stands for the segments inside the layers; not for embeddings and head.
+    mixed, where there is one, stands for the segments inside the layers; not for embeddings and head. batch: the
+    segments' rows as one batch, where products over all of them at once pay.
     """
 
     segments: list[Segment] = field(default_factory=list)
     mixed: MixedLora | None = None
+    batch: BatchRows | None = None
     anchor: Tensor | None = None
 
 
@@ -124,7 +127,10 @@ class AdapterBank:
         """
         runs = self._runs(slots, lengths, rows if training else None)
         if training:
-            return LoraPass(runs, anchor=torch.zeros((), device=self._device, requires_grad=True))
+            spans = [(run.start, run.stop) for run in runs]
+            batch = None if any(run.rows for run in runs) else batch_rows(spans, self._device)
+            anchor = torch.zeros((), device=self._device, requires_grad=True)
+            return LoraPass(runs, batch=batch, anchor=anchor)
         if runs and sum(lengths) <= MIXED_TOKENS and len({id(run.adapter) for run in runs}) <= MIXED_ADAPTERS:
             return LoraPass(runs, self._mix(slots, lengths))
         return LoraPass(runs)

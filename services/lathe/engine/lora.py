@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lathe.engine import lora_batched
 from lathe.engine.adapters import LoraGroup
 from lathe.engine.bank import LoraPass, MixedLora, Segment
 from lathe.engine.dropout import keep_mask
@@ -222,21 +223,33 @@ class _Linear(torch.autograd.Function):
         lora: LoraPass,
         key: GroupKey,
     ) -> Tensor:
+        ctx.base, ctx.lora, ctx.key, ctx.has_residual = base, lora, key, residual is not None
+        ctx.batch = lora_batched.batched(lora.batch, [part for _, part in _parts(lora, key)])
+        if ctx.batch is not None:
+            y = base.forward(x, residual)
+            one = lora_batched.forward(x, y, ctx.batch)
+            ctx.save_for_backward(one.x, one.u, one.a, *one.b)
+            return y
         y, kept = _forward(x, residual, base, lora, key, keep=True)
         ctx.save_for_backward(x, *(tensor for one in kept for tensor in one))
-        ctx.base, ctx.lora, ctx.key, ctx.has_residual = base, lora, key, residual is not None
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, *flat = ctx.saved_tensors
         dy = dy.contiguous()
-        kept = [(flat[i], flat[i + 1], flat[i + 2]) for i in range(0, len(flat), 3)]
-        work = [
-            (slice(segment.start, segment.stop), part, one)
-            for (segment, part), one in zip(_parts(ctx.lora, ctx.key), kept, strict=True)
-        ]
-        dx = _backward(ctx.base, work, x, dy, need_dx=ctx.needs_input_grad[0])
+        need_dx = ctx.needs_input_grad[0]
+        if ctx.batch is not None:
+            x, u, a, *b = ctx.saved_tensors
+            dx = ctx.base.backward(dy) if need_dx else None
+            lora_batched.backward(lora_batched.Kept(x, u, a, b), ctx.batch, dy, dx)
+        else:
+            x, *flat = ctx.saved_tensors
+            kept = [(flat[i], flat[i + 1], flat[i + 2]) for i in range(0, len(flat), 3)]
+            work = [
+                (slice(segment.start, segment.stop), part, one)
+                for (segment, part), one in zip(_parts(ctx.lora, ctx.key), kept, strict=True)
+            ]
+            dx = _backward(ctx.base, work, x, dy, need_dx=need_dx)
         return dx, dy if ctx.has_residual else None, None, None, None, None
 
 
