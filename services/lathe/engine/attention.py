@@ -1,6 +1,6 @@
-"""Attention for the two kinds of pass: training (causal over whole rows) and serving (against the KV cache).
+"""Attention within the rows of a pass: training, and scoring without a cache (serving's is cached_attention.py).
 
-Both take the fused, not yet rotated q, k, v of flat tokens and give the heads' outputs of flat tokens; everything
+Either takes the fused, not yet rotated q, k, v of flat tokens and gives the heads' outputs of flat tokens; everything
 else in the decoder works on flat tokens. Scores and softmax are fp32. In a layer with a sliding window a token sees
 the window's last tokens, itself included.
 
@@ -11,14 +11,12 @@ layer (forward, backward) where plain batched products took about 1.5 + 1.5 (mea
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lathe.engine.kv import KVCache
 from lathe.engine.rope import Rope
 from lathe.engine.spec import DecoderSpec
 from lathe.engine.untyped import applied
@@ -215,108 +213,3 @@ def attend(q: Tensor, k: Tensor, past: int, *, scale: float, window: int | None)
             mask += hidden.tril_(past - window)
         scores.view(b, g, m, n).add_(mask)
     return torch.softmax(scores, -1).to(q.dtype)
-
-
-@dataclass(frozen=True, slots=True)
-class CachedSpan:
-    """Tokens start:stop of a flat pass belong to one sequence: its KV slot, and its tokens before this pass."""
-
-    start: int
-    stop: int
-    slot: int
-    past: int
-
-
-class CachedAttention:
-    """Serving: writes the pass's keys and values into the cache, then attends over each sequence's own.
-
-    Sequences that bring one token (decoding) are done in one call over the range of slots they lie in, when that
-    range is not much larger than they are; prompts one by one.
-    """
-
-    def __init__(
-        self, spec: DecoderSpec, ropes: Sequence[Rope], spans: Sequence[CachedSpan], cache: KVCache
-    ) -> None:
-        self._spec, self._ropes, self._cache = spec, ropes, cache
-        length, device = cache.length, cache.data.device
-        places: list[int] = []
-        for span in spans:
-            first = span.slot * length + span.past
-            places.extend(range(first, first + span.stop - span.start))
-        self._places = torch.tensor(places, device=device)
-        single = [span for span in spans if span.stop - span.start == 1]
-        self._spans = [span for span in spans if span.stop - span.start > 1]
-        self._low = min((span.slot for span in single), default=0)
-        self._high = max((span.slot for span in single), default=-1) + 1
-        self._longest = max((span.past + 1 for span in single), default=0)
-        together = (self._high - self._low) * self._longest
-        self._batched = len(single) > 1 and together <= 2 * sum(span.past + 1 for span in single)
-        self._single = [] if self._batched else single
-        # One-token rows that come first and in the order of adjoining slots need not be gathered and put back.
-        self._straight = [(span.start, span.slot - self._low) for span in single] == [
-            (i, i) for i in range(len(single))
-        ]
-        if self._batched:
-            self._rows = torch.tensor([span.start for span in single], device=device)
-            self._slots = torch.tensor([span.slot - self._low for span in single], device=device)
-            self._masks = {window: self._mask(single, window) for window in dict.fromkeys(spec.windows)}
-
-    def _mask(self, single: Sequence[CachedSpan], window: int | None) -> tuple[int, Tensor]:
-        """The first place that any of the batched tokens sees, and from there each slot's mask."""
-        first = min(first_seen(span.past, window) for span in single)
-        dtype, device = self._cache.data.dtype, self._cache.data.device
-        mask = torch.zeros((self._high - self._low, self._longest - first), dtype=dtype)
-        for span in single:
-            row = mask[span.slot - self._low]
-            row[: first_seen(span.past, window) - first] = float("-inf")
-            row[span.past + 1 - first :] = float("-inf")
-        return first, mask.to(device)[:, None, None, :]
-
-    def __call__(self, layer: int, qkv: Tensor) -> Tensor:
-        spec, window = self._spec, self._spec.windows[layer]
-        heads, kv, d = spec.heads, spec.kv_heads, spec.head_dim
-        x = qkv.view(-1, heads + 2 * kv, d)
-        x[:, : heads + kv] = self._ropes[layer].rotate(x[:, : heads + kv])
-        pool = self._cache.data[layer]
-        pool.view(-1, 2 * kv * d).index_copy_(0, self._places, qkv[:, heads * d :])
-        entries = pool.view(pool.shape[0], pool.shape[1], 2, kv, d)
-        q = x[:, :heads].view(-1, kv, heads // kv, d)
-        out = torch.empty((qkv.shape[0], kv, heads // kv, d), dtype=qkv.dtype, device=qkv.device)
-        if self._batched:
-            self._together(q, out, entries, window)
-        for one in self._single:
-            own = entries[one.slot : one.slot + 1, first_seen(one.past, window) : one.past + 1]
-            out[one.start : one.stop] = self._one_each(q[one.start : one.stop], own, None)
-        for one in self._spans:
-            self._prompt(q, out, entries, one, window)
-        return out.view(qkv.shape[0], heads * d)
-
-    def _together(self, q: Tensor, out: Tensor, entries: Tensor, window: int | None) -> None:
-        """The one-token rows, over the range of slots that they lie in."""
-        first, mask = self._masks[window]
-        span = entries[self._low : self._high, first : self._longest]
-        if self._straight:
-            count = self._high - self._low
-            out[:count] = self._one_each(q[:count], span, mask)
-            return
-        queries = q.new_zeros((self._high - self._low, *q.shape[1:]))
-        queries.index_copy_(0, self._slots, q.index_select(0, self._rows))
-        o = self._one_each(queries, span, mask)
-        out.index_copy_(0, self._rows, o.index_select(0, self._slots))
-
-    def _one_each(self, q: Tensor, entries: Tensor, mask: Tensor | None) -> Tensor:
-        """One query a slot: q [slots, kv, g, d] over entries [slots, places, 2, kv, d]."""
-        k, v = entries[:, :, 0].transpose(1, 2), entries[:, :, 1].transpose(1, 2)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=self._spec.attention_scale)
-
-    def _prompt(self, q: Tensor, out: Tensor, entries: Tensor, span: CachedSpan, window: int | None) -> None:
-        end, scale = span.past + span.stop - span.start, self._spec.attention_scale
-        k, v = entries[span.slot, :end, 0].transpose(0, 1), entries[span.slot, :end, 1].transpose(0, 1)
-        for start in range(span.start, span.stop, QUERY_BLOCK):
-            stop = min(start + QUERY_BLOCK, span.stop)
-            past = span.past + start - span.start
-            low, seen = first_seen(past, window), past + stop - start
-            block = q[start:stop].permute(1, 2, 0, 3)
-            p = attend(block, k[:, low:seen], past - low, scale=scale, window=window)
-            o = torch.bmm(p, v[:, low:seen])
-            out[start:stop] = o.view(block.shape).permute(2, 0, 1, 3)

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from lathe.engine.activations import activate
-from lathe.engine.attention import Attention, CachedAttention, CachedSpan, RowAttention
+from lathe.engine.attention import Attention, RowAttention
 from lathe.engine.bank import AdapterBank, LoraPass
+from lathe.engine.cached_attention import CachedAttention, CachedSpan
 from lathe.engine.frozen import Frozen
 from lathe.engine.kv import KVCache
 from lathe.engine.lora import Head, embed, linear

@@ -34,6 +34,8 @@ def linear(x: Tensor, base: Frozen, lora: LoraPass, key: GroupKey, residual: Ten
     """
     if lora.anchor is not None:
         return applied(_Linear, x, residual, lora.anchor, base, lora, key)
+    if not lora.segments:
+        return base.forward(x, residual)
     if lora.mixed is not None:
         return _mixed_forward(x, residual, base, lora.mixed, key)
     return _forward(x, residual, base, lora, key, keep=False)[0]

@@ -46,6 +46,12 @@ class Rope:
         """x [T, heads, head_dim] -> rotated copy (rotate_half convention)."""
         return self._turn(x, 1)
 
+    def rotate_(self, x: Tensor) -> None:
+        """The same in place: x may be a view, and its graph is lost."""
+        turned = x[..., : self.cos.shape[-1]]
+        half = turned.roll(turned.shape[-1] // 2, -1)
+        turned.mul_(self.cos).addcmul_(half, self.sin)
+
     def unrotate(self, x: Tensor) -> Tensor:
         """The transpose: the gradient of `rotate`."""
         return self._turn(x, -1)
