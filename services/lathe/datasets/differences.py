@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from array import array
 from bisect import bisect_left
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
 
@@ -38,11 +38,11 @@ class Difference:
 def difference(first: RowIndex, second: RowIndex) -> Difference:
     """Compare two files. Memory: some 100 bytes a row."""
     partner = _partners(*_numbered(first, second))
-    matched = [position for position, other in enumerate(partner) if other != _NONE]
+    matched = array("i", (position for position, other in enumerate(partner) if other != _NONE))
     taken = bytearray(len(second))
     for position in matched:
         taken[partner[position]] = 1
-    staying = longest_increasing([partner[position] for position in matched])
+    staying = longest_increasing(array("i", (partner[position] for position in matched)))
     moved = (position for n, position in enumerate(matched) if not staying[n])
 
     def lines(position: int) -> tuple[int, int]:
@@ -61,8 +61,8 @@ def difference(first: RowIndex, second: RowIndex) -> Difference:
 def longest_increasing(values: Sequence[int]) -> bytearray:
     """One byte a value, 1 for those of a longest strictly increasing subsequence (patience sorting, n log n)."""
     # Of each length so far: the smallest last value, and where it is. `before`: what comes before a value.
-    ends, positions = array("q"), array("q")
-    before = array("q")
+    ends, positions = array("i"), array("i")
+    before = array("i")
     for position, value in enumerate(values):
         length = len(ends) if not ends or value > ends[-1] else bisect_left(ends, value)
         before.append(positions[length - 1] if length else _NONE)
@@ -82,23 +82,23 @@ def longest_increasing(values: Sequence[int]) -> bytearray:
 def _numbered(first: RowIndex, second: RowIndex) -> tuple[array[int], array[int]]:
     """For each row of either file a number, the same for equal rows."""
     both = pa.chunked_array([*first.digests.chunks, *second.digests.chunks], type=pa.binary(16))
-    numbers = array("q")
+    numbers = array("i")
     for chunk in both.dictionary_encode().chunks:
         numbers.extend(chunk.indices.to_pylist())
     return numbers[: len(first)], numbers[len(first) :]
 
 
-def _partners(first: Iterable[int], second: Sequence[int]) -> array[int]:
+def _partners(first: Sequence[int], second: Sequence[int]) -> array[int]:
     """For each row of the first file the position of its equal in the second, or -1."""
     # Of each number the next row of the second file that has no partner yet, and for each row the one after it.
-    nearest: dict[int, int] = {}
-    following = array("q", [_NONE]) * len(second)
+    nearest = array("i", [_NONE]) * (max(max(first, default=0), max(second, default=0)) + 1)
+    following = array("i", [_NONE]) * len(second)
     for position in range(len(second) - 1, -1, -1):
-        following[position] = nearest.get(second[position], _NONE)
+        following[position] = nearest[second[position]]
         nearest[second[position]] = position
-    partner = array("q")
+    partner = array("i")
     for number in first:
-        found = nearest.get(number, _NONE)
+        found = nearest[number]
         partner.append(found)
         if found != _NONE:
             nearest[number] = following[found]

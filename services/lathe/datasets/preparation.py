@@ -63,6 +63,8 @@ class PreparationService:
     clock: Clock
     ids: IdFactory
     preparing: Wakeup = field(default_factory=Wakeup)
+    # What takes memory for every row is done for one caller at a time.
+    _alone: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     async def count(self, project: str, dataset_id: str, operation: Operation) -> tuple[int, list[Prepared]]:
         """The parent's rows, and those of each dataset that the operation would make; nothing is made.
@@ -71,7 +73,7 @@ class PreparationService:
         """
         parent = await self._rows_of(project, dataset_id)
         check_operation(operation)
-        async with self.indexes.opened(parent.sha256) as index:
+        async with self._alone, self.indexes.opened(parent.sha256) as index:
             selection = await selected(operation, index, self.objects, parent.sha256)
         rows = counts(operation, selection)
         parts = zip(parts_of(operation), rows, strict=True)
@@ -106,7 +108,11 @@ class PreparationService:
     async def diff(self, project: str, dataset_id: str, other_id: str) -> Difference:
         """Raises NotFound, FailedPrecondition, and Unavailable while the rows are being indexed."""
         one, other = await self._rows_of(project, dataset_id), await self._rows_of(project, other_id)
-        async with self.indexes.opened(one.sha256) as first, self.indexes.opened(other.sha256) as second:
+        async with (
+            self._alone,
+            self.indexes.opened(one.sha256) as first,
+            self.indexes.opened(other.sha256) as second,
+        ):
             return await asyncio.to_thread(difference, first, second)
 
     # --- where a row is ---------------------------------------------------------------------------------------
