@@ -19,15 +19,15 @@ from lathe.common.errors import (
     FailedPrecondition,
     InvalidArgument,
     NotFound,
-    ResourceExhausted,
 )
 from lathe.engine.adapters import Adapter
 from lathe.engine.bank import AdapterBank
 from lathe.engine.base import Decoder
 from lathe.engine.batch import CrossEntropy, SliceResult, TrainRow, TrainSlice
+from lathe.engine.claims import Claims
 from lathe.engine.full import FullModel, FullSpec, ServedModel, check_room, check_same_architecture, is_full
 from lathe.engine.held import Held, kept
-from lathe.engine.kv import KVCache, common_prefix
+from lathe.engine.kv import KVCache
 from lathe.engine.lora_config import LoraSpec
 from lathe.engine.losses import token_logprobs
 from lathe.engine.memory import free_bytes, peak_bytes
@@ -40,10 +40,6 @@ from lathe.engine.sequences import SequenceState, StepOutput, emit, slot_of
 from lathe.engine.weights import Placement, Whole, choose_dtype, load_weights, read_spec
 
 SEED = "dropout_seed"
-# A prompt waits for another one that is being computed when they share at least this many further tokens.
-_WORTH_WAITING = 8
-# Ends the cache key of sequences beyond longrope's original context.
-_FAR = "+far"
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +82,7 @@ class Engine:
             dtype=self.dtype,
             device=self.device,
         )
+        self._claims = Claims(self._cache, spec.longrope_context)
 
     @classmethod
     def load(
@@ -241,7 +238,7 @@ class Engine:
         self._adapter(key).begun = False
         adapter.steps = optimizer.steps
         adapter.publish()
-        self._forget(stale)
+        self._claims.forget(stale)
         return norm
 
     def gradients(self, key: str) -> Tensor:
@@ -332,7 +329,7 @@ class Engine:
         ResourceExhausted when the cache cannot hold even one of them.
         """
         work = [s for s in sequences if s.finished is None and not s.closed]
-        chunks = self._claim(work, prefill_tokens)
+        chunks = self._claims.take(work, prefill_tokens, self._cache_key)
         if not chunks:
             return []
         chunks.sort(key=self._place)
@@ -349,7 +346,7 @@ class Engine:
                 raise
         for out in outputs:
             if out.state.finished is not None:
-                self._release(out.state)
+                self._claims.release(out.state)
         return outputs
 
     def close_sequence(self, state: SequenceState) -> None:
@@ -357,7 +354,7 @@ class Engine:
         if state.closed:
             return
         state.closed = True
-        self._release(state)
+        self._claims.release(state)
         if state.key in self._held:
             self._held[state.key].users -= 1
 
@@ -443,7 +440,7 @@ class Engine:
         return adapter
 
     def _discard(self, key: str) -> None:
-        self._forget(self._cache_key(key))
+        self._claims.forget(self._cache_key(key))
         held = self._held.pop(key)
         if held.slot >= 0:
             self._bank.remove(held.slot)
@@ -459,15 +456,6 @@ class Engine:
         held = self._adapter(key)
         return f"{key}@{held.serial}.{held.adapter.version}"
 
-    def _forget(self, cache_key: str) -> None:
-        for mark in ("", _FAR):
-            self._cache.forget(cache_key + mark)
-
-    def _far(self, tokens: int) -> bool:
-        """Whether longrope rotates a sequence of so many tokens by its other frequencies."""
-        limit = self.spec.longrope_context
-        return limit is not None and tokens > limit
-
     def _rows_pass(self, key: str, rows: Sequence[Sequence[int]], *, training: bool) -> Tensor:
         packed = pack([TrainRow(row, [False] * len(row)) for row in rows])
         slots = [self._slot(key)] * len(rows)
@@ -481,80 +469,6 @@ class Engine:
         if others:
             raise InvalidArgument("the slices of a whole model go through a pass by themselves.")
         return run_slices(decoder, self._bank, pieces, slots, training=training)
-
-    def _claim(
-        self, work: Sequence[SequenceState], prefill_tokens: int
-    ) -> list[tuple[SequenceState, list[int]]]:
-        """Which tokens of which sequences go through the coming pass; their room in the cache is taken."""
-        wanted: list[tuple[SequenceState, list[int]]] = []
-        begun: list[SequenceState] = []
-        room = prefill_tokens
-        for state in work:
-            if state.kv_slot is not None and self._far(state.total) and not self._far(state.done):
-                self._release(state)  # its keys were rotated by the other frequencies
-            pending = state.pending()
-            if state.kv_slot is not None and len(pending) == 1:
-                wanted.append((state, pending))
-                continue
-            if room <= 0:
-                continue
-            if state.kv_slot is None:
-                if self._worth_waiting(state, begun):
-                    continue
-                if not self._allocate(state, others=any(other.kv_slot is not None for other in work)):
-                    continue
-                pending = state.pending()
-            begun.append(state)
-            wanted.append((state, pending[:room]))
-            room -= min(room, len(pending))
-        return self._extend(work, wanted)
-
-    def _worth_waiting(self, state: SequenceState, begun: Sequence[SequenceState]) -> bool:
-        mine = state.all_tokens()
-        return any(
-            other.key == state.key and common_prefix(other.all_tokens(), mine) - other.done >= _WORTH_WAITING
-            for other in begun
-        )
-
-    def _allocate(self, state: SequenceState, *, others: bool) -> bool:
-        tokens = state.all_tokens()
-        try:
-            mark = _FAR if self._far(len(tokens)) else ""
-            state.kv_slot, state.done = self._cache.allocate(tokens, self._cache_key(state.key) + mark)
-        except ResourceExhausted:
-            if others:
-                return False
-            raise
-        if not state.tokens:
-            state.cached_tokens = state.done
-        return True
-
-    def _extend(
-        self, work: Sequence[SequenceState], wanted: list[tuple[SequenceState, list[int]]]
-    ) -> list[tuple[SequenceState, list[int]]]:
-        """Takes room for the tokens; when there is none, the last sequences give theirs up and wait."""
-        claimed: list[tuple[SequenceState, list[int]]] = []
-        for state, tokens in wanted:
-            while state.kv_slot is not None:
-                try:
-                    self._cache.extend(state.kv_slot, tokens)
-                except ResourceExhausted:
-                    done = {id(other) for other, _ in claimed}
-                    holders = [
-                        s for s in work if s.kv_slot is not None and s is not state and id(s) not in done
-                    ]
-                    if not holders and not claimed:
-                        raise
-                    self._release(holders[-1] if holders else state)
-                else:
-                    claimed.append((state, tokens))
-                    break
-        return claimed
-
-    def _release(self, state: SequenceState) -> None:
-        if state.kv_slot is not None:
-            self._cache.free(state.kv_slot)
-            state.kv_slot, state.done = None, 0
 
     def _sampled_pass(
         self, decoder: Decoder, chunks: Sequence[tuple[SequenceState, list[int]]]
