@@ -56,9 +56,13 @@ class Pattern:
         return True
 
 
+# Below it are the bytes of imports of base models; what else is in staging is of datasets.
+IMPORT_STAGING = "staging/import-"
+
+
 def import_staging(base_model_id: str) -> str:
     """The prefix under which the files of an import are kept in the object store until they are whole."""
-    return f"staging/import-{base_model_id}/"
+    return f"{IMPORT_STAGING}{base_model_id}/"
 
 
 def _wrong(name: str, template: str, field: str) -> InvalidArgument:

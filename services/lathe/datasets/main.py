@@ -23,6 +23,7 @@ from lathe.common.rpc.dialer import Dialer
 from lathe.common.rpc.server import Registration, build_server
 from lathe.common.service import RunningService, run_service, serving
 from lathe.datasets.auditing import Auditor
+from lathe.datasets.blobs import Blobs
 from lathe.datasets.cleaner import Cleaner
 from lathe.datasets.peers import RpcBaseModels
 from lathe.datasets.preparation import PreparationService
@@ -45,6 +46,8 @@ PACKAGE = "lathe.datasets"
 # What was left by a process that died is found at its start; this is for what another replica left.
 _LOOK_EVERY_S = 30.0
 _COUNT_EVERY_S = 15.0
+# It lists the whole store.
+_ORPHANS_EVERY_S = 6 * 3600.0
 
 
 @asynccontextmanager
@@ -71,8 +74,9 @@ async def running(
         preparation = PreparationService(store, objects, indexes, clock, ids, service.preparing)
         busy: set[str] = set()
         preparing = Preparing(store, objects, indexes, busy, service.validation)
-        validation = Validation(store, objects, busy)
-        cleaner = Cleaner(store, session_store, objects, clock, busy)
+        blobs = Blobs(store, objects, clock, ids.token(24))
+        validation = Validation(blobs, busy)
+        cleaner = Cleaner(blobs, session_store, busy)
         registrations = [
             Registration(
                 add_DatasetsServiceServicer_to_server,
@@ -157,6 +161,7 @@ def _loops(
         loop("Preparation", preparing.step, service.preparing, _LOOK_EVERY_S),
         loop("The audit", auditor.step, service.auditing, _LOOK_EVERY_S),
         loop("The sweep", cleaner.sweep, service.cleanup, settings.sweep_interval_s),
+        loop("The sweep of orphans", cleaner.sweep_orphans, Wakeup(), _ORPHANS_EVERY_S),
         loop("Counting", count, Wakeup(), _COUNT_EVERY_S),
     ]
 

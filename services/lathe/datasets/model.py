@@ -21,6 +21,8 @@ RESULTS_PURPOSE = "fine-tune-results"
 MAX_BYTES = 8 << 30
 MAX_RESULT_BYTES = 3 << 20
 MAX_OVERLAP_LINES = 20
+# Far longer than deleting an object takes: a claim this old is one of a process that died.
+CLAIM_LEASE = timedelta(minutes=10)
 MIN_LIFE = timedelta(hours=1)
 MAX_LIFE = timedelta(days=30)
 # A client computes expire_time from its own clock and the call takes a while.

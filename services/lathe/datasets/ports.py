@@ -84,15 +84,28 @@ class DatasetStore(Protocol):
         """Forget a DELETING one."""
         ...
 
-    async def claim_blob(self, sha256: str, owner: str) -> bool:
-        """Announce that `owner` is about to delete this blob.
+    async def claim_blob(self, sha256: str, owner: str, holder: str, now: datetime) -> bool:
+        """Announce that the process `holder` is about to delete this blob on account of `owner`.
 
-        False if another one claims it, or if a dataset that is not being deleted, or an audit, needs it.
+        False if another process is at it, or if a dataset that is not being deleted, or an audit, needs it. A claim
+        that is older than CLAIM_LEASE is taken over.
         """
         ...
 
-    async def release_blob(self, sha256: str, owner: str) -> None:
+    async def release_blob(self, sha256: str, holder: str) -> None:
         """The deletion is done."""
+        ...
+
+    async def left_claims(self, now: datetime) -> Sequence[tuple[str, str]]:
+        """(sha256, owner) of the claims that no process works on: of removed audits, and of processes that died."""
+        ...
+
+    async def unnamed(self, digests: Sequence[str]) -> set[str]:
+        """Those that no dataset, audit or claim names. digests: 500 at most."""
+        ...
+
+    async def unnamed_staging(self, keys: Sequence[str]) -> set[str]:
+        """Those that are no dataset's staging key. keys: 500 at most."""
         ...
 
     async def is_claimed(self, sha256: str) -> bool:
@@ -196,10 +209,6 @@ class DatasetStore(Protocol):
 
     async def begin_remove_audit(self, key: str, unused_since: datetime) -> None:
         """Forget an audit if it is still unneeded, and claim its blobs in the same moment."""
-        ...
-
-    async def audit_claims(self) -> Sequence[tuple[str, str]]:
-        """(sha256, owner) of the blobs whose audits were removed and which are still to delete."""
         ...
 
 

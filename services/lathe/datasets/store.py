@@ -12,6 +12,7 @@ import sqlalchemy as sa
 from lathe.common.db import Database, UtcDateTime, is_unique_violation
 from lathe.common.errors import AlreadyExists, Internal
 from lathe.datasets.model import (
+    CLAIM_LEASE,
     RESULTS_PURPOSE,
     Audit,
     AuditOptions,
@@ -95,6 +96,8 @@ claims = sa.Table(
     metadata,
     sa.Column("sha256", sa.String, primary_key=True),
     sa.Column("owner", sa.String),
+    sa.Column("holder", sa.String, default=""),
+    sa.Column("time", UtcDateTime()),
 )
 overlaps = sa.Table(
     "overlaps",
@@ -352,13 +355,15 @@ class SqlDatasetStore:
 
     # --- blobs ------------------------------------------------------------------------------------------------
 
-    async def claim_blob(self, sha256: str, owner: str) -> bool:
+    async def claim_blob(self, sha256: str, owner: str, holder: str, now: datetime) -> bool:
+        mine = {"owner": owner, "holder": holder, "time": now}
         try:
-            await self._change(claims.insert().values(sha256=sha256, owner=owner))
+            await self._change(claims.insert().values(sha256=sha256, **mine))
         except sa.exc.IntegrityError as error:
             if not is_unique_violation(error):
                 raise
-            if await self._claimant(sha256) != owner:
+            free = sa.or_(claims.c.holder == holder, _left(now - CLAIM_LEASE))
+            if not await self._change(claims.update().where(claims.c.sha256 == sha256, free).values(mine)):
                 return False
         by_dataset = sa.select(datasets.c.id).where(_LIVE, datasets.c.sha256 == sha256).limit(1)
         of_audit = sa.or_(audits.c.sha256 == sha256, audits.c.findings_sha256 == sha256)
@@ -370,11 +375,29 @@ class SqlDatasetStore:
             ).first()
             if needed is None:
                 return True
-            await connection.execute(claims.delete().where(claims.c.sha256 == sha256))
+            await connection.execute(claims.delete().where(*_held(sha256, holder)))
         return False
 
-    async def release_blob(self, sha256: str, owner: str) -> None:
-        await self._change(claims.delete().where(claims.c.sha256 == sha256, claims.c.owner == owner))
+    async def release_blob(self, sha256: str, holder: str) -> None:
+        await self._change(claims.delete().where(*_held(sha256, holder)))
+
+    async def left_claims(self, now: datetime) -> Sequence[tuple[str, str]]:
+        query = sa.select(claims.c.sha256, claims.c.owner).where(_left(now - CLAIM_LEASE))
+        async with self._db.read() as connection:
+            return [(row.sha256, row.owner) for row in await connection.execute(query)]
+
+    async def unnamed(self, digests: Sequence[str]) -> set[str]:
+        named: set[str] = set()
+        async with self._db.read() as connection:
+            for table in (datasets, audits, claims):
+                query = sa.select(table.c.sha256).where(table.c.sha256.in_(digests))
+                named.update(row.sha256 for row in await connection.execute(query))
+        return set(digests) - named
+
+    async def unnamed_staging(self, keys: Sequence[str]) -> set[str]:
+        query = sa.select(datasets.c.staging_key).where(datasets.c.staging_key.in_(keys))
+        async with self._db.read() as connection:
+            return set(keys) - {row.staging_key for row in await connection.execute(query)}
 
     async def is_claimed(self, sha256: str) -> bool:
         return await self._claimant(sha256) is not None
@@ -476,15 +499,19 @@ class SqlDatasetStore:
     async def forget_failed_audits(self) -> None:
         await self._change(audits.delete().where(audits.c.state == AuditState.FAILED.value))
 
-    async def audit_claims(self) -> Sequence[tuple[str, str]]:
-        query = sa.select(claims.c.sha256, claims.c.owner).where(claims.c.owner.startswith(AUDIT_CLAIM))
-        async with self._db.read() as connection:
-            return [(row.sha256, row.owner) for row in await connection.execute(query)]
-
 
 _PLAIN = (
     "id", "project", "display_name", "purpose", "create_time", "expire_time", "size_bytes", "sha256", "staging_key"
 )  # fmt: skip
+
+
+def _left(taken_before: datetime) -> sa.ColumnElement[bool]:
+    """Claims that nobody works on: whose removal is still to begin, or whose process died."""
+    return sa.or_(claims.c.holder == "", claims.c.time < taken_before)
+
+
+def _held(sha256: str, holder: str) -> tuple[sa.ColumnElement[bool], sa.ColumnElement[bool]]:
+    return claims.c.sha256 == sha256, claims.c.holder == holder
 
 
 def _is(project: str, dataset_id: str) -> tuple[sa.ColumnElement[bool], sa.ColumnElement[bool]]:

@@ -12,6 +12,7 @@ from typing import Protocol
 
 from lathe.common.errors import NotFound, RetryableError, Unavailable
 from lathe.common.objectstore.base import ObjectStore
+from lathe.datasets.blobs import Blobs
 from lathe.datasets.model import (
     RESULTS_PURPOSE,
     Dataset,
@@ -117,9 +118,10 @@ class Validation:
     busy: names of the datasets that are read just now, shared with the cleaner, which leaves them alone.
     """
 
-    def __init__(self, store: DatasetStore, objects: ObjectStore, busy: set[str] | None = None) -> None:
-        self._store = store
-        self._objects = objects
+    def __init__(self, blobs: Blobs, busy: set[str] | None = None) -> None:
+        self._blobs = blobs
+        self._store = blobs.store
+        self._objects = blobs.objects
         self._busy = busy if busy is not None else set()
 
     async def step(self) -> None:
@@ -235,10 +237,7 @@ class Validation:
             await clear_staging(dataset, self._store, self._objects)
         elif sha256 and await self._store.get(dataset.project, dataset.id) is None:
             # It was deleted meanwhile, perhaps before the blob was made.
-            owner = validation_owner(dataset)
-            if await self._store.claim_blob(sha256, owner):
-                await self._objects.delete(blob_key(sha256))
-            await self._store.release_blob(sha256, owner)
+            await self._blobs.delete(sha256, dataset.name)
 
 
 @dataclass(frozen=True, slots=True)
@@ -267,15 +266,10 @@ def frozen_key(dataset: Dataset) -> str:
     return f"{dataset.staging_key}.whole"
 
 
-def validation_owner(dataset: Dataset) -> str:
-    """Under which name a validation claims the blob of a dataset that was deleted meanwhile."""
-    return f"{dataset.name}:validation"
-
-
 async def clear_staging(dataset: Dataset, store: DatasetStore, objects: ObjectStore) -> None:
     """Delete what an upload left in staging, and note it."""
     if dataset.staging_key:
         await objects.delete_prefix(dataset.staging_key + "/")
         await objects.delete(dataset.staging_key)
-        await objects.delete(frozen_key(dataset))
+        await objects.delete_prefix(f"{dataset.staging_key}.")
         await store.clear_staging(dataset.project, dataset.id)

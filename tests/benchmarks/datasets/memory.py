@@ -31,6 +31,7 @@ async def _validate(path: Path, size: int, digest: str, folder: Path) -> dict[st
     from lathe.common.clock import SystemClock
     from lathe.common.db import Database, migrate
     from lathe.common.objectstore.folder import FolderStore
+    from lathe.datasets.blobs import Blobs
     from lathe.datasets.model import DatasetState
     from lathe.datasets.service import DatasetsService
     from lathe.datasets.store import SqlDatasetStore
@@ -46,7 +47,7 @@ async def _validate(path: Path, size: int, digest: str, folder: Path) -> dict[st
     await objects.put_file(dataset.staging_key, path)
     await service.commit_upload("bench", dataset.id, dataset.staging_key, size, digest)
     began = time.monotonic()
-    await Validation(store, objects).step()
+    await Validation(Blobs(store, objects, SystemClock(), "bench")).step()
     seconds = time.monotonic() - began
     dataset = await service.get("bench", dataset.id)
     assert dataset.state is DatasetState.READY, dataset.report

@@ -125,19 +125,47 @@ async def test_deleting_hides_and_frees_the_request(store):
 
 
 async def test_a_blob_is_claimed_only_while_nobody_needs_it(store):
+    def claim(holder, time=NOW):
+        return store.claim_blob("a" * 64, "file-1", holder, time)
+
     for id_ in ("one", "two"):
         await store.add(dataset(id_, sha256="a" * 64, state=DatasetState.READY), "")
     await store.begin_delete("p", "one")
-    assert not await store.claim_blob("a" * 64, "one")
+    assert not await claim("one")
     assert not await store.is_claimed("a" * 64)
     await store.begin_delete("p", "two")
-    assert await store.claim_blob("a" * 64, "one") and await store.claim_blob("a" * 64, "one")
-    assert not await store.claim_blob("a" * 64, "two")
+    assert await claim("one") and await claim("one")
+    assert not await claim("two")
     assert await store.is_claimed("a" * 64)
     await store.release_blob("a" * 64, "two")
     assert await store.is_claimed("a" * 64)
     await store.release_blob("a" * 64, "one")
     assert not await store.is_claimed("a" * 64)
+
+
+async def test_the_claim_of_a_process_that_died_is_taken_over(store):
+    lease = timedelta(minutes=10)
+    assert await store.claim_blob("a" * 64, "file-1", "one", NOW)
+    assert await store.left_claims(NOW + lease) == []
+    assert not await store.claim_blob("a" * 64, "file-1", "two", NOW + lease)
+    later = NOW + lease + timedelta(seconds=1)
+    assert await store.left_claims(later) == [("a" * 64, "file-1")]
+    assert await store.claim_blob("a" * 64, "orphan", "two", later)
+    await store.release_blob("a" * 64, "one")
+    assert await store.is_claimed("a" * 64)
+    assert await store.left_claims(later) == []
+
+
+async def test_what_nothing_names(store):
+    await store.add(dataset("file-1", sha256="a" * 64, state=DatasetState.READY), "")
+    await store.add(dataset("file-2", sha256="b" * 64, staging_key="staging/y"), "")
+    await store.begin_delete("p", "file-2")
+    await store.add_audit(TASK)
+    await store.set_audit_object(TASK.key, RESULT.sha256)
+    await store.claim_blob("c" * 64, "x", "one", NOW)
+    named = ["a" * 64, "b" * 64, "c" * 64, RESULT.sha256]
+    assert await store.unnamed([*named, "0" * 64]) == {"0" * 64}
+    assert await store.unnamed_staging(["staging/x", "staging/y", "staging/z"]) == {"staging/z"}
 
 
 async def test_audits(store):
@@ -150,7 +178,7 @@ async def test_audits(store):
     assert not await store.is_audit_of("none", TASK.dataset_sha256)
     await store.set_audit_objects(TASK.key, RESULT.sha256, "")
     assert await store.get_audit(TASK.key, NOW) == Audit(TASK.key, AuditState.RUNNING)
-    assert not await store.claim_blob(RESULT.sha256, "someone")
+    assert not await store.claim_blob(RESULT.sha256, "someone", "one", NOW)
     await store.finish_audit(TASK.key, AuditState.READY, REPORT, RESULT)
     await store.finish_audit(TASK.key, AuditState.ERROR, Report(), AuditResult())
     assert await store.get_audit(TASK.key, NOW) == Audit(TASK.key, AuditState.READY, REPORT, RESULT)
@@ -167,8 +195,8 @@ async def test_failed_audits_are_forgotten_and_dropped_ones_leave_a_claim(store)
     await store.add_audit(TASK)
     await store.set_audit_objects(TASK.key, RESULT.sha256, "")
     await store.drop_running_audit(TASK.key)
-    assert await store.audit_claims() == [(RESULT.sha256, "audit:" + TASK.key)]
-    assert await store.claim_blob(RESULT.sha256, "audit:" + TASK.key)
+    assert await store.left_claims(NOW) == [(RESULT.sha256, "audit:" + TASK.key)]
+    assert await store.claim_blob(RESULT.sha256, "audit:" + TASK.key, "one", NOW)
 
 
 async def test_unneeded_audits(store):
@@ -181,11 +209,11 @@ async def test_unneeded_audits(store):
     await store.add(dataset(sha256=TASK.dataset_sha256), "")
     assert await store.unneeded_audits(later) == []
     await store.begin_remove_audit(TASK.key, later)
-    assert await store.audit_claims() == []
+    assert await store.left_claims(NOW) == []
     await store.begin_delete("p", "file-1")
     await store.begin_remove_audit(TASK.key, later)
     assert await store.get_audit(TASK.key, NOW) is None
-    assert await store.audit_claims() == [(RESULT.sha256, "audit:" + TASK.key)]
+    assert await store.left_claims(NOW) == [(RESULT.sha256, "audit:" + TASK.key)]
 
 
 def ready(id_, time=NOW, **changes):

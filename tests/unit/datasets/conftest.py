@@ -8,6 +8,7 @@ import pytest
 from lathe.common.background import Wakeup
 from lathe.common.db import Database, migrate
 from lathe.datasets.auditing import Auditor
+from lathe.datasets.blobs import Blobs
 from lathe.datasets.cleaner import Cleaner
 from lathe.datasets.model import blob_key
 from lathe.datasets.preparation import PreparationService
@@ -43,8 +44,8 @@ class World:
     def __init__(self, db, folder):
         self.db = db
         self.folder = folder
-        self.objects = MemoryObjectStore()
         self.clock = FakeClock()
+        self.objects = MemoryObjectStore(self.clock)
         self.ids = FakeIds()
         self.base_models = FakeBaseModels()
 
@@ -62,7 +63,13 @@ class World:
         )
 
     async def validate(self, *, store=None, objects=None):
-        await Validation(store or self.store, objects or self.objects).step()
+        await self.validation(store=store, objects=objects).step()
+
+    def validation(self, *, store=None, objects=None):
+        return Validation(self.blobs(store=store, objects=objects))
+
+    def blobs(self, *, store=None, objects=None, holder="one"):
+        return Blobs(store or self.store, objects or self.objects, self.clock, holder)
 
     async def audit(self, *, store=None, objects=None):
         await Auditor(store or self.store, objects or self.objects, self.folder).step()
@@ -92,7 +99,7 @@ class World:
         await self.cleaner(store=store, objects=objects).sweep()
 
     def cleaner(self, *, store=None, objects=None, busy=()):
-        return Cleaner(store or self.store, self.uploads, objects or self.objects, self.clock, busy)
+        return Cleaner(self.blobs(store=store, objects=objects), self.uploads, busy)
 
     async def upload(self, content=GOOD, *, purpose="fine-tune", parts=0, name="train.jsonl"):
         """Create, put the bytes into staging as the gateway does, commit."""

@@ -211,7 +211,7 @@ async def test_token_objects_go_a_week_after_the_last_dataset_and_use(world, bas
     await world.sweep()
     assert await world.objects.head(audit.object_key) is None
     assert await world.objects.head(audit.findings_key) is None
-    assert await world.store.audit_claims() == []
+    assert await world.store.left_claims(world.clock.now()) == []
 
 
 async def test_token_objects_stay_while_a_dataset_needs_them(world, base):

@@ -7,7 +7,6 @@ import pytest
 
 from lathe.common.errors import FailedPrecondition, InvalidArgument, NotFound, Unavailable
 from lathe.datasets.model import DatasetState, blob_key
-from lathe.datasets.validation import Validation
 from tests.fixtures.worlds import Died, DyingRows, DyingStore
 from tests.unit.datasets.conftest import GOOD, jsonl, row, sha
 
@@ -149,7 +148,7 @@ async def test_deleted_while_it_is_validated_leaves_nothing(world, service):
     await service.delete("acme", dataset.id)
     await world.cleaner(busy={dataset.name}).sweep()
     assert world.objects.keys() != []
-    await Validation(world.store, world.objects).validate(dataset)
+    await world.validation().validate(dataset)
     await world.sweep()
     assert world.objects.keys() == []
 
@@ -189,7 +188,7 @@ async def test_an_outage_of_the_store_waits(world, service):
 async def test_validation_interrupted_at_any_change_of_the_store_goes_on(world, service, calls, after, parts):
     dataset = await world.upload(parts=parts)
     with pytest.raises(Died):
-        await Validation(world.store, DyingStore(world.objects, calls, after=after)).validate(dataset)
+        await world.validation(objects=DyingStore(world.objects, calls, after=after)).validate(dataset)
     await world.validate()
     await world.sweep()
     dataset = await service.get("acme", dataset.id)
@@ -202,7 +201,7 @@ async def test_validation_interrupted_at_any_change_of_the_store_goes_on(world, 
 async def test_validation_interrupted_at_any_change_of_the_database_goes_on(world, service, method, after):
     dataset = await world.upload()
     with pytest.raises(Died):
-        await Validation(DyingRows(world.store, method, after=after), world.objects).validate(dataset)
+        await world.validation(store=DyingRows(world.store, method, after=after)).validate(dataset)
     await world.validate()
     await world.sweep()
     assert (await service.get("acme", dataset.id)).state is DatasetState.READY
@@ -226,7 +225,7 @@ async def test_a_deletion_interrupted_anywhere_goes_on(world, service, method, a
 async def test_a_new_copy_waits_while_the_old_one_is_being_deleted(world, service):
     old = await world.ready()
     await service.delete("acme", old.id)
-    assert await world.store.claim_blob(sha(GOOD), old.name)
+    assert await world.store.claim_blob(sha(GOOD), old.name, "one", world.clock.now())
     new = await world.upload()
     with pytest.raises(Unavailable):
         await world.validate()
