@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from datetime import timedelta
 
 from lathe.common.clock import Clock
-from lathe.common.names import import_staging
+from lathe.common.names import IMPORT_STAGING, import_staging
 from lathe.common.objectstore.base import ObjectStore
-from lathe.models.model import BaseModel, file_key, manifest_key
+from lathe.models.model import BaseModel, BaseModelState, file_key, manifest_key
 from lathe.models.ports import ModelStore
 
 log = logging.getLogger(__name__)
@@ -35,6 +35,20 @@ class Cleaner:
         for adapter in await self.store.deleting_adapters():
             await self.objects.delete_prefix(adapter.object.prefix + "/")
             await self.store.remove_adapter(adapter.project, adapter.id)
+        await self._sweep_staging()
+
+    async def _sweep_staging(self) -> None:
+        """What a stream stored when its import was over already: nothing else would ever look there."""
+        before = self.clock.now() - ABANDONED_AFTER
+        late = {
+            info.key.split("/")[1].removeprefix("import-")
+            async for info in self.objects.list(IMPORT_STAGING)
+            if info.modified < before
+        }
+        for base_model_id in sorted(late):
+            model = await self.store.get_base_model(base_model_id)
+            if model is None or model.state is not BaseModelState.UPLOADING:
+                await self.objects.delete_prefix(import_staging(base_model_id))
 
     async def _remove(self, model: BaseModel) -> None:
         await self.objects.delete_prefix(import_staging(model.id))

@@ -34,8 +34,8 @@ class World:
 
     def __init__(self, db):
         self.db = db
-        self.objects = MemoryObjectStore()
         self.clock = FakeClock()
+        self.objects = MemoryObjectStore(self.clock)
         self.ids = FakeIds()
 
     def start(self):
@@ -351,3 +351,19 @@ async def test_an_outage_of_the_store_loses_nothing(world, models):
         await models.commit_base_model("tiny")
     world.objects.outage = None
     assert (await models.commit_base_model("tiny")).state is BaseModelState.READY
+
+
+async def test_what_a_stream_stored_after_its_import_was_over_is_swept(world, models, base):
+    await models.create_base_model(tiny_folder(rope_theta=9.0).new("uploading"), "")
+    late = ["staging/import-tiny/abc-whole", "staging/import-gone/abc/00000"]
+    others = ["staging/import-uploading/abc/00000", "staging/x/00000"]
+    for key in (*late, *others):
+        await world.objects.put(key, b"late")
+    await world.sweep()
+    assert set(late) <= set(world.objects.keys())
+    world.clock.tick(23 * 3600)
+    await world.objects.put(others[0], b"goes on")
+    world.clock.tick(2 * 3600)
+    await world.sweep()
+    # The import itself is abandoned after a day, with what it stored.
+    assert [key for key in world.objects.keys() if key.startswith("staging/")] == ["staging/x/00000"]
