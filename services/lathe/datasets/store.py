@@ -389,9 +389,9 @@ class SqlDatasetStore:
     async def unnamed(self, digests: Sequence[str]) -> set[str]:
         named: set[str] = set()
         async with self._db.read() as connection:
-            for table in (datasets, audits, claims):
-                query = sa.select(table.c.sha256).where(table.c.sha256.in_(digests))
-                named.update(row.sha256 for row in await connection.execute(query))
+            for column in (datasets.c.sha256, audits.c.sha256, audits.c.findings_sha256, claims.c.sha256):
+                query = sa.select(column).where(column.in_(digests))
+                named.update((await connection.execute(query)).scalars())
         return set(digests) - named
 
     async def unnamed_staging(self, keys: Sequence[str]) -> set[str]:

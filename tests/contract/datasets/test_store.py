@@ -161,9 +161,9 @@ async def test_what_nothing_names(store):
     await store.add(dataset("file-2", sha256="b" * 64, staging_key="staging/y"), "")
     await store.begin_delete("p", "file-2")
     await store.add_audit(TASK)
-    await store.set_audit_object(TASK.key, RESULT.sha256)
+    await store.set_audit_objects(TASK.key, RESULT.sha256, "f" * 64)
     await store.claim_blob("c" * 64, "x", "one", NOW)
-    named = ["a" * 64, "b" * 64, "c" * 64, RESULT.sha256]
+    named = ["a" * 64, "b" * 64, "c" * 64, "f" * 64, RESULT.sha256]
     assert await store.unnamed([*named, "0" * 64]) == {"0" * 64}
     assert await store.unnamed_staging(["staging/x", "staging/y", "staging/z"]) == {"staging/z"}
 
