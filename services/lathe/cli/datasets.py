@@ -32,16 +32,30 @@ DATASET = Annotated[str, typer.Argument(help="file-…")]
 def upload(
     context: typer.Context,
     path: Annotated[
-        Path, typer.Argument(help="A JSONL file, one example per line.", exists=True, dir_okay=False)
+        Path,
+        typer.Argument(
+            help="Examples: JSONL, one a line; also CSV, Parquet and JSON.", exists=True, dir_okay=False
+        ),
     ],
     purpose: Annotated[str, typer.Option(help="What it is for.")] = "fine-tune",
+    file_type: Annotated[
+        str, typer.Option(help="jsonl, json, csv or parquet; by the file's name if not given.")
+    ] = "",
+    column: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="KEY=COLUMN, once for each: which column is which key of an example, such as prompt=question."
+        ),
+    ] = None,
     wait: Annotated[bool, typer.Option(help="Wait until it is validated.")] = True,
     as_json: JSON = False,
 ) -> None:
     """Upload a file and have it validated; a broken connection goes on where it was."""
     with client_of(context) as client:
         with _bar("Uploading", as_json) as progress:
-            dataset = client.datasets.upload(path, purpose, progress=progress)
+            dataset = client.datasets.upload(
+                path, purpose, file_type=file_type, columns=_columns(column or []), progress=progress
+            )
         if wait:
             dataset = client.datasets.wait(dataset.name)
     if as_json:
@@ -51,6 +65,16 @@ def upload(
         say_report(dataset.report, dataset.state == pb.DATASET_STATE_READY)
     if dataset.state == pb.DATASET_STATE_ERROR:
         raise typer.Exit(exits.INVALID)
+
+
+def _columns(given: list[str]) -> dict[str, str]:
+    columns: dict[str, str] = {}
+    for pair in given:
+        key, equals, column = pair.partition("=")
+        if not (key and equals and column) or key in columns:
+            raise typer.BadParameter(f"{pair!r} must be KEY=COLUMN, each key once.", param_hint="--column")
+        columns[key] = column
+    return columns
 
 
 @app.command(name="list")
@@ -101,6 +125,7 @@ def show(context: typer.Context, dataset: DATASET, as_json: JSON = False) -> Non
             ("written as", found.report.layout),
             ("size", size(found.size_bytes)),
             ("sha256", found.sha256),
+            ("converted from", _source(found)),
             ("created", when(found.create_time)),
             ("expires", when(found.expire_time)),
             ("made by", datasets_rows.said(found.preparation)),
@@ -118,7 +143,7 @@ def download(
         Path | None, typer.Option("--output", "-o", help="Where to; standard output if unset.")
     ] = None,
 ) -> None:
-    """The bytes as they were uploaded."""
+    """The bytes as they are stored."""
     with client_of(context) as client:
         pieces = client.datasets.download(dataset)
         if output is None:
@@ -148,6 +173,15 @@ def delete(context: typer.Context, dataset: DATASET, as_json: JSON = False) -> N
 
 
 datasets_rows.register(app)
+
+
+def _source(dataset: pb.Dataset) -> str:
+    if not dataset.source_sha256:
+        return ""
+    options = dataset.import_options
+    names = ", ".join(f"{key}={column}" for key, column in sorted(options.columns.items()))
+    kind = f"{options.file_type} ({names})" if names else options.file_type
+    return f"{kind}, {size(dataset.source_size_bytes)}, sha256 {dataset.source_sha256}"
 
 
 def last_id(dataset: pb.Dataset) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,31 +45,35 @@ class Datasets(Rows):
         purpose: str = "fine-tune",
         *,
         display_name: str = "",
+        file_type: str = "",
+        columns: Mapping[str, str] | None = None,
         progress: Progress | None = None,
     ) -> pb.Dataset:
         """Upload a file (a path) or its bytes; the answer is VALIDATING or further, see `wait`.
 
         A large file goes in parts straight to the object store, where the platform offers that and the store can be
         reached from here. A connection that breaks is made again and the upload goes on where it was, until there was
-        no progress for the client's timeout. progress: called with (sent, all) bytes. Raises InvalidArgument for a file
-        that cannot be read, is too large or of an unknown purpose.
+        no progress for the client's timeout. progress: called with (sent, all) bytes.
+        A training file that is not JSONL is converted. file_type: jsonl, json, csv or parquet; by the name's ending if
+        not given. columns: key of a training row -> column of the file, such as {"prompt": "question"}.
+        Raises InvalidArgument for a file that cannot be read, is too large, or of an unknown purpose, type or key.
         """
         content = _Content.of(source)
-        name = display_name or content.name
+        new = pb.Dataset(display_name=display_name or content.name, purpose=purpose)
+        if file_type or columns:
+            new.import_options.CopyFrom(pb.ImportOptions(file_type=file_type, columns=columns))
         if content.size >= PRESIGNED_FROM_BYTES:
-            done = self._in_parts(content, purpose, name, progress)
+            done = self._in_parts(content, new, progress)
             if done is not None:
                 return done
-        created = self._create(purpose, name)
+        created = self._create(new)
         return _Upload(self._transport, self._stub, created.name, content, progress).run()
 
-    def _in_parts(
-        self, content: _Content, purpose: str, display_name: str, progress: Progress | None
-    ) -> pb.Dataset | None:
+    def _in_parts(self, content: _Content, new: pb.Dataset, progress: Progress | None) -> pb.Dataset | None:
         """Straight to the object store; None where that is not offered, or the store is out of this client's reach."""
         announced = pb.PartsAnnouncement(size_bytes=content.size, sha256=content.sha256, presigned=True)
         try:
-            created = self._create(purpose, display_name, announced)
+            created = self._create(new, announced)
         except FailedPrecondition as error:
             if error.reason != "NO_PRESIGNED_PARTS":
                 raise
@@ -93,12 +97,10 @@ class Datasets(Rows):
             self.delete(created.name)
             return None
 
-    def _create(
-        self, purpose: str, display_name: str, in_parts: pb.PartsAnnouncement | None = None
-    ) -> pb.Dataset:
+    def _create(self, new: pb.Dataset, in_parts: pb.PartsAnnouncement | None = None) -> pb.Dataset:
         request = pb.CreateDatasetRequest(
             parent=self._project,
-            dataset=pb.Dataset(display_name=display_name, purpose=purpose),
+            dataset=new,
             request_id=new_request_id(),
             in_parts=in_parts,
         )
@@ -130,7 +132,7 @@ class Datasets(Rows):
         return pages(self._transport, self._stub.ListDatasets, request, "datasets")
 
     def download(self, name: str) -> Iterator[bytes]:
-        """The bytes as they were uploaded, piece by piece; a connection that breaks is made again.
+        """The bytes as they are stored, piece by piece; a connection that breaks is made again.
 
         Raises NotFound, FailedPrecondition while the dataset is not ready.
         """
@@ -222,7 +224,7 @@ class _Upload:
             raise error
         request = pb.GetDatasetRequest(name=self._name)
         dataset = self._transport.call(self._stub.GetDataset, request)
-        if dataset.sha256 != self._content.sha256:
+        if self._content.sha256 not in (dataset.sha256, dataset.source_sha256):
             raise error
         return dataset
 

@@ -75,7 +75,8 @@ async def running(
         busy: set[str] = set()
         preparing = Preparing(store, objects, indexes, busy, service.validation)
         blobs = Blobs(store, objects, clock, ids.token(24))
-        validation = Validation(blobs, busy)
+        validation = Validation(blobs, busy, folder=folder / "conversions")
+        await validation.start()
         cleaner = Cleaner(blobs, session_store, busy)
         registrations = [
             Registration(

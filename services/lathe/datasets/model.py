@@ -5,15 +5,19 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from enum import StrEnum
 
 from lathe.common.errors import FailedPrecondition, FieldViolation, InvalidArgument, Unimplemented
 from lathe.datasets.operations import Preparation
+from lathe.text.columns import resolve_columns
+from lathe.text.errors import RowError
+from lathe.text.filekinds import FileType, file_type_of
 from lathe.text.findings import Finding, FindingGroup, Severity, Tally, kind_of, tally_of
 from lathe.text.formats import METHOD_FORMATS, Layout, RowFormat, described
+from lathe.text.jsonl import Report as RowReport
 from lathe.text.rowindex import VERSION as INDEX_VERSION
 
 PURPOSES = ("fine-tune", "evals", "batch", "assistants", "vision", "user_data")
@@ -23,6 +27,7 @@ MAX_RESULT_BYTES = 3 << 20
 MAX_OVERLAP_LINES = 20
 # Far longer than deleting an object takes: a claim this old is one of a process that died.
 CLAIM_LEASE = timedelta(minutes=10)
+MAX_COLUMNS = 50
 MIN_LIFE = timedelta(hours=1)
 MAX_LIFE = timedelta(days=30)
 # A client computes expire_time from its own clock and the call takes a while.
@@ -112,9 +117,20 @@ class Report:
 
 
 @dataclass(frozen=True, slots=True)
+class ImportOptions:
+    """How an upload becomes JSONL. columns: key of a training row -> column or key of the file; empty to take all as
+    they are named."""
+
+    file_type: FileType
+    columns: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
 class Dataset:
     """One immutable file, uploaded or made from others. staging_key: where its bytes came or come in; empty once
-    nothing is there. preparation: how it was made; None for an upload. frozen_as: its name as a held-out set."""
+    nothing is there. preparation: how it was made; None for an upload. frozen_as: its name as a held-out set.
+    import_options: how it is converted before it is stored; None where it is stored as it is uploaded. source_sha256,
+    source_size_bytes: of what was uploaded, once it is converted."""
 
     project: str
     id: str
@@ -129,10 +145,20 @@ class Dataset:
     staging_key: str = ""
     preparation: Preparation | None = None
     frozen_as: str = ""
+    import_options: ImportOptions | None = None
+    source_sha256: str = ""
+    source_size_bytes: int = 0
 
     @property
     def name(self) -> str:
         return f"projects/{self.project}/datasets/{self.id}"
+
+    @property
+    def uploaded(self) -> tuple[int, str]:
+        """Size and digest of the bytes that came in."""
+        if self.source_sha256:
+            return self.source_size_bytes, self.source_sha256
+        return self.size_bytes, self.sha256
 
     @property
     def unwritten(self) -> bool:
@@ -286,6 +312,31 @@ def check_new(display_name: str, purpose: str, expire_time: datetime | None, now
             )
 
 
+def resolve_import(display_name: str, purpose: str, given: ImportOptions | None) -> ImportOptions | None:
+    """How a new upload is converted: as it was asked for, else by its name; None where it is stored as it is.
+
+    Raises InvalidArgument.
+    """
+    if purpose != "fine-tune":
+        if given is not None:
+            raise invalid(
+                "dataset.import_options",
+                f"dataset.import_options is for the purpose fine-tune, not {purpose}.",
+            )
+        return None
+    options = given or ImportOptions(file_type_of(display_name))
+    if len(options.columns) > MAX_COLUMNS or any(len(name) > 255 for name in options.columns.values()):
+        raise invalid(
+            "dataset.import_options.columns",
+            f"dataset.import_options.columns has at most {MAX_COLUMNS} names of at most 255 characters.",
+        )
+    try:
+        resolve_columns(options.columns)
+    except RowError as error:
+        raise invalid(f"dataset.import_options.columns[{error.field}]", error.message) from None
+    return None if options.file_type is FileType.JSONL and not options.columns else options
+
+
 def check_upload(size_bytes: int, sha256: str) -> None:
     """Raise InvalidArgument for the facts of an upload that cannot be."""
     if not 0 <= size_bytes <= MAX_BYTES:
@@ -383,6 +434,18 @@ def leaked(overlaps: Sequence[tuple[str, Overlap]]) -> Report | None:
         if overlap.count
     ]
     return report_of(0, tally_of(findings)) if findings else None
+
+
+def training_report(found: RowReport) -> Report:
+    """The report on a training file whose rows were checked."""
+    return Report(
+        example_count=found.rows,
+        finding_count=found.finding_count,
+        findings=found.findings,
+        format=found.format,
+        groups=found.groups,
+        layout=found.layout,
+    )
 
 
 def report_of(

@@ -66,6 +66,13 @@ class DatasetStore(Protocol):
         """Say which blob a VALIDATING one is about to need; False if it is not VALIDATING any more."""
         ...
 
+    async def note_conversion(
+        self, project: str, dataset_id: str, stored: tuple[str, int], uploaded: tuple[str, int]
+    ) -> bool:
+        """The same for one that is converted, with what was uploaded beside it; each is digest and size. The digest of
+        what is stored is empty where nothing is. False if it is not VALIDATING any more."""
+        ...
+
     async def finish_validation(
         self, project: str, dataset_id: str, state: DatasetState, sha256: str, report: Report | None
     ) -> bool:

@@ -15,6 +15,7 @@ from lathe.datasets.model import (
     Dataset,
     DatasetState,
     Distribution,
+    ImportOptions,
     Report,
     Share,
     Statistics,
@@ -24,6 +25,7 @@ from lathe.datasets.preparation import Found, Prepared
 from lathe.datasets.preparation_protos import preparation_pb
 from lathe.datasets.upload_service import PartTarget, SignedParts
 from lathe.datasets.uploads import UploadSession, UploadState
+from lathe.text.filekinds import FileType, file_type_of
 from lathe.text.findings import Finding, FindingGroup, Severity, kind_of
 from lathe.text.rowindex import DIGEST_BYTES
 from lathe.v1 import datasets_pb2 as pb
@@ -58,6 +60,28 @@ _SEVERITIES = {
 
 def expire_time(message: pb.Dataset) -> datetime | None:
     return message.expire_time.ToDatetime(UTC) if message.HasField("expire_time") else None
+
+
+def import_options(message: pb.Dataset) -> ImportOptions | None:
+    """Raises InvalidArgument for a type that there is not."""
+    if not message.HasField("import_options"):
+        return None
+    given = message.import_options
+    try:
+        file_type = FileType(given.file_type or file_type_of(message.display_name))
+    except ValueError:
+        known = ", ".join(FileType)
+        raise invalid(
+            "dataset.import_options.file_type",
+            f"dataset.import_options.file_type {given.file_type[:40]!r} must be one of {known}.",
+        ) from None
+    return ImportOptions(file_type, dict(given.columns))
+
+
+def _import_options_pb(options: ImportOptions | None) -> pb.ImportOptions | None:
+    if options is None:
+        return None
+    return pb.ImportOptions(file_type=options.file_type.value, columns=options.columns)
 
 
 def report_pb(report: Report) -> pb.ValidationReport:
@@ -125,6 +149,9 @@ def dataset_pb(dataset: Dataset) -> pb.Dataset:
         state=_STATES[dataset.state],
         size_bytes=dataset.size_bytes,
         sha256=dataset.sha256,
+        import_options=_import_options_pb(dataset.import_options),
+        source_sha256=dataset.source_sha256,
+        source_size_bytes=dataset.source_size_bytes,
         report=report_pb(dataset.report) if dataset.report is not None else None,
         create_time=_timestamp(dataset.create_time),
         expire_time=_timestamp(dataset.expire_time) if dataset.expire_time is not None else None,

@@ -20,6 +20,7 @@ from lathe.datasets.model import (
     AuditTask,
     Dataset,
     DatasetState,
+    ImportOptions,
     Overlap,
     Report,
     blob_key,
@@ -47,9 +48,17 @@ class DatasetsService:
     # --- datasets ---------------------------------------------------------------------------------------------
 
     async def create(
-        self, project: str, display_name: str, purpose: str, expire_time: datetime | None, request_id: str
+        self,
+        project: str,
+        display_name: str,
+        purpose: str,
+        expire_time: datetime | None,
+        request_id: str,
+        *,
+        import_options: ImportOptions | None = None,
     ) -> Dataset:
-        """A new dataset, UPLOADING; the same request_id again answers with the first. Raises InvalidArgument."""
+        """A new dataset, UPLOADING; the same request_id again answers with the first. import_options: how it is
+        converted; None to go by its name. Raises InvalidArgument."""
         now = self.clock.now()
         key = rules.request_key("create", request_id)
         earlier = await self.store.find_by_request(project, key) if key else None
@@ -65,6 +74,7 @@ class DatasetsService:
             create_time=now,
             expire_time=expire_time,
             staging_key=f"staging/{self.ids.token(24)}",
+            import_options=rules.resolve_import(display_name, purpose, import_options),
         )
         return await self.store.add(dataset, key)
 
@@ -102,7 +112,7 @@ class DatasetsService:
             await self.store.begin_validation(project, dataset_id, size_bytes, sha256)
             dataset = await self.get(project, dataset_id)
             self.validation.set()
-        if (dataset.size_bytes, dataset.sha256) != (size_bytes, sha256):
+        if dataset.uploaded != (size_bytes, sha256):
             raise FailedPrecondition(
                 f"{dataset.name} is {dataset.state} with other bytes; a dataset never changes. Make a new one.",
                 reason="DATASET_IMMUTABLE",

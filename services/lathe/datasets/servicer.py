@@ -43,7 +43,12 @@ class DatasetsServicer(PreparationMethods):
         if in_parts:
             await self._uploads.check(*announced, presigned=request.in_parts.presigned)
         dataset = await self._service.create(
-            project, new.display_name, new.purpose, protos.expire_time(new), request.request_id
+            project,
+            new.display_name,
+            new.purpose,
+            protos.expire_time(new),
+            request.request_id,
+            import_options=protos.import_options(new),
         )
         if in_parts:
             await self._uploads.open(dataset, *announced, presigned=request.in_parts.presigned)

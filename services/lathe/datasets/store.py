@@ -22,6 +22,7 @@ from lathe.datasets.model import (
     Dataset,
     DatasetState,
     Distribution,
+    ImportOptions,
     Overlap,
     Report,
     Share,
@@ -29,6 +30,7 @@ from lathe.datasets.model import (
     TokenizerFile,
 )
 from lathe.datasets.operations import from_json, to_json
+from lathe.text.filekinds import FileType
 from lathe.text.findings import Finding, FindingGroup, tally_of
 from lathe.text.formats import Layout, RowFormat
 
@@ -52,6 +54,9 @@ datasets = sa.Table(
     sa.Column("preparation", sa.JSON(none_as_null=True)),
     sa.Column("index_version", sa.Integer, default=0),
     sa.Column("frozen_as", sa.String),
+    sa.Column("import_options", sa.JSON(none_as_null=True)),
+    sa.Column("source_sha256", sa.String),
+    sa.Column("source_size_bytes", sa.BigInteger),
 )
 audits = sa.Table(
     "audits",
@@ -136,6 +141,9 @@ class SqlDatasetStore:
             "request_key": request_key or None,
             "preparation": to_json(dataset.preparation) if dataset.preparation is not None else None,
             "frozen_as": dataset.frozen_as or None,
+            "source_sha256": dataset.source_sha256,
+            "source_size_bytes": dataset.source_size_bytes,
+            "import_options": asdict(dataset.import_options) if dataset.import_options is not None else None,
         }
         try:
             async with self._db.write() as connection:
@@ -228,6 +236,20 @@ class SqlDatasetStore:
             datasets.update()
             .where(*_is(project, dataset_id), datasets.c.state == DatasetState.VALIDATING.value)
             .values(sha256=sha256)
+        )
+
+    async def note_conversion(
+        self, project: str, dataset_id: str, stored: tuple[str, int], uploaded: tuple[str, int]
+    ) -> bool:
+        return await self._change(
+            datasets.update()
+            .where(*_is(project, dataset_id), datasets.c.state == DatasetState.VALIDATING.value)
+            .values(
+                sha256=stored[0],
+                size_bytes=stored[1],
+                source_sha256=uploaded[0],
+                source_size_bytes=uploaded[1],
+            )
         )
 
     async def finish_validation(
@@ -558,7 +580,14 @@ def _dataset(row: Any) -> Dataset:
         report=report,
         preparation=from_json(row.preparation) if row.preparation is not None else None,
         frozen_as=row.frozen_as or "",
+        import_options=_import_options(row.import_options) if row.import_options is not None else None,
+        source_sha256=row.source_sha256,
+        source_size_bytes=row.source_size_bytes,
     )
+
+
+def _import_options(content: Mapping[str, Any]) -> ImportOptions:
+    return ImportOptions(FileType(content["file_type"]), content["columns"])
 
 
 def _overlap(row: Any) -> Overlap:

@@ -1,128 +1,61 @@
-"""The pass over a committed upload: hash, rows, the immutable blob."""
+"""The pass over a committed upload: hash, rows, the immutable blob; of a file of another type, its rows as JSONL."""
 
 from __future__ import annotations
 
 import asyncio
 import hashlib
-import json
 import logging
+import shutil
+import tempfile
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from pathlib import Path
 
 from lathe.common.errors import NotFound, RetryableError, Unavailable
-from lathe.common.objectstore.base import ObjectStore
+from lathe.common.objectstore.base import ObjectStore, local_disk
 from lathe.datasets.blobs import Blobs
+from lathe.datasets.conversion import Converter, convert_apart
 from lathe.datasets.model import (
     RESULTS_PURPOSE,
     Dataset,
     DatasetState,
+    ImportOptions,
     Report,
     blob_key,
-    report_of,
     whole_file,
 )
 from lathe.datasets.ports import DatasetStore
-from lathe.text.findings import Finding, Tally
-from lathe.text.jsonl import LineSplitter
-from lathe.text.jsonl import Validator as RowValidator
+from lathe.datasets.rowchecks import RowCheck, row_check
 
 log = logging.getLogger(__name__)
-
-
-class RowCheck(Protocol):
-    """Is fed a file in chunks; `report` after the last one."""
-
-    def feed(self, chunk: bytes) -> None: ...
-
-    def report(self) -> Report: ...
-
-
-class TrainingRows:
-    """Purpose fine-tune: every line a training example, all of one format."""
-
-    def __init__(self) -> None:
-        self._validator = RowValidator()
-
-    def feed(self, chunk: bytes) -> None:
-        self._validator.feed(chunk)
-
-    def report(self) -> Report:
-        found = self._validator.finish()
-        return Report(
-            example_count=found.rows,
-            finding_count=found.finding_count,
-            findings=found.findings,
-            format=found.format,
-            groups=found.groups,
-            layout=found.layout,
-        )
-
-
-class ObjectRows:
-    """Purpose evals and batch: every line a JSON object."""
-
-    def __init__(self) -> None:
-        self._splitter = LineSplitter()
-        self._rows = 0
-        self._tally = Tally()
-
-    def feed(self, chunk: bytes) -> None:
-        for line in self._splitter.feed(chunk):
-            self._check(line.number, line.data, line.too_long)
-
-    def report(self) -> Report:
-        for line in self._splitter.finish():
-            self._check(line.number, line.data, line.too_long)
-        if not self._rows:
-            self._tally.add(
-                Finding(0, "", "empty_file", "The file has no line; it must have one JSON object a line.")
-            )
-        return report_of(self._rows, self._tally)
-
-    def _check(self, number: int, data: bytes, too_long: bool) -> None:
-        self._rows += 1
-        try:
-            wrong = "the line is too long" if too_long else None
-            if wrong is None and not isinstance(json.loads(data), dict):
-                wrong = "the line must be one JSON object"
-        except (ValueError, RecursionError) as error:
-            wrong = f"the line is not JSON: {error}"
-        if wrong is not None:
-            self._tally.add(Finding(number, "", "line_too_long" if too_long else "invalid_json", wrong))
-
-
-class AnyBytes:
-    """Other purposes: only an empty file is refused."""
-
-    def __init__(self) -> None:
-        self._empty = True
-
-    def feed(self, chunk: bytes) -> None:
-        self._empty = self._empty and not chunk
-
-    def report(self) -> Report:
-        return whole_file("empty_file", "The file is empty.") if self._empty else Report()
-
-
-def row_check(purpose: str) -> RowCheck:
-    """What the rows of a file of this purpose must be."""
-    if purpose == "fine-tune":
-        return TrainingRows()
-    return ObjectRows() if purpose in ("evals", "batch") else AnyBytes()
 
 
 class Validation:
     """Validates what is VALIDATING. It can die anywhere: the dataset stays VALIDATING and is read again.
 
-    busy: names of the datasets that are read just now, shared with the cleaner, which leaves them alone.
+    busy: names of the datasets that are read just now, shared with the cleaner, which leaves them alone. folder: where
+    files of other types lie while they are converted; the system's temporary folder if not given.
     """
 
-    def __init__(self, blobs: Blobs, busy: set[str] | None = None) -> None:
+    def __init__(
+        self,
+        blobs: Blobs,
+        busy: set[str] | None = None,
+        *,
+        folder: Path | None = None,
+        convert: Converter = convert_apart,
+    ) -> None:
         self._blobs = blobs
         self._store = blobs.store
         self._objects = blobs.objects
         self._busy = busy if busy is not None else set()
+        self._folder = folder
+        self._convert = convert
+
+    async def start(self) -> None:
+        """Remove what a process that was killed left half-converted."""
+        if self._folder is not None:
+            await asyncio.to_thread(shutil.rmtree, self._folder, ignore_errors=True)
 
     async def step(self) -> None:
         """Validate what nobody else is at, one after another, until nothing is left; several steps may run beside
@@ -166,22 +99,61 @@ class Validation:
             await self._finish(dataset, DatasetState.ERROR, "", report)
             return
         try:
-            found, report = await self._read(dataset, source, with_md5=bool(md5))
+            if dataset.import_options is None:
+                await self._take(dataset, source, md5)
+            else:
+                await self._import(dataset, dataset.import_options, source, md5)
         except NotFound:
             # Deleted while it was read, or validated by another process at the same moment: the state knows.
             return
-        damage = _damage(dataset, md5, found)
-        if damage:
-            await self._finish(dataset, DatasetState.ERROR, "", whole_file("digest_mismatch", damage))
+
+    async def _take(self, dataset: Dataset, source: str | None, md5: str) -> None:
+        """What was uploaded is what is stored."""
+        check = row_check(dataset.purpose)
+        found = await self._read(dataset, source, check, md5)
+        if found is None:
             return
+        report = await asyncio.to_thread(check.report)
         # The row first: from here on nobody deletes the blob.
         if not await self._store.note_digest(dataset.project, dataset.id, found.sha256):
             return
-        if await self._store.is_claimed(found.sha256):
-            raise Unavailable(f"An earlier copy of {dataset.name} is still being deleted.", retry_after=1)
-        await self._make_blob(source, blob_key(found.sha256), found.size)
+        if await self._is_there(dataset, found.sha256, found.size):
+            pass
+        elif source is None:
+            await self._objects.put(blob_key(found.sha256), b"")
+        else:
+            await self._objects.copy(source, blob_key(found.sha256))
         state = DatasetState.ERROR if report.has_errors else DatasetState.READY
         await self._finish(dataset, state, found.sha256, report)
+
+    async def _import(self, dataset: Dataset, options: ImportOptions, source: str | None, md5: str) -> None:
+        """What is stored is made of what was uploaded; nothing is if not all of it can be."""
+        if self._folder is not None:
+            await asyncio.to_thread(self._folder.mkdir, parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix="convert-", dir=self._folder) as temporary:
+            original, target = Path(temporary) / "source", Path(temporary) / "rows.jsonl"
+            found = await self._read(dataset, source, _Copy(original), md5)
+            if found is None:
+                return
+            made = await self._convert(original, target, options)
+            bad = made.report.has_errors
+            sha256, size = ("", found.size) if bad else (made.sha256, made.size)
+            uploaded = (found.sha256, found.size)
+            if not await self._store.note_conversion(dataset.project, dataset.id, (sha256, size), uploaded):
+                return
+            if bad:
+                await self._finish(dataset, DatasetState.ERROR, "", made.report)
+                return
+            if not await self._is_there(dataset, sha256, size):
+                await self._objects.put_file(blob_key(sha256), target)
+            await self._finish(dataset, DatasetState.READY, sha256, made.report)
+
+    async def _is_there(self, dataset: Dataset, sha256: str, size: int) -> bool:
+        """Whether the blob that the row names already is stored already. Raises Unavailable while one is deleted."""
+        if await self._store.is_claimed(sha256):
+            raise Unavailable(f"An earlier copy of {dataset.name} is still being deleted.", retry_after=1)
+        there = await self._objects.head(blob_key(sha256))
+        return there is not None and there.size == size
 
     async def _frozen(self, dataset: Dataset, parts: Sequence[str]) -> str | None:
         """The upload as one object under a key that no uploader knows; None if nothing is there.
@@ -206,31 +178,26 @@ class Validation:
             await self._objects.compose(sources, frozen)
         return frozen if sources else None
 
-    async def _read(self, dataset: Dataset, source: str | None, *, with_md5: bool) -> tuple[_Found, Report]:
-        sha256, md5, size = hashlib.sha256(), hashlib.md5(usedforsecurity=False), 0
-        check = row_check(dataset.purpose)
+    async def _read(self, dataset: Dataset, source: str | None, check: RowCheck, md5: str) -> _Found | None:
+        """Feed the upload to a check; None if it is not what was announced, and the dataset then an ERROR."""
+        digest, check_sum, size = hashlib.sha256(), hashlib.md5(usedforsecurity=False), 0
 
         def take(chunk: bytes) -> None:
-            sha256.update(chunk)
-            if with_md5:
-                md5.update(chunk)
+            digest.update(chunk)
+            if md5:
+                check_sum.update(chunk)
             check.feed(chunk)
 
         if source is not None:
             async for chunk in self._objects.stream(source):
                 size += len(chunk)
                 await asyncio.to_thread(take, chunk)
-        report = await asyncio.to_thread(check.report)
-        return _Found(sha256.hexdigest(), md5.hexdigest(), size), report
-
-    async def _make_blob(self, source: str | None, key: str, size: int) -> None:
-        there = await self._objects.head(key)
-        if there is not None and there.size == size:
-            return
-        if source is None:
-            await self._objects.put(key, b"")
-        else:
-            await self._objects.copy(source, key)
+        found = _Found(digest.hexdigest(), check_sum.hexdigest(), size)
+        damage = _damage(dataset, md5, found)
+        if damage:
+            await self._finish(dataset, DatasetState.ERROR, "", whole_file("digest_mismatch", damage))
+            return None
+        return found
 
     async def _finish(self, dataset: Dataset, state: DatasetState, sha256: str, report: Report) -> None:
         if await self._store.finish_validation(dataset.project, dataset.id, state, sha256, report):
@@ -238,6 +205,21 @@ class Validation:
         elif sha256 and await self._store.get(dataset.project, dataset.id) is None:
             # It was deleted meanwhile, perhaps before the blob was made.
             await self._blobs.delete(sha256, dataset.name)
+
+
+class _Copy:
+    """A RowCheck that only keeps the bytes in a file."""
+
+    def __init__(self, path: Path) -> None:
+        path.touch()
+        self._path = path
+
+    def feed(self, chunk: bytes) -> None:
+        with local_disk(self._path), self._path.open("ab") as file:
+            file.write(chunk)
+
+    def report(self) -> Report:
+        return Report()
 
 
 @dataclass(frozen=True, slots=True)
@@ -251,13 +233,14 @@ class _Found:
 
 def _damage(dataset: Dataset, md5: str, found: _Found) -> str:
     """What is not as it was announced, in words; empty where all is. A digest may not have been announced."""
-    if found.size == dataset.size_bytes and dataset.sha256 in ("", found.sha256):
+    size, sha256 = dataset.uploaded
+    if found.size == size and sha256 in ("", found.sha256):
         if md5 in ("", found.md5):
             return ""
         return f"The bytes have the MD5 {found.md5}, and {md5} was announced. Upload the file again."
     return (
-        f"{found.size} bytes with sha256 {found.sha256} were stored, {dataset.size_bytes} with "
-        f"{dataset.sha256 or 'any'} were announced: the file was damaged or stops half-way. Upload it again."
+        f"{found.size} bytes with sha256 {found.sha256} were stored, {size} with "
+        f"{sha256 or 'any'} were announced: the file was damaged or stops half-way. Upload it again."
     )
 
 

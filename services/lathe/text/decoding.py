@@ -33,7 +33,7 @@ def _decode_exactly(line: bytes) -> Any:
     except UnicodeDecodeError as error:
         raise RowError("", "invalid_utf8", f"byte {error.start + 1} of the line is not UTF-8") from None
     try:
-        value = json.loads(text, parse_constant=_refuse_constant, parse_float=_finite)
+        value = json.loads(text, parse_constant=refuse_constant, parse_float=finite)
         check_unicode(value, "")
     except json.JSONDecodeError as error:
         place = f"at character {error.pos + 1} of {len(text)}"
@@ -46,11 +46,13 @@ def _decode_exactly(line: bytes) -> Any:
     return value
 
 
-def _refuse_constant(name: str) -> NoReturn:
+def refuse_constant(name: str) -> NoReturn:
+    """For NaN and the infinities. Raises ValueError."""
     raise ValueError(f"{name} is not a JSON number")
 
 
-def _finite(text: str) -> float:
+def finite(text: str) -> float:
+    """The number. Raises ValueError if no float holds it."""
     number = float(text)
     if math.isinf(number):
         raise ValueError(f"the number {text[:40]} is too large")

@@ -79,6 +79,20 @@ _ERRORS = {
     ),
     "invalid_label": ("a label is neither true nor false", _ROW),
     "invalid_prompt": ("a prompt does not end with a message to answer", _ROW),
+    "compressed_file": ("the file is compressed or an archive", "Unpack it and upload what is inside."),
+    "wrong_file_type": (
+        "the file is not of the type that its name or the request says",
+        "Give the file the right ending, or say its type.",
+    ),
+    "invalid_csv": ("a row is not CSV, or has more or fewer cells than the header", "Write it with a CSV library."),
+    "invalid_parquet": ("the file is not Parquet, or is damaged", "Write it again, and upload it again."),
+    "missing_column": ("a column that the mapping names is not in the file", "Correct the mapping of columns."),
+    "unknown_column": ("the mapping names what is no key of a training row", "Correct the mapping of columns."),
+    "too_large": (
+        "the file unpacks to more than can be",
+        "Split the file, or write it with smaller pages and row groups.",
+    ),
+    "unreadable_file": ("the program that reads such files ended", "Write the file again, or as JSONL."),
     "unsupported_format": ("rows of a kind that nothing here trains on", "Use a file of another format."),
     "unsupported_content": (
         "a message has a part that is no text, such as an image",

@@ -9,6 +9,7 @@ from typing import overload
 from msgspec import Struct
 
 from lathe.text.errors import RowError
+from lathe.text.filekinds import SNIFFED_BYTES, foreign
 from lathe.text.findings import Finding, FindingGroup, Severity, Tally, kind_of
 from lathe.text.formats import Layout, RowFormat, described
 from lathe.text.rows import TrainingRow, parse_line
@@ -172,20 +173,42 @@ class Validator:
     _tally: Tally = field(default_factory=Tally, init=False)
     _first: tuple[int, RowFormat, Layout] | None = field(default=None, init=False)
     _unused: dict[str, None] = field(default_factory=dict, init=False)
+    _begin: bytes | None = field(default=b"", init=False)
+    _foreign: bool = field(default=False, init=False)
+    _stopped: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
         self._splitter = LineSplitter(self.max_line_bytes)
 
     def feed(self, chunk: bytes) -> None:
         """Checks the rows that this chunk ends."""
-        for line in self._splitter.feed(chunk):
-            self._check(line)
+        if self._begin is not None:
+            self._begin += chunk
+            if len(self._begin) < SNIFFED_BYTES:
+                return
+            chunk = self._sniffed(self._begin)
+        if not self._foreign:
+            for line in self._splitter.feed(chunk):
+                self.check(line)
+
+    def _sniffed(self, begin: bytes) -> bytes:
+        """The file's first bytes, unless they are those of another type: then that is all that is said of it."""
+        self._begin = None
+        problem = foreign(begin)
+        if problem is not None:
+            self._foreign = True
+            self.stop(problem)
+        return begin
 
     def finish(self) -> Report:
         """Call once, after the last chunk."""
+        if self._begin:
+            begin = self._sniffed(self._begin)
+            if not self._foreign:
+                self.feed(begin)
         for line in self._splitter.finish():
-            self._check(line)
-        if self._rows < self.min_examples:
+            self.check(line)
+        if self._rows < self.min_examples and not self._stopped:
             message = (
                 f"{self.file_kind} has {self._rows} example(s), "
                 f"but must have at least {self.min_examples} examples"
@@ -206,18 +229,30 @@ class Validator:
             layout=layout,
         )
 
-    def _check(self, line: Line) -> None:
-        self._rows += 1
+    def check(self, line: Line, place: str = "") -> None:
+        """Checks one row. place: where it stood in a file of another type, for what is said of it."""
         try:
             row = self._row(line)
         except RowError as error:
-            self._add(Finding(line.number, error.field, error.code, error.detail))
+            self.refuse(line.number, error, place)
             return
+        self._rows += 1
         self._examples += 1
         if row.unused and len(self._unused) < _MAX_NAMED:
             self._unused.update((key[:_MAX_NAME], None) for key in row.unused[:_MAX_NAMED])
         if self.on_row is not None:
             self.on_row(line, row)
+
+    def refuse(self, number: int, error: RowError, place: str = "") -> None:
+        """Counts a row that is a bad one."""
+        self._rows += 1
+        message = f"{error.detail} ({place} of the file)" if place else error.detail
+        self._add(Finding(number, error.field, error.code, message))
+
+    def stop(self, error: RowError) -> None:
+        """The file cannot be read, or not any further."""
+        self._stopped = True
+        self._add(Finding(0, error.field, error.code, error.detail))
 
     def _row(self, line: Line) -> TrainingRow:
         if line.too_long:

@@ -118,6 +118,9 @@ class Dataset(message.Message):
     REPORT_FIELD_NUMBER: builtins.int
     CREATE_TIME_FIELD_NUMBER: builtins.int
     EXPIRE_TIME_FIELD_NUMBER: builtins.int
+    IMPORT_OPTIONS_FIELD_NUMBER: builtins.int
+    SOURCE_SHA256_FIELD_NUMBER: builtins.int
+    SOURCE_SIZE_BYTES_FIELD_NUMBER: builtins.int
     PREPARATION_FIELD_NUMBER: builtins.int
     FROZEN_AS_FIELD_NUMBER: builtins.int
     name: builtins.str
@@ -128,8 +131,12 @@ class Dataset(message.Message):
     """OpenAI's purpose: fine-tune, evals, batch, assistants, vision, user_data, fine-tune-results."""
     state: DatasetState.ValueType
     size_bytes: builtins.int
+    """Of what is stored: the upload, or the JSONL that it was converted to."""
     sha256: builtins.str
-    """Lower-case hex of the whole file."""
+    """Lower-case hex of the whole file that is stored."""
+    source_sha256: builtins.str
+    """Of the bytes that were uploaded, once they are converted."""
+    source_size_bytes: builtins.int
     frozen_as: builtins.str
     """The name under which it is a held-out set; empty when it is none."""
     @builtins.property
@@ -141,6 +148,12 @@ class Dataset(message.Message):
     @builtins.property
     def expire_time(self) -> timestamp_pb2.Timestamp:
         """When the dataset goes away by itself; unset for never."""
+
+    @builtins.property
+    def import_options(self) -> ImportOptions:
+        """How the upload is converted before it is stored. Unset in a request: by the name's ending (.csv, .tsv, .parquet,
+        .json). Unset in an answer: it is stored as it is uploaded.
+        """
 
     @builtins.property
     def preparation(self) -> DatasetPreparation:
@@ -158,12 +171,63 @@ class Dataset(message.Message):
         report: ValidationReport | None = ...,
         create_time: timestamp_pb2.Timestamp | None = ...,
         expire_time: timestamp_pb2.Timestamp | None = ...,
+        import_options: ImportOptions | None = ...,
+        source_sha256: builtins.str = ...,
+        source_size_bytes: builtins.int = ...,
         preparation: DatasetPreparation | None = ...,
         frozen_as: builtins.str = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = typing.Literal["create_time", b"create_time", "expire_time", b"expire_time", "preparation", b"preparation", "report", b"report"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = typing.Literal["create_time", b"create_time", "expire_time", b"expire_time", "import_options", b"import_options", "preparation", b"preparation", "report", b"report"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["create_time", b"create_time", "display_name", b"display_name", "expire_time", b"expire_time", "frozen_as", b"frozen_as", "name", b"name", "preparation", b"preparation", "purpose", b"purpose", "report", b"report", "sha256", b"sha256", "size_bytes", b"size_bytes", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["create_time", b"create_time", "display_name", b"display_name", "expire_time", b"expire_time", "frozen_as", b"frozen_as", "import_options", b"import_options", "name", b"name", "preparation", b"preparation", "purpose", b"purpose", "report", b"report", "sha256", b"sha256", "size_bytes", b"size_bytes", "source_sha256", b"source_sha256", "source_size_bytes", b"source_size_bytes", "state", b"state"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class ImportOptions(message.Message):
+    """A training file that is not JSONL, or whose keys have other names. It is stored as JSONL."""
+
+    DESCRIPTOR: descriptor.Descriptor
+
+    @typing.final
+    class ColumnsEntry(message.Message):
+        DESCRIPTOR: descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: builtins.int
+        VALUE_FIELD_NUMBER: builtins.int
+        key: builtins.str
+        value: builtins.str
+        def __init__(
+            self,
+            *,
+            key: builtins.str = ...,
+            value: builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    FILE_TYPE_FIELD_NUMBER: builtins.int
+    COLUMNS_FIELD_NUMBER: builtins.int
+    file_type: builtins.str
+    """jsonl, json (an array of objects), csv or parquet. Empty: by the name's ending, else jsonl."""
+    @builtins.property
+    def columns(self) -> containers.ScalarMap[builtins.str, builtins.str]:
+        """Key of a training row (prompt, completion, messages, …; also AutoTrain's text_column, prompt_text_column,
+        rejected_text_column) -> column or key of the file. Other columns are left out. Empty: all, as they are named.
+        """
+
+    def __init__(
+        self,
+        *,
+        file_type: builtins.str = ...,
+        columns: abc.Mapping[builtins.str, builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["columns", b"columns", "file_type", b"file_type"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -596,7 +660,7 @@ class CreateDatasetRequest(message.Message):
     request_id: builtins.str
     @builtins.property
     def dataset(self) -> Dataset:
-        """display_name, purpose and expire_time are read."""
+        """display_name, purpose, expire_time and import_options are read."""
 
     @builtins.property
     def in_parts(self) -> PartsAnnouncement:

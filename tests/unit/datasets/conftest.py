@@ -10,6 +10,7 @@ from lathe.common.db import Database, migrate
 from lathe.datasets.auditing import Auditor
 from lathe.datasets.blobs import Blobs
 from lathe.datasets.cleaner import Cleaner
+from lathe.datasets.conversion import convert
 from lathe.datasets.model import blob_key
 from lathe.datasets.preparation import PreparationService
 from lathe.datasets.preparing import Preparing
@@ -40,6 +41,11 @@ def jsonl(rows) -> bytes:
 GOOD = jsonl([row(f"Hello {n}") for n in range(12)])
 
 
+async def converted_here(source, target, options):
+    """A Converter without a process of its own."""
+    return convert(source, target, options)
+
+
 class World:
     def __init__(self, db, folder):
         self.db = db
@@ -66,7 +72,7 @@ class World:
         await self.validation(store=store, objects=objects).step()
 
     def validation(self, *, store=None, objects=None):
-        return Validation(self.blobs(store=store, objects=objects))
+        return Validation(self.blobs(store=store, objects=objects), convert=converted_here)
 
     def blobs(self, *, store=None, objects=None, holder="one"):
         return Blobs(store or self.store, objects or self.objects, self.clock, holder)
@@ -101,10 +107,10 @@ class World:
     def cleaner(self, *, store=None, objects=None, busy=()):
         return Cleaner(self.blobs(store=store, objects=objects), self.uploads, busy)
 
-    async def upload(self, content=GOOD, *, purpose="fine-tune", parts=0, name="train.jsonl"):
+    async def upload(self, content=GOOD, *, purpose="fine-tune", parts=0, name="train.jsonl", options=None):
         """Create, put the bytes into staging as the gateway does, commit."""
         service = self.start()
-        dataset = await service.create("acme", name, purpose, None, "")
+        dataset = await service.create("acme", name, purpose, None, "", import_options=options)
         key = dataset.staging_key
         if parts:
             size = -(-len(content) // parts)

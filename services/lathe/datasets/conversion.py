@@ -1,0 +1,157 @@
+"""A training file of another type, or under other names, as JSONL: what is stored, audited and trained on.
+
+It is read in a process of its own, which has neither credentials nor much memory: what such files can do to the
+libraries that unpack them ends there.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import os
+import resource
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Protocol
+
+import msgspec
+
+from lathe.common.errors import Unavailable
+from lathe.common.objectstore.base import LOCAL_DISK, local_disk
+from lathe.datasets.model import MAX_BYTES, ImportOptions, Report, training_report, whole_file
+from lathe.text.errors import RowError
+from lathe.text.jsonl import MAX_LINE_BYTES, Line, Validator
+from lathe.text.readers import read_records
+
+MAX_MEMORY_BYTES = 512 << 20
+"""Of the process that reads a file: what it may have beside its code."""
+# What a file may unpack to: so many times its own size, and this much beside. A row counts this much at least.
+_MAX_RATIO = 200
+_SLACK_BYTES = 64 << 20
+_MIN_ROW_BYTES = 32
+_LOCAL_DISK_FULL = 3
+_KEPT_VARIABLES = ("PATH", "PYTHONPATH", "LANG", "TZ", "LD_LIBRARY_PATH", "TMPDIR")
+
+
+class Converted(msgspec.Struct, frozen=True):
+    """The JSONL that was written: its digest (lower-case hex) and size, and what is to be said of its rows. If the
+    report has errors, what was written is not whole."""
+
+    sha256: str
+    size: int
+    report: Report
+
+
+class Converter(Protocol):
+    """Reads `source`, writes `target`. Raises Unavailable if the local disk is full."""
+
+    async def __call__(self, source: Path, target: Path, options: ImportOptions) -> Converted: ...
+
+
+def convert(source: Path, target: Path, options: ImportOptions) -> Converted:
+    """In this process. Every row is checked as it is written. Raises Unavailable."""
+    limit = min(MAX_BYTES, source.stat().st_size * _MAX_RATIO + _SLACK_BYTES)
+    writer = _Writer()
+    with local_disk(target), target.open("wb") as file:
+        try:
+            for record in read_records(source, options.file_type, options.columns):
+                file.write(writer.line(record.place, record.row, record.error))
+                if writer.charged > limit:
+                    raise RowError("", "too_large", f"the file unpacks to more than {limit} bytes")
+        except RowError as error:
+            writer.stop(error)
+        except MemoryError:
+            writer.stop(RowError("", "too_large", "reading the file takes more memory than a file may have"))
+    return Converted(writer.digest.hexdigest(), writer.size, training_report(writer.validator.finish()))
+
+
+class _Writer:
+    """Rows as lines. A line's number is that of the row; the place in the source stands in what is said of it."""
+
+    def __init__(self) -> None:
+        self.validator = Validator()
+        self.digest = hashlib.sha256()
+        self.size = 0
+        self.charged = 0
+        self._rows = 0
+
+    def line(self, place: str, row: Mapping[str, object] | None, error: RowError | None) -> bytes:
+        self._rows += 1
+        self.charged += _MIN_ROW_BYTES
+        data = b""
+        if error is None:
+            try:
+                data = msgspec.json.encode(row)
+            except (TypeError, ValueError, RecursionError) as cause:
+                error = RowError("", "data_type", f"the row cannot be written as JSON: {cause}")
+        if error is not None:
+            self.validator.refuse(self._rows, error, place)
+            return b""
+        too_long = len(data) > MAX_LINE_BYTES
+        self.validator.check(Line(self._rows, b"" if too_long else data, self.size, too_long=too_long), place)
+        data += b"\n"
+        self.digest.update(data)
+        self.size += len(data)
+        self.charged += len(data)
+        return data
+
+    def stop(self, error: RowError) -> None:
+        """The file cannot be read any further."""
+        self.validator.stop(error)
+
+
+async def convert_apart(
+    source: Path, target: Path, options: ImportOptions, *, memory: int = MAX_MEMORY_BYTES
+) -> Converted:
+    """In a process of its own with so many bytes of memory. Raises Unavailable."""
+    environment = {name: os.environ[name] for name in _KEPT_VARIABLES if name in os.environ}
+    process = await asyncio.create_subprocess_exec(
+        sys.executable,
+        "-m",
+        "lathe.datasets.conversion",
+        str(source),
+        str(target),
+        msgspec.json.encode(options).decode(),
+        str(memory),
+        stdin=asyncio.subprocess.DEVNULL,
+        stdout=asyncio.subprocess.PIPE,
+        # pyarrow's own allocators reserve memory ahead, which the limit would count.
+        env={**environment, "ARROW_DEFAULT_MEMORY_POOL": "system", "OMP_NUM_THREADS": "1"},
+    )
+    try:
+        output, _ = await process.communicate()
+    finally:
+        if process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                process.kill()
+            await process.wait()
+    ended = process.returncode or 0
+    if ended == 0:
+        return msgspec.json.decode(output, type=Converted)
+    if ended == _LOCAL_DISK_FULL:
+        raise Unavailable(output.decode(), reason=LOCAL_DISK, retry_after=30.0)
+    how = f"by signal {-ended}" if ended < 0 else f"with {ended}"
+    report = whole_file(
+        "unreadable_file", f"The program that reads such files ended {how}; it may be a damaged file."
+    )
+    return Converted("", 0, report)
+
+
+def main() -> int:
+    """What convert_apart starts: source, target, options as JSON, bytes of memory. The result goes to standard
+    output."""
+    source, target, options, memory = sys.argv[1:]
+    resource.setrlimit(resource.RLIMIT_DATA, (int(memory), int(memory)))
+    try:
+        converted = convert(Path(source), Path(target), msgspec.json.decode(options, type=ImportOptions))
+    except Unavailable as error:
+        sys.stdout.write(error.message)
+        return _LOCAL_DISK_FULL
+    sys.stdout.buffer.write(msgspec.json.encode(converted))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,301 @@
+"""CSV, Parquet and JSON arrays as training rows, and what is said of those that are none."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from lathe.text import readers
+from lathe.text.columns import Columns, resolve_columns
+from lathe.text.errors import RowError
+from lathe.text.filekinds import FileType, file_type_of
+from lathe.text.readers import read_records
+
+Read = Callable[..., list[Any]]
+TURNS = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+
+
+@pytest.fixture
+def read(tmp_path: Path) -> Read:
+    """The rows of a content; an error in the place of a bad one."""
+    path = tmp_path / "file"
+
+    def records(content: bytes, file_type: str, **columns: str) -> list[Any]:
+        path.write_bytes(content)
+        return [
+            record.row if record.error is None else (record.place, record.error.code, record.error.field)
+            for record in read_records(path, FileType(file_type), columns)
+        ]
+
+    return records
+
+
+def parquet(rows: list[dict[str, Any]], **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(rows), buffer, **options)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("content", "rows"),
+    [
+        (b"prompt,completion\na,b\n", [{"prompt": "a", "completion": "b"}]),
+        (
+            b"\xef\xbb\xbfprompt;completion\r\na;b\r\n\r\nc;d",
+            [{"prompt": "a", "completion": "b"}, {"prompt": "c", "completion": "d"}],
+        ),
+        (b'Prompt\tCompletion\tid\na\t"b\n""c"""\t7\n', [{"prompt": "a", "completion": 'b\n"c"', "id": "7"}]),
+        (b',text\n0,"a, b"\n', [{"text": "a, b"}]),
+        (
+            b"text,label\na,3\nb,x\nc,true\n",
+            [{"text": "a", "label": 3}, {"text": "b", "label": "x"}, {"text": "c", "label": True}],
+        ),
+        (
+            b"prompt,completion,label\na,b,1\nc,d,False\n",
+            [
+                {"prompt": "a", "completion": "b", "label": True},
+                {"prompt": "c", "completion": "d", "label": False},
+            ],
+        ),
+        (b"sentence1,sentence2,score\na,b,0.5\n", [{"sentence1": "a", "sentence2": "b", "score": 0.5}]),
+        (
+            b'prompt,chosen,rejected\n[a],b,"[{""x"": 1}]"\n',
+            [{"prompt": "[a]", "chosen": "b", "rejected": '[{"x": 1}]'}],
+        ),
+        (
+            b"messages,tools\n" + b'"' + json.dumps(TURNS).replace('"', '""').encode() + b'",\n',
+            [{"messages": TURNS}],
+        ),
+        (b"prompt,completion\n", []),
+        (b"", []),
+    ],
+)
+def test_csv(read: Read, content: bytes, rows: list[Any]) -> None:
+    assert read(content, "csv") == rows
+
+
+def test_csv_that_is_wrong_names_the_line_and_goes_on(read: Read) -> None:
+    content = b'prompt,completion\na,b\nc\nd,"e"x\n"f\ng",h\nmessy,i,j\nk,l\n'
+    assert read(content, "csv") == [
+        {"prompt": "a", "completion": "b"},
+        ("line 3", "invalid_csv", ""),
+        ("line 4", "invalid_csv", ""),
+        {"prompt": "f\ng", "completion": "h"},
+        ("line 7", "invalid_csv", ""),
+        {"prompt": "k", "completion": "l"},
+    ]
+    python = b"messages\n\"[{'role': 'user'}]\"\n"
+    assert read(python, "csv") == [("line 2", "invalid_json", "messages")]
+
+
+@pytest.mark.parametrize(
+    ("content", "code", "words"),
+    [
+        (b"text,text\na,b\n", "invalid_csv", "'text' twice"),
+        (b"text\na\n\xff\n", "invalid_utf8", "byte 1 of line 3"),
+        (b'text\n"a\n' + b"b\n" * 600, "line_too_long", "is a quote not closed"),
+        (b"text\n" + b"a" * 2000 + b"\n", "line_too_long", "reaches to line 2"),
+        (b"\x1f\x8b\x08\x00", "compressed_file", "gzip"),
+        (b"PK\x03\x04", "compressed_file", "zip"),
+        (b"\xff\xfet\x00", "wrong_file_type", "UTF-16"),
+        (b"PAR1", "wrong_file_type", "Parquet"),
+    ],
+)
+def test_csv_that_cannot_be_read_further(
+    read: Read, monkeypatch: pytest.MonkeyPatch, content: bytes, code: str, words: str
+) -> None:
+    monkeypatch.setattr(readers, "MAX_LINE_BYTES", 1000)
+    with pytest.raises(RowError, match=words) as caught:
+        read(content, "csv")
+    assert caught.value.code == code
+
+
+def test_parquet(read: Read) -> None:
+    rows: list[dict[str, Any]] = [
+        {"messages": TURNS, "source": "x", "tools": None},
+        {"messages": [*TURNS, {"role": "user", "content": None, "name": "z"}], "source": None, "tools": "[]"},
+    ]
+    assert read(parquet(rows), "parquet") == [
+        {"messages": TURNS, "source": "x"},
+        {"messages": [*TURNS, {"role": "user", "name": "z"}], "tools": []},
+    ]
+    many = [{"text": f"{n}"} for n in range(1000)]
+    assert read(parquet(many, row_group_size=100), "parquet") == many
+    pictures = [{"text": "a", "image": {"bytes": b"\x00"}}, {"text": "b", "thumbnail": b"\x00"}]
+    assert read(parquet(pictures[1:]), "parquet") == [{"text": "b"}]
+    assert read(parquet(pictures[:1]), "parquet") == [("row 1", "data_type", "image")]
+
+
+def test_parquet_that_is_damaged(read: Read) -> None:
+    whole = parquet([{"text": "a" * 100} for _ in range(100)], compression="zstd")
+    middle = len(whole) // 3
+    for content in (
+        b"",
+        b"PAR1",
+        whole[:-10],
+        b"text\na\n",
+        whole[:20] + b"\xff" * middle + whole[20 + middle :],
+    ):
+        with pytest.raises(RowError) as caught:
+            read(content, "parquet")
+        assert caught.value.code == "invalid_parquet"
+    with pytest.raises(RowError, match="gzip"):
+        read(b"\x1f\x8b\x08", "parquet")
+
+
+def test_json_arrays(read: Read) -> None:
+    rows = [{"text": "é" * n} for n in range(50)]
+    for text in (
+        json.dumps(rows),
+        json.dumps(rows, indent=2, ensure_ascii=False),
+        "\ufeff \n" + json.dumps(rows),
+    ):
+        assert read(text.encode(), "json") == rows
+    assert read(b"[]", "json") == []
+    lines = b"".join(json.dumps(row).encode() + b"\n" for row in rows)
+    assert read(lines, "json") == rows
+
+
+@pytest.mark.parametrize(
+    ("content", "code", "words"),
+    [
+        (b"[", "invalid_json", "Expecting value"),
+        (b'[{"a": 1}', "invalid_json", "a comma or the end"),
+        (b'[{"a": 1},]', "invalid_json", "Expecting value"),
+        (b'[{"a": 1} {}]', "invalid_json", "a comma or the end"),
+        (b'[{"a": 1}] x', "invalid_json", "behind the list"),
+        (b'[{"a": "x', "invalid_json", "Unterminated string"),
+        (b'[{"a": 1e999}]', "invalid_json", "too large"),
+        (b'[{"a": NaN}]', "invalid_json", "NaN"),
+        (b"[" * 10_000, "invalid_json", "nested too deeply"),
+        (b'[{"a": "\xff"}]', "invalid_utf8", "not UTF-8"),
+        (b'[{"a": "\\ud800"}]', "invalid_utf8", "surrogate"),
+        (b'[{"a": ' + b'"' + b"x" * 3000, "line_too_long", "an element is longer"),
+        (b"[" + b"9" * 3000 + b"]", "invalid_json", ""),
+    ],
+)
+def test_json_that_cannot_be_read_further(
+    read: Read, monkeypatch: pytest.MonkeyPatch, content: bytes, code: str, words: str
+) -> None:
+    monkeypatch.setattr(readers, "MAX_LINE_BYTES", 1000)
+    monkeypatch.setattr(readers, "_CHUNK", 64)
+    if content.startswith(b"[99"):
+        assert read(content, "json") == [("element 1", "data_type", "")]
+        return
+    with pytest.raises(RowError, match=words) as caught:
+        read(content, "json")
+    assert caught.value.code == code
+
+
+ROW = st.dictionaries(
+    st.text(max_size=3),
+    st.text(max_size=6)
+    | st.integers()
+    | st.lists(st.floats(allow_nan=False, allow_infinity=False), max_size=2),
+    max_size=3,
+)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    rows=st.lists(ROW, max_size=6),
+    chunk=st.integers(1, 40),
+    indent=st.sampled_from([None, 1]),
+    ascii=st.booleans(),
+)
+def test_a_json_array_does_not_depend_on_how_it_is_read(
+    read: Read, rows: list[Any], chunk: int, indent: int | None, ascii: bool
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(readers, "_CHUNK", chunk)
+        content = json.dumps(rows, indent=indent, ensure_ascii=ascii).encode()
+        found = read(content, "json")
+    assert found == rows
+
+
+CELL = st.text(alphabet='ab,"\n\r é;', max_size=5)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(rows=st.lists(st.tuples(CELL, CELL), max_size=5))
+def test_what_a_csv_library_writes_is_read_back(read: Read, rows: list[tuple[str, str]]) -> None:
+    text = io.StringIO(newline="")
+    writer = csv.writer(text, quoting=csv.QUOTE_ALL)
+    writer.writerows([("one", "two"), *rows])
+    assert read(text.getvalue().encode(), "csv") == [{"one": one, "two": two} for one, two in rows]
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=200)
+@given(content=st.binary(max_size=200), file_type=st.sampled_from(FileType))
+def test_any_bytes_give_rows_or_a_reason(read: Read, content: bytes, file_type: FileType) -> None:
+    if file_type is FileType.PARQUET:
+        content = b"PAR1" + content + len(content).to_bytes(4, "little") + b"PAR1"
+    try:
+        read(content, file_type)
+    except RowError as error:
+        assert error.code and error.detail
+
+
+def test_a_mapping_renames_and_leaves_out(read: Read) -> None:
+    content = b"id,Frage,Antwort\n1,q,a\n"
+    assert read(content, "csv", prompt="Frage", completion="Antwort") == [{"prompt": "q", "completion": "a"}]
+    line = b'{"id": 1, "Frage": "q", "Antwort": "a"}\n{"Frage": "r"}\n'
+    assert read(line, "jsonl", prompt="Frage", completion="Antwort") == [
+        {"prompt": "q", "completion": "a"},
+        {"prompt": "r"},
+    ]
+    rows = parquet([{"x": "q", "y": "a", "z": 1}])
+    assert read(rows, "parquet", question="x", answer="y") == [{"question": "q", "answer": "a"}]
+    with pytest.raises(RowError, match="no column 'Text'; its columns are 'id', 'Frage', 'Antwort'"):
+        read(content, "csv", text="Text")
+
+
+def test_a_line_that_is_no_row_is_named(read: Read) -> None:
+    assert read(b'{"a": "x"}\n[1]\n{\n', "jsonl", text="a") == [
+        {"text": "x"},
+        ("line 2", "data_type", ""),
+        ("line 3", "invalid_json", ""),
+    ]
+
+
+def test_autotrains_names() -> None:
+    assert resolve_columns({"text_column": "t"}) == {"text": "t"}
+    assert resolve_columns({"prompt_text_column": "p", "text_column": "t", "rejected_text_column": "r"}) == {
+        "prompt": "p",
+        "chosen": "t",
+        "rejected": "r",
+    }
+
+
+@pytest.mark.parametrize(
+    "columns", [{"promt": "p"}, {"prompt": ""}, {"prompt": "a", "prompt_text_column": "b"}]
+)
+def test_a_mapping_that_cannot_be(columns: dict[str, str]) -> None:
+    with pytest.raises(RowError) as caught:
+        Columns(columns)
+    assert caught.value.code == "unknown_column"
+
+
+@pytest.mark.parametrize(
+    ("name", "found"),
+    [
+        ("a.CSV", "csv"),
+        ("a.tsv", "csv"),
+        ("b.json", "json"),
+        ("c.parquet", "parquet"),
+        ("d.jsonl", "jsonl"),
+        ("e", "jsonl"),
+    ],
+)
+def test_a_name_says_the_type(name: str, found: str) -> None:
+    assert file_type_of(name) == found
