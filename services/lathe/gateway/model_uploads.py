@@ -18,7 +18,7 @@ from lathe.gateway.uploads import (
     Alone,
     Digest,
     PartWriter,
-    hashed,
+    add_stored,
     stored_parts,
     wrong_offset,
 )
@@ -91,12 +91,19 @@ class ModelUploads(Generic[Committed]):
         stored = sum(size for _, size in parts)
         if offset != stored:
             raise wrong_offset(offset, stored, _OFFSET_METHOD)
-        digest = await hashed(self._store, parts, Digest(file.size, self._metrics))
+        digest = Digest(file.size, self._metrics)
+        await add_stored(self._store, parts, digest)
         # Of a stream that breaks only whole parts are kept: two streams that overlap write the same ones.
-        writer = PartWriter(self._store, key, len(parts))
-        async for data in chunks:
-            digest.add(data)
-            await writer.write(data)
+        async with PartWriter(self._store, key, len(parts)) as writer:
+            async for data in chunks:
+                await digest.add(data)
+                await writer.write(data)
+            await self._check(key, file, digest, writer)
+            await writer.flush()
+        return digest
+
+    async def _check(self, key: str, file: AnnouncedFile, digest: Digest, writer: PartWriter) -> None:
+        """Raises Unavailable for a stream that ended early, InvalidArgument for other bytes than announced."""
         if digest.size < file.size:
             # A stream whose client is gone ends like any other: what is whole is kept for the next.
             raise Unavailable(
@@ -104,20 +111,20 @@ class ModelUploads(Generic[Committed]):
                 reason="STREAM_BROKEN",
                 retry_after=0.5,
             )
-        if digest.sha256 != file.sha256:
+        found = await digest.sha256()
+        if found != file.sha256:
+            await writer.settle()
             await self._store.delete_prefix(f"{key}/")
             raise InvalidArgument(
                 f"The file was announced with {file.size} bytes and sha256 {file.sha256}; {digest.size} bytes with "
-                f"sha256 {digest.sha256} came. Send the file again.",
+                f"sha256 {found} came. Send the file again.",
                 reason="DIGEST_MISMATCH",
             )
-        await writer.flush()
-        return digest
 
     async def _commit(
         self, principal: Principal, base_model: str, path: str, key: str, digest: Digest
     ) -> Committed:
-        upload = StoredUpload(key, digest.size, digest.sha256)
+        upload = StoredUpload(key, digest.size, await digest.sha256())
         try:
             return await self._owner.commit(principal, base_model, path, upload)
         except Unavailable:

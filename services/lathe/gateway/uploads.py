@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
-from collections.abc import AsyncIterable, AsyncIterator
+from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Generic, Self, TypeVar
 
 from lathe.common.clock import Clock
 from lathe.common.errors import (
@@ -28,6 +29,8 @@ from lathe.gateway.ports import DatasetOwner
 MAX_FILE_BYTES = 512 * 1024 * 1024
 MAX_RESUMABLE_BYTES = 8 * 1024 * 1024 * 1024
 PART_BYTES = 8 * 1024 * 1024
+# A thread costs more than hashing less than this.
+_HASHED_IN_PLACE = 64 * 1024
 _COMMIT_WAITS_S = (0.5, 1.0, 2.0)
 
 Committed = TypeVar("Committed")
@@ -52,8 +55,8 @@ class Counted:
         self._what = what
         self.size = 0
 
-    def add(self, data: bytes, *, counted: bool = True) -> None:
-        """counted: false for bytes that were uploaded earlier and are only read again."""
+    def count(self, data: bytes, *, uploaded: bool = True) -> None:
+        """uploaded: false for bytes that came earlier and are only read again."""
         self.size += len(data)
         if self._max_bytes is not None and self.size > self._max_bytes:
             raise InvalidArgument(
@@ -61,38 +64,56 @@ class Counted:
                 reason=f"{self._what.upper()}_TOO_LARGE",
                 metadata={"max_bytes": str(self._max_bytes)},
             )
-        if counted:
+        if uploaded:
             self._metrics.upload_bytes.inc(len(data))
 
     async def passing(self, chunks: AsyncIterable[bytes]) -> AsyncIterator[bytes]:
         """The same chunks."""
         async for chunk in chunks:
-            self.add(chunk)
+            self.count(chunk)
             yield chunk
 
 
 class Digest(Counted):
-    """Hashes bytes as they pass, and counts them."""
+    """Counts and hashes bytes as they pass; large pieces in a thread, while the caller stores them."""
 
     def __init__(self, max_bytes: int | None, metrics: Metrics) -> None:
         super().__init__(max_bytes, metrics)
         self._hash = hashlib.sha256()
+        self._hashing: asyncio.Future[None] | None = None
 
-    def add(self, data: bytes, *, counted: bool = True) -> None:
-        super().add(data, counted=counted)
-        self._hash.update(data)
+    async def add(self, data: bytes, *, uploaded: bool = True) -> None:
+        """uploaded: false for bytes that came earlier and are only read again. Raises InvalidArgument."""
+        self.count(data, uploaded=uploaded)
+        await self._settle()
+        if len(data) < _HASHED_IN_PLACE:
+            self._hash.update(data)
+        else:
+            self._hashing = asyncio.get_running_loop().run_in_executor(None, self._hash.update, data)
 
-    @property
-    def sha256(self) -> str:
+    async def passing(self, chunks: AsyncIterable[bytes]) -> AsyncIterator[bytes]:
+        async for chunk in chunks:
+            await self.add(chunk)
+            yield chunk
+
+    async def sha256(self) -> str:
+        """Of all that was added, in lower-case hex."""
+        await self._settle()
         return self._hash.hexdigest()
 
-    def check(self, expected: str | None) -> None:
+    async def check(self, expected: str | None) -> None:
         """Raises InvalidArgument unless the bytes have this SHA-256 (in hex; empty or None for any)."""
-        if expected and expected.lower() != self.sha256:
-            message = f"The bytes have the SHA-256 {self.sha256}, not {expected}; upload the file again."
+        found = await self.sha256()
+        if expected and expected.lower() != found:
+            message = f"The bytes have the SHA-256 {found}, not {expected}; upload the file again."
             raise InvalidArgument(
                 message, reason="SHA256_MISMATCH", violations=[FieldViolation("sha256", message)]
             )
+
+    async def _settle(self) -> None:
+        if self._hashing is not None:
+            await self._hashing
+            self._hashing = None
 
 
 class DatasetUploads(Generic[Committed]):
@@ -115,8 +136,10 @@ class DatasetUploads(Generic[Committed]):
         *,
         max_bytes: int = MAX_FILE_BYTES,
         sha256: str | None = None,
+        before_commit: Callable[[str], Awaitable[None]] | None = None,
     ) -> Committed:
-        """Upload a dataset that was just created, in one go.
+        """Upload a dataset that was just created, in one go. before_commit: is told the SHA-256 of what was stored;
+        what it raises is passed on.
 
         Raises InvalidArgument (too large, another SHA-256), NotFound, FailedPrecondition (uploaded before),
         Unavailable. Whatever is raised, nothing half is stored.
@@ -128,8 +151,10 @@ class DatasetUploads(Generic[Committed]):
             digest = Digest(max_bytes, self._metrics)
             await self._store.put(key, digest.passing(chunks))
             try:
-                digest.check(sha256)
-            except InvalidArgument:
+                await digest.check(sha256)
+                if before_commit is not None:
+                    await before_commit(await digest.sha256())
+            except BaseException:
                 await self._store.delete(key)
                 raise
             return await self._commit(principal, dataset_name, key, digest)
@@ -168,25 +193,27 @@ class DatasetUploads(Generic[Committed]):
             if not parts:
                 # A whole upload whose commit failed: one key cannot be an object and a folder.
                 await self._store.delete(key)
-            writer = PartWriter(self._store, key, len(parts))
-            async for chunk in chunks:
-                expected = digest.size if digest is not None else stored
-                if chunk.offset != expected:
-                    raise wrong_offset(chunk.offset, expected)
-                if digest is None:
-                    digest = await hashed(self._store, parts, Digest(MAX_RESUMABLE_BYTES, self._metrics))
-                digest.add(chunk.data)
-                await writer.write(chunk.data)
-                if chunk.finish:
-                    try:
-                        digest.check(chunk.sha256)
-                    except InvalidArgument:
-                        # What is stored is not the client's file: the next try begins at 0.
-                        await self._store.delete_prefix(f"{key}/")
-                        raise
-                    await writer.flush(last=True)
-                    return await self._commit(principal, dataset_name, key, digest)
-            await writer.flush()
+            async with PartWriter(self._store, key, len(parts)) as writer:
+                async for chunk in chunks:
+                    expected = digest.size if digest is not None else stored
+                    if chunk.offset != expected:
+                        raise wrong_offset(chunk.offset, expected)
+                    if digest is None:
+                        digest = Digest(MAX_RESUMABLE_BYTES, self._metrics)
+                        await add_stored(self._store, parts, digest)
+                    await digest.add(chunk.data)
+                    await writer.write(chunk.data)
+                    if chunk.finish:
+                        try:
+                            await digest.check(chunk.sha256)
+                        except InvalidArgument:
+                            # What is stored is not the client's file: the next try begins at 0.
+                            await writer.settle()
+                            await self._store.delete_prefix(f"{key}/")
+                            raise
+                        await writer.flush(last=True)
+                        return await self._commit(principal, dataset_name, key, digest)
+                await writer.flush()
             return await self._owner.get(principal, dataset_name)
 
     async def download(
@@ -215,7 +242,7 @@ class DatasetUploads(Generic[Committed]):
 
     async def _commit(self, principal: Principal, name: str, key: str, digest: Digest) -> Committed:
         """Repeated while the owner is away: committing twice is committing once."""
-        upload = StoredUpload(key, digest.size, digest.sha256)
+        upload = StoredUpload(key, digest.size, await digest.sha256())
         for wait in _COMMIT_WAITS_S:
             try:
                 return await self._owner.commit(principal, name, upload)
@@ -235,28 +262,51 @@ async def opened(store: ObjectStore, key: str, offset: int, named: str) -> Async
 
 
 class PartWriter:
-    """Cuts a stream into parts of PART_BYTES under a staging key."""
+    """Cuts a stream into parts of PART_BYTES under a staging key. One part is stored while the next comes in; leaving
+    the block waits for it, so that a stream that broke writes no more."""
 
     def __init__(self, store: ObjectStore, key: str, next_part: int) -> None:
         self._store = store
         self._key = key
         self._next = next_part
         self._held = bytearray()
+        self._storing: asyncio.Task[object] | None = None
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        if self._storing is not None:
+            await asyncio.wait({self._storing})
+            # What it raised is of no interest any more: the stream broke first.
+            if not self._storing.cancelled():
+                self._storing.exception()
 
     async def write(self, data: bytes) -> None:
+        """Raises what storing an earlier part raised."""
         self._held += data
         while len(self._held) >= PART_BYTES:
-            await self._put(bytes(self._held[:PART_BYTES]))
-            del self._held[:PART_BYTES]
+            part, self._held = self._held, self._held[PART_BYTES:]
+            del part[PART_BYTES:]
+            await self._put(bytes(part))
 
     async def flush(self, *, last: bool = False) -> None:
-        """Store the rest as a shorter part; an empty file is one empty part."""
+        """Store the rest as a shorter part, and wait; an empty file is one empty part."""
         if self._held or (last and self._next == 0):
             await self._put(bytes(self._held))
             self._held.clear()
+        await self.settle()
+
+    async def settle(self) -> None:
+        """Wait until all parts are stored. Raises what storing one raised."""
+        if self._storing is not None:
+            storing, self._storing = self._storing, None
+            await storing
 
     async def _put(self, data: bytes) -> None:
-        await self._store.put(part_key(self._key, self._next), data)
+        # Never two at once: the stored parts have no gap.
+        await self.settle()
+        self._storing = asyncio.create_task(self._store.put(part_key(self._key, self._next), data))
         self._next += 1
 
 
@@ -288,12 +338,11 @@ async def stored_parts(store: ObjectStore, key: str) -> list[tuple[str, int]]:
     return parts
 
 
-async def hashed(store: ObjectStore, parts: list[tuple[str, int]], digest: Digest) -> Digest:
-    """`digest` after the bytes of the parts, which were uploaded earlier."""
+async def add_stored(store: ObjectStore, parts: list[tuple[str, int]], digest: Digest) -> None:
+    """Hash the parts, which were uploaded earlier."""
     for name, _ in parts:
         async for data in store.stream(name):
-            digest.add(data, counted=False)
-    return digest
+            await digest.add(data, uploaded=False)
 
 
 def part_key(staging_key: str, number: int) -> str:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from tests.benchmarks.datasets.corpus import ROOT, Setting
 
-MEASURES = ("validate", "memory")
+MEASURES = ("validate", "memory", "upload")
 
 
 def main() -> None:

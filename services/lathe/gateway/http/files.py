@@ -2,11 +2,10 @@
 
 import asyncio
 import base64
-import hashlib
 import json
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from datetime import timedelta
 
 from fastapi import APIRouter, Request
@@ -52,24 +51,25 @@ async def create(request: Request, gateway: GatewayDep, principal: PrincipalDep)
 
 @dataclass(slots=True)
 class _Incoming:
-    """A file on its way in. Its digest is known when its last byte has passed, which is before it is committed:
-    there a retry finds the earlier try and stops."""
+    """A file on its way in. Its digest is known when it is stored, which is before it is committed: there a retry finds
+    the earlier try and stops."""
 
     form: AsyncIterator[Event]
     head: FileForm
     creates: Creates
     begun: Begun | None = None
-    digest: "hashlib._Hash" = field(default_factory=hashlib.sha256)
 
     async def chunks(self) -> AsyncGenerator[bytes, None]:
-        size = 0
+        empty = True
         async for chunk in file_bytes(self.form):
-            size += len(chunk)
-            self.digest.update(chunk)
+            empty = False
             yield chunk
-        if not size:
+        if empty:
             raise invalid("file", "The file is empty.", "EMPTY_FILE")
-        digest = json_digest({**asdict(self.head), "sha256": self.digest.hexdigest()})
+
+    async def begin(self, sha256: str) -> None:
+        """Raises Aborted when an earlier try stored the same file."""
+        digest = json_digest({**asdict(self.head), "sha256": sha256})
         self.begun = await self.creates.begin(digest, _COMMIT_WAIT_S)
         if self.begun.body is not None:
             raise Aborted("An earlier try of this upload has stored the file.", reason="JOINED")
@@ -84,7 +84,9 @@ async def _upload(gateway: Gateway, principal: Principal, head: FileForm, incomi
         made = await gateway.peers.call(gateway.peers.datasets.CreateDataset, wanted, principal=principal)
     try:
         with door_words(FIELDS):
-            stored = await gateway.datasets.put_dataset(principal, made.name, incoming.chunks())
+            stored = await gateway.datasets.put_dataset(
+                principal, made.name, incoming.chunks(), before_commit=incoming.begin
+            )
     except BaseException as error:
         await asyncio.shield(_forget(gateway, principal, made.name))
         begun = incoming.begun
