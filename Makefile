@@ -116,6 +116,10 @@ test-charts: $(VENV)/.dev ## test what deploys Lathe: chart, alerts, dashboard, 
 bench-engine: $(VENV)/.dev ## the engine beside TRL, transformers, PEFT and llama.cpp on SmolLM2 (ARGS="--only sampling")
 	PYTHONPATH=services:. $(BIN)/python -m tests.benchmarks.engine $(ARGS)
 
+.PHONY: bench-distributed
+bench-distributed: $(VENV)/.dev ## a gang led through Ray beside a plain process, two workers beside one, a sharded base beside a whole one
+	PYTHONPATH=services:. $(BIN)/python -m tests.benchmarks.distributed $(ARGS)
+
 .PHONY: bench-datasets
 bench-datasets: $(VENV)/.dev ## validation beside the cookbook's checker and Hugging Face's datasets (ARGS="--only validate")
 	PYTHONPATH=services:. $(BIN)/python -m tests.benchmarks.datasets $(ARGS)

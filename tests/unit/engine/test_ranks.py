@@ -2,26 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from lathe.common.errors import AlreadyExists, FailedPrecondition
 from lathe.engine.base import Decoder
-from lathe.engine.batch import CrossEntropy, TrainRow, TrainSlice
+from lathe.engine.batch import CrossEntropy, SliceResult, TrainRow, TrainSlice
 from lathe.engine.distributed import files
 from lathe.engine.distributed.leading import LeadingEngine
 from lathe.engine.distributed.ranks import RankEngine
 from lathe.engine.engine import Engine
 from lathe.engine.lora_config import LoraSpec
-from lathe.engine.model import RankLost
+from lathe.engine.model import Dpo, Kto, Method, RankLost, SlicePlan, StepMetrics, TrainingConfig
+from lathe.engine.recipes.methods import recipe_of
+from lathe.engine.recipes.recipe import TrainData
+from lathe.engine.recipes.run import Run
 from lathe.engine.sampling import SamplingParams
 from lathe.engine.spec import DecoderSpec
 from lathe.engine.weights import random_weights
+from lathe.text.formats import Role
+from tests.fakes.clock import FakeClock
 from tests.fixtures.gang import ThreadPeer, gang_of
-from tests.fixtures.turns import scores
+from tests.fixtures.turns import scores, served
 from tests.unit.engine.conftest import CONFIG
 
 STEPS = 3
@@ -47,8 +54,6 @@ def slices(seed: int, count: int = 3) -> list[TrainSlice]:
 
 def train(engine: Engine, folder: Path) -> tuple[list[float], dict[str, Tensor]]:
     """Losses of the steps and the adapter's tensors after them; a checkpoint is taken and gone on from on the way."""
-    from safetensors.torch import load_file
-
     engine.create_adapter("a", LoraSpec(r=4, lora_dropout=0.1), seed=3)
     losses = []
     for step in range(STEPS):
@@ -221,3 +226,54 @@ def test_the_rank_with_the_least_room_decides(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(Engine, "measure", lambda self, key, rows: taken[id(self)])
     assert engine.free_bytes() == 50
     assert engine.measure("a", slices(0)[0].rows) == 30
+
+
+@pytest.mark.parametrize("method", [Dpo(beta=0.5), Kto(beta=0.5)])
+def test_a_preference_job_on_two_ranks_is_that_of_one(
+    method: Method, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    engine, peers, _ = gang(2)
+    by_the_base: list[int] = []
+    alone = Engine.evaluate
+
+    def evaluate(self: Engine, pieces: Sequence[TrainSlice]) -> list[SliceResult]:
+        by_the_base.extend(id(self) for piece in pieces if not piece.key)
+        return alone(self, pieces)
+
+    monkeypatch.setattr(Engine, "evaluate", evaluate)
+    losses, weights = [], []
+    for one in (Engine(decoder()), engine):
+        told = list(served(preference_run(one, method, tmp_path / str(one.workers)).turns(), one))
+        losses.append([turn.train_loss for turn in told if isinstance(turn, StepMetrics)])
+        folder = tmp_path / str(one.workers) / "final-4"
+        weights.append(load_file(folder / "adapter_model.safetensors"))
+    assert losses[0] == pytest.approx(losses[1], abs=1e-6)
+    torch.testing.assert_close(weights[0], weights[1], rtol=0, atol=1e-6)
+    share = by_the_base.count(id(peers[0].engine)) / by_the_base.count(id(engine))
+    assert 0.5 <= share <= 1
+
+
+def preference_run(engine: Engine, method: Method, folder: Path) -> Run:
+    kto = isinstance(method, Kto)
+    roles = (Role.DESIRABLE, Role.UNDESIRABLE) if kto else (Role.CHOSEN, Role.REJECTED)
+    rows = [
+        TrainRow(
+            [line, 7, 5 * line, 5 * line + 1, *[line] * place], [False, False, *[True] * (2 + place)], role
+        )
+        for line in range(1, 9)
+        for place, role in enumerate(roles)
+    ]
+    config = TrainingConfig(
+        n_epochs=1, batch_size=4 if kto else 2, learning_rate=0.02, seed=3, lora_r=4,
+        target_modules=("all-linear",), method=method,
+    )  # fmt: skip
+    return Run(
+        recipe_of(method),
+        engine=engine,
+        key="a",
+        data=TrainData(rows),
+        config=config,
+        plan=SlicePlan(10, 1, "float32", "cpu"),
+        folder=lambda kind, step: folder / f"{kind}-{step}",
+        clock=FakeClock(),
+    )

@@ -14,12 +14,11 @@ from lathe.common.settings import StoreSettings
 from lathe.engine.distributed.fit import Footprint, check_shard, footprint, is_sharded
 from lathe.engine.distributed.group import ProcessGroup
 from lathe.engine.distributed.ranks import RankEngine
-from lathe.engine.distributed.sharded import FsdpShards, Sharded
 from lathe.engine.frozen import can_pack
 from lathe.engine.memory import free_bytes
 from lathe.engine.settings import EngineSettings, StoreKeys
 from lathe.engine.spec import DecoderSpec
-from lathe.engine.weights import Whole, choose_dtype, read_spec
+from lathe.engine.weights import Placement, Whole, choose_dtype, read_spec
 
 logger = logging.getLogger(__name__)
 
@@ -78,21 +77,27 @@ def told(settings: EngineSettings, folder: Path) -> RankSettings:
 
 def load_rank(kind: type[R], rank: RankSettings, threads: int, folder: Path, group: ProcessGroup) -> R:
     """This rank's engine. Raises InvalidArgument, FailedPrecondition (no room for its shard)."""
-    device = torch.device(rank.device)
-    if rank.sharded:
-        dtype = choose_dtype(rank.dtype, device)
-        need = _need(read_spec(folder), dtype, device, rank.world, nf4=False)
-        check_shard(need, free_bytes(device), world=rank.world)
+    to = _sharded(rank, folder, group) if rank.sharded else Whole(rank.base_quantization)
     engine = kind.load(
         folder,
         device=rank.device,
         dtype=rank.dtype,
-        to=Sharded(partial(FsdpShards, mesh=group.mesh())) if rank.sharded else Whole(rank.base_quantization),
+        to=to,
         threads=threads,
         kv_budget_bytes=rank.kv_budget_mb << 20,
     )
     engine.join(group)
     return engine
+
+
+def _sharded(rank: RankSettings, folder: Path, group: ProcessGroup) -> Placement:
+    # FSDP2 takes a second or two to load.
+    from lathe.engine.distributed.sharded import FsdpShards, Sharded
+
+    device = torch.device(rank.device)
+    need = _need(read_spec(folder), choose_dtype(rank.dtype, device), device, rank.world, nf4=False)
+    check_shard(need, free_bytes(device), world=rank.world)
+    return Sharded(partial(FsdpShards, mesh=group.mesh()))
 
 
 def _need(spec: DecoderSpec, dtype: torch.dtype, device: torch.device, world: int, *, nf4: bool) -> Footprint:
