@@ -21,8 +21,8 @@ from lathe.engine.spec import DecoderSpec
 # A block of prompts' queries holds about this many, so that what lies above the diagonal is mostly not computed.
 _BLOCK_ROWS = 512
 _SHORTEST_BLOCK = 64
-# Prompts are padded to each other as long as their scores get no larger than by this factor.
-_PADDING = 1.5
+# Sequences are padded to each other as long as their scores get no larger than by this factor.
+_PADDING = 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,8 +47,8 @@ class CachedSpan:
 class CachedAttention:
     """Writes the pass's keys and values into the cache, then attends over each sequence's own.
 
-    Sequences that bring one token (decoding) are done in one call over the range of slots they lie in, when that
-    range is not much larger than they are; prompts of about the same length together, padded to the longest.
+    Sequences of about the same length are done together, those that bring one token (decoding) and prompts apart: the
+    former over the range of slots they lie in or over copies of theirs, the latter padded to the longest.
     """
 
     def __init__(
@@ -65,7 +65,9 @@ class CachedAttention:
         single = [span for span in spans if span.count == 1]
         prompts = [span for span in spans if span.count > 1]
         views = {window: _Seen(cache, spec, window) for window in dict.fromkeys(spec.windows)}
-        self._steps = {window: _steps(single, seen) for window, seen in views.items()}
+        self._steps = {
+            window: [_step(group, seen) for group in _alike(single)] for window, seen in views.items()
+        }
         self._blocks = {window: list(_blocks(prompts, seen)) for window, seen in views.items()}
 
     def __call__(self, layer: int, qkv: Tensor) -> Tensor:
@@ -124,20 +126,22 @@ class _Seen:
 
 @dataclass(frozen=True, slots=True)
 class _Step:
-    """One query each of sequences in adjoining slots, the first rows of the pass unless `rows` names others.
+    """One query each of some sequences, the first rows of the pass unless `rows` names others.
 
-    keys, values: by layer, [slots, kv_heads, places, head_dim]. rows, at: the queries' rows of the pass and their
-    places among the slots. mask: [slots, 1, 1, places], None when all of it is seen.
+    keys, values: by layer, [slots, kv_heads, places, head_dim]. slots: which of those to copy out, where the
+    sequences' lie too far apart to go over all of them. rows, at: the queries' rows of the pass and their places among
+    the slots. mask: [slots, 1, 1, places], None when all of it is seen.
     """
 
     keys: tuple[Tensor, ...]
     values: tuple[Tensor, ...]
+    slots: Tensor | None
     mask: Tensor | None
     rows: Tensor | None
     at: Tensor | None
 
     def write(self, layer: int, q: Tensor, out: Tensor, spec: DecoderSpec) -> None:
-        slots = self.keys[layer].shape[0]
+        slots = self.keys[layer].shape[0] if self.slots is None else self.slots.shape[0]
         if self.rows is None or self.at is None:
             out[:slots] = self.attend(layer, q[:slots], spec)
             return
@@ -149,33 +153,28 @@ class _Step:
         """q [slots, heads * head_dim] -> [slots, heads * head_dim]."""
         grouped = q.view(q.shape[0], spec.kv_heads, -1, spec.head_dim)
         k, v = self.keys[layer], self.values[layer]
+        if self.slots is not None:
+            k, v = k.index_select(0, self.slots), v.index_select(0, self.slots)
         o = F.scaled_dot_product_attention(grouped, k, v, attn_mask=self.mask, scale=spec.attention_scale)
         return o.reshape(q.shape)
 
 
-def _steps(single: Sequence[CachedSpan], view: _Seen) -> list[_Step]:
-    """All of them in one call where their slots lie close together and are about equally full, else one by one."""
-    if not single:
-        return []
-    low, high = min(span.slot for span in single), max(span.slot for span in single) + 1
-    longest = max(span.seen for span in single)
-    if (high - low) * longest <= 2 * sum(span.seen for span in single):
-        return [_step(single, low, high, view)]
-    return [_step([span], span.slot, span.slot + 1, view) for span in single]
-
-
-def _step(spans: Sequence[CachedSpan], low: int, high: int, view: _Seen) -> _Step:
+def _step(spans: Sequence[CachedSpan], view: _Seen) -> _Step:
+    spans = sorted(spans, key=lambda span: span.slot)
+    low, high = spans[0].slot, spans[-1].slot + 1
+    apart = high - low > 2 * len(spans)
+    places_of = {i if apart else span.slot - low: span for i, span in enumerate(spans)}
+    count = len(spans) if apart else high - low
     first, stop = min(view.first(span.past) for span in spans), max(span.seen for span in spans)
     # A slot of the range that is not in the pass sees everything: a row of nothing but -inf would be NaN.
-    places = torch.full((high - low, 1), stop - 1)
-    for span in spans:
-        places[span.slot - low] = span.past
-    rows = [(span.start, span.slot - low) for span in spans]
+    places = torch.tensor([[places_of[i].past if i in places_of else stop - 1] for i in range(count)])
+    rows = [(span.start, i) for i, span in places_of.items()]
     # One-token rows that come first and in the order of adjoining slots need not be gathered and put back.
-    straight = rows == [(i, i) for i in range(high - low)]
+    straight = rows == [(i, i) for i in range(count)]
     gathered = (None, None) if straight else torch.tensor(rows, device=view.device).unbind(1)
-    keys, values = view.layers(slice(low, high), first, stop)
-    return _Step(keys, values, view.mask(places, first, stop, view.cache.data.dtype), *gathered)
+    keys, values = view.layers(slice(None) if apart else slice(low, high), first, stop)
+    slots = torch.tensor([span.slot for span in spans], device=view.device) if apart else None
+    return _Step(keys, values, slots, view.mask(places, first, stop, view.cache.data.dtype), *gathered)
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,10 +215,10 @@ def _blocks(prompts: Sequence[CachedSpan], view: _Seen) -> Iterator[_Block]:
             yield _block([span for span in group if span.count > start], start, start + size, view)
 
 
-def _alike(prompts: Sequence[CachedSpan]) -> Iterator[list[CachedSpan]]:
+def _alike(spans: Sequence[CachedSpan]) -> Iterator[list[CachedSpan]]:
     """Groups whose scores, padded to the largest of the group, take at most _PADDING times their own room."""
     group: list[CachedSpan] = []
-    for span in sorted(prompts, key=lambda span: (span.count, span.seen)):
+    for span in sorted(spans, key=lambda span: (span.count, span.seen)):
         longer = [*group, span]
         padded = len(longer) * max(one.count for one in longer) * max(one.seen for one in longer)
         if group and padded > _PADDING * sum(one.count * one.seen for one in longer):
