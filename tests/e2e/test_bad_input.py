@@ -310,7 +310,8 @@ def test_rows_longer_than_the_context_are_cut_and_named(
     for update in client.jobs.watch(job.name):
         job = update.job
     assert job.state == jobs_pb2.JOB_STATE_SUCCEEDED, job.error
-    assert any("cut at the model's context length" in event.message for event in client.jobs.events(job.name))
+    told = [event.message for event in client.jobs.events(job.name)]
+    assert any("line 16: a row is longer than the context limit" in message for message in told)
 
 
 @pytest.mark.parametrize("purpose", ["", "training"])

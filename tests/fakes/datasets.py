@@ -9,7 +9,7 @@ from lathe.common.errors import NotFound
 from lathe.common.objectstore.base import ObjectStore
 from lathe.datasets.model import BaseModelInfo, TokenizerFile
 from lathe.text.tokenizer import Tokenizer
-from tests.fixtures.tiny import tiny_tokenizer_config, tiny_tokenizer_json
+from tests.fixtures.tiny import CHATML, tiny_tokenizer_config, tiny_tokenizer_json
 
 
 class FakeBaseModels:
@@ -24,10 +24,15 @@ class FakeBaseModels:
         return self.models[base_model]
 
     async def add_tiny(
-        self, objects: ObjectStore, *, name: str = "baseModels/tiny", context_length: int = 512
+        self,
+        objects: ObjectStore,
+        *,
+        name: str = "baseModels/tiny",
+        context_length: int = 512,
+        template: str = CHATML,
     ) -> BaseModelInfo:
         """A base model with the tiny tokenizer, its files put into the store."""
-        config = tiny_tokenizer_config()
+        config = tiny_tokenizer_config(template)
         contents = {
             "tokenizer.json": tiny_tokenizer_json().encode(),
             "tokenizer_config.json": json.dumps(config).encode(),

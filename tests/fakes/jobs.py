@@ -91,7 +91,14 @@ class FakeDatasets:
         return self.infos[dataset]
 
     async def ensure_audit(
-        self, project: str, dataset: str, base_model: str, method: str, *, held_out: bool
+        self,
+        project: str,
+        dataset: str,
+        base_model: str,
+        method: str,
+        *,
+        held_out: bool,
+        validation: str = "",
     ) -> Audit:
         self._check()
         if dataset not in self.audits:

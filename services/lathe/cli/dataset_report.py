@@ -28,6 +28,29 @@ def report_lines(report: pb.ValidationReport) -> Iterator[str]:
         yield f"{severity} {group.code} ({_lines(group)}): {group.advice}"
 
 
+STATISTICS = ("", "min", "p10", "median", "mean", "p90", "p99", "max")
+
+
+def statistics_rows(statistics: pb.Statistics) -> Iterator[tuple[str, ...]]:
+    """The distributions of an audit under STATISTICS."""
+    for name, found in (
+        ("prompt tokens", statistics.prompt_tokens),
+        ("completion tokens", statistics.completion_tokens),
+        ("tokens of a turn", statistics.turn_tokens),
+        ("tokens of a row", statistics.row_tokens),
+        ("messages of a row", statistics.turns),
+    ):
+        middle = (found.p10, found.median, f"{found.mean:.1f}", found.p90, found.p99)
+        yield (name, *map(str, (found.min, *middle, found.max)))
+
+
+def share_lines(statistics: pb.Statistics) -> Iterator[str]:
+    """Languages and, where they are few, answers."""
+    for name, found in (("languages", statistics.languages), ("answers", statistics.answers)):
+        if found:
+            yield f"{name}: " + ", ".join(f"{share.value} {share.count}" for share in found)
+
+
 def _lines(group: pb.FindingGroup) -> str:
     """`lines 3, 7, 9 and 40 more`"""
     if 0 in group.first_lines:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from lathe.cli import datasets_rows, exits
+from lathe.cli import datasets_audit, datasets_rows, exits
 from lathe.cli.connection import client_of
 from lathe.cli.dataset_report import say_report
 from lathe.cli.output import (
@@ -173,6 +173,7 @@ def delete(context: typer.Context, dataset: DATASET, as_json: JSON = False) -> N
 
 
 datasets_rows.register(app)
+datasets_audit.register(app)
 
 
 def _source(dataset: pb.Dataset) -> str:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
+from lathe.client.audits import Audits
 from lathe.client.paging import pages
 from lathe.client.parts import PartsUpload, StoreOutOfReach
 from lathe.client.rows import Rows
@@ -36,7 +37,7 @@ _SETTLED = frozenset({pb.DATASET_STATE_READY, pb.DATASET_STATE_ERROR})
 Progress = Callable[[int, int], None]
 
 
-class Datasets(Rows):
+class Datasets(Rows, Audits):
     """The datasets of the caller's project."""
 
     def upload(

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import json
 import logging
 import shutil
 import tempfile
-from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from lathe.common.errors import DataLoss, LatheError, NotFound, RetryableError, Unavailable
+from lathe.common.errors import LatheError, NotFound, RetryableError, Unavailable
 from lathe.common.objectstore.base import ObjectStore
 from lathe.datasets.chunkwork import Chunker, ChunkWork
 from lathe.datasets.collecting import Collector, Outcome, file_sha256, overlap_finding
@@ -21,70 +18,36 @@ from lathe.datasets.model import (
     AuditResult,
     AuditState,
     AuditTask,
-    TokenizerFile,
     blob_key,
     report_of,
     whole_file,
 )
 from lathe.datasets.ports import DatasetStore
 from lathe.datasets.service import render_options
+from lathe.datasets.tokenizers import TokenizerCache
 from lathe.text import VERSION
 from lathe.text.arrow import TokenWriter
 from lathe.text.duplicates import find_duplicates, find_overlap
 from lathe.text.findinglines import FindingLines
 from lathe.text.findings import Tally
-from lathe.text.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
-
-
-class TokenizerCache:
-    """Tokenizers by the digests of their files: the last few in memory, all that were used in a folder."""
-
-    def __init__(self, objects: ObjectStore, folder: Path, max_items: int = 2) -> None:
-        self._objects = objects
-        self._folder = folder / "tokenizers"
-        self._max_items = max_items
-        self._loaded: OrderedDict[str, Tokenizer] = OrderedDict()
-
-    async def get(self, files: Sequence[TokenizerFile]) -> Tokenizer:
-        """Raises NotFound if a file is gone, DataLoss if it is not what it was, Unavailable."""
-        listed = sorted([file.path, file.sha256] for file in files)
-        key = hashlib.sha256(json.dumps(listed).encode()).hexdigest()
-        if key not in self._loaded:
-            folder = await self._fetched(key, files)
-            self._loaded[key] = await asyncio.to_thread(Tokenizer.from_folder, folder)
-        self._loaded.move_to_end(key)
-        while len(self._loaded) > self._max_items:
-            self._loaded.popitem(last=False)
-        return self._loaded[key]
-
-    async def _fetched(self, key: str, files: Sequence[TokenizerFile]) -> Path:
-        target = self._folder / key
-        if await asyncio.to_thread(target.is_dir):
-            return target
-        await asyncio.to_thread(self._folder.mkdir, parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".fetch-", dir=self._folder) as temporary:
-            made = Path(temporary) / "files"
-            for file in files:
-                path = made / file.path
-                path.parent.mkdir(parents=True, exist_ok=True)
-                await self._objects.fetch(file.object_key, path)
-                if await asyncio.to_thread(file_sha256, path) != file.sha256:
-                    raise DataLoss(f"The stored {file.path} of the tokenizer does not match its digest.")
-            if not target.is_dir():
-                made.rename(target)
-        return target
 
 
 class Auditor:
     """Makes the token objects of RUNNING audits. It can die anywhere: the audit stays RUNNING and is made again,
     to the same bytes."""
 
-    def __init__(self, store: DatasetStore, objects: ObjectStore, folder: Path) -> None:
+    def __init__(
+        self,
+        store: DatasetStore,
+        objects: ObjectStore,
+        folder: Path,
+        tokenizers: TokenizerCache | None = None,
+    ) -> None:
         self._store = store
         self._objects = objects
-        self._tokenizers = TokenizerCache(objects, folder)
+        self._tokenizers = tokenizers or TokenizerCache(objects, folder)
         self._work = folder / "audits"
 
     async def start(self) -> None:
@@ -146,7 +109,7 @@ class Auditor:
         await self._store.finish_audit(task.key, state, outcome.report, result)
 
     async def _tokenise(self, task: AuditTask, files: AuditFiles) -> Outcome:
-        """Write the token object and the findings; a result without token object if a row cannot be trained on."""
+        """Write the token object and the findings."""
         tokenizer = await self._tokenizers.get(task.files)
         options = render_options(task.options)
         metadata = {
@@ -181,10 +144,10 @@ class Auditor:
         paths = []
         for key in task.compared or ():
             audit = await self._store.get_audit(key, task.now)
-            if audit is None or not audit.object_key:
+            if audit is None or not audit.tokens_key:
                 raise NotFound(f"The audit {key} is not there any more.")
             path = files.tokens.with_name(f"{key}.arrow")
-            await self._objects.fetch(audit.object_key, path)
+            await self._objects.fetch(audit.tokens_key, path)
             paths.append(path)
         return await asyncio.to_thread(_compared, paths, files, {"key": task.key, "text": VERSION})
 
@@ -200,11 +163,8 @@ class AuditFiles:
 def _concluded(collector: Collector, files: AuditFiles, metadata: Mapping[str, str]) -> Outcome:
     outcome = collector.conclude(find_duplicates(files.tokens))
     collector.found.write(files.findings, metadata)
-    digests = (
-        "" if collector.has_errors else file_sha256(files.tokens),
-        file_sha256(files.findings),
-    )
-    return replace(outcome, result=replace(outcome.result, sha256=digests[0], findings_sha256=digests[1]))
+    tokens, findings = file_sha256(files.tokens), file_sha256(files.findings)
+    return replace(outcome, result=replace(outcome.result, sha256=tokens, findings_sha256=findings))
 
 
 def _compared(paths: Sequence[Path], files: AuditFiles, metadata: Mapping[str, str]) -> Outcome:

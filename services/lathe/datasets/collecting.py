@@ -29,7 +29,7 @@ _LANGUAGES_SHOWN = 20
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """result.sha256 is empty when there is nothing to train from; the report then says why."""
+    """What an audit made, and what it found. A report with errors says why nothing is trained from it."""
 
     result: AuditResult
     report: Report

@@ -28,11 +28,13 @@ from lathe.datasets.cleaner import Cleaner
 from lathe.datasets.peers import RpcBaseModels
 from lathe.datasets.preparation import PreparationService
 from lathe.datasets.preparing import Preparing
+from lathe.datasets.preview import Previews
 from lathe.datasets.rowindexes import RowIndexes
 from lathe.datasets.service import DatasetsService
 from lathe.datasets.servicer import DatasetsInternalServicer, DatasetsServicer
 from lathe.datasets.settings import DatasetsSettings
 from lathe.datasets.store import SqlDatasetStore
+from lathe.datasets.tokenizers import TokenizerCache
 from lathe.datasets.upload_service import UploadService
 from lathe.datasets.upload_store import SqlUploadStore
 from lathe.datasets.validation import Validation
@@ -72,6 +74,8 @@ async def running(
         indexes = RowIndexes(store, objects, folder / "rows", service.preparing)
         await indexes.start()
         preparation = PreparationService(store, objects, indexes, clock, ids, service.preparing)
+        tokenizers = TokenizerCache(objects, folder)
+        previews = Previews(service, objects, tokenizers, folder)
         busy: set[str] = set()
         preparing = Preparing(store, objects, indexes, busy, service.validation)
         blobs = Blobs(store, objects, clock, ids.token(24))
@@ -81,7 +85,7 @@ async def running(
         registrations = [
             Registration(
                 add_DatasetsServiceServicer_to_server,
-                DatasetsServicer(service, uploads, preparation),
+                DatasetsServicer(service, uploads, preparation, previews),
                 "lathe.v1.DatasetsService",
             ),
             Registration(
@@ -100,7 +104,7 @@ async def running(
             settings.rpc.service_token_file, settings.rpc.engine_token_file
         )
         server = build_server(registrations, settings.rpc, ServiceAuthenticator(credentials), metrics)
-        auditor = Auditor(store, objects, folder)
+        auditor = Auditor(store, objects, folder, tokenizers)
         await auditor.start()
         work = _loops(
             settings=settings,

@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from enum import StrEnum
 
@@ -15,7 +15,17 @@ from lathe.datasets.operations import Preparation
 from lathe.text.columns import resolve_columns
 from lathe.text.errors import RowError
 from lathe.text.filekinds import FileType, file_type_of
-from lathe.text.findings import Finding, FindingGroup, Severity, Tally, kind_of, tally_of
+from lathe.text.findings import (
+    MAX_FINDINGS,
+    Finding,
+    FindingGroup,
+    Severity,
+    Tally,
+    gravity,
+    kind_of,
+    rank,
+    tally_of,
+)
 from lathe.text.formats import METHOD_FORMATS, Layout, RowFormat, described
 from lathe.text.jsonl import Report as RowReport
 from lathe.text.rowindex import VERSION as INDEX_VERSION
@@ -228,7 +238,7 @@ class AuditTask:
 
 @dataclass(frozen=True, slots=True)
 class AuditResult:
-    """What an audit made: the token object's digest, and counts. sha256 is empty when there are errors.
+    """What an audit made: the digest of the token object with all rows that could be tokenised, and counts.
     findings_sha256: of the object that names all findings by line (`lathe.text.findinglines`).
 
     rows: what a batch counts: a chat row, a preference pair, one of the pieces of a long text. max_row_tokens: of one
@@ -255,6 +265,12 @@ class Audit:
 
     @property
     def object_key(self) -> str:
+        """What is trained from; empty unless READY."""
+        return self.tokens_key if self.state is AuditState.READY else ""
+
+    @property
+    def tokens_key(self) -> str:
+        """The rows that could be tokenised, also of a file with errors; empty while there are none."""
         return blob_key(self.result.sha256) if self.result.sha256 else ""
 
     @property
@@ -293,6 +309,29 @@ def audit_key(
     """SHA-256 over all that decides the bytes of a token object."""
     parts = [dataset_sha256, tokenizer_digest, template_digest, canonical_options, text_version]
     return hashlib.sha256(json.dumps(parts, separators=(",", ":")).encode()).hexdigest()
+
+
+def comparison_key(training_key: str, validation_key: str, text_version: str) -> str:
+    """SHA-256 over all that decides what two audits are found to share."""
+    parts = ["comparison", training_key, validation_key, text_version]
+    return hashlib.sha256(json.dumps(parts, separators=(",", ":")).encode()).hexdigest()
+
+
+def with_overlap(audit: Audit, comparison: Audit) -> Audit:
+    """The training file's audit with what was found to be in the validation file too; RUNNING before that is known."""
+    if comparison.state is not AuditState.READY:
+        return Audit("", comparison.state, comparison.report)
+    return replace(audit, report=_joined(audit.report, comparison.report))
+
+
+def _joined(report: Report, more: Report) -> Report:
+    """A report with the findings of another one; their codes differ."""
+    return replace(
+        report,
+        finding_count=report.finding_count + more.finding_count,
+        findings=tuple(sorted((*report.findings, *more.findings), key=gravity)[:MAX_FINDINGS]),
+        groups=tuple(sorted((*report.groups, *more.groups), key=rank)),
+    )
 
 
 def check_new(display_name: str, purpose: str, expire_time: datetime | None, now: datetime) -> None:

@@ -190,6 +190,10 @@ class DatasetStore(Protocol):
         """Whether there is an audit with this key, and of a dataset with this digest."""
         ...
 
+    async def audit_task(self, key: str) -> AuditTask | None:
+        """What an audit in any state was asked for; None if there is none."""
+        ...
+
     async def running_audits(self) -> Sequence[AuditTask]:
         """Oldest first."""
         ...

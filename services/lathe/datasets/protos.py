@@ -23,6 +23,7 @@ from lathe.datasets.model import (
 )
 from lathe.datasets.preparation import Found, Prepared
 from lathe.datasets.preparation_protos import preparation_pb
+from lathe.datasets.preview import SequencePreview
 from lathe.datasets.upload_service import PartTarget, SignedParts
 from lathe.datasets.uploads import UploadSession, UploadState
 from lathe.text.filekinds import FileType, file_type_of
@@ -211,12 +212,14 @@ def audit_pb(audit: Audit) -> pb.Audit:
         state=_AUDIT_STATES[audit.state],
         report=report_pb(audit.report),
         object_key=audit.object_key,
-        sha256=result.sha256,
+        sha256=result.sha256 if audit.object_key else "",
         rows=result.rows,
         tokens=result.tokens,
         trained_tokens=result.trained_tokens,
         truncated_rows=result.truncated_rows,
         max_row_tokens=result.max_row_tokens,
+        findings_object_key=audit.findings_key,
+        findings_sha256=result.findings_sha256,
     )
 
 
@@ -251,6 +254,34 @@ def digest(text: str) -> bytes:
     if len(found) != DIGEST_BYTES:
         raise invalid("digest", f"digest must be {2 * DIGEST_BYTES} hex digits.")
     return found
+
+
+def public_audit_pb(audit: Audit) -> pb.Audit:
+    """Without what only services read."""
+    message = audit_pb(audit)
+    for name in ("object_key", "sha256", "findings_object_key", "findings_sha256"):
+        message.ClearField(name)
+    return message
+
+
+def preview_pb(audit: Audit, sequences: Sequence[SequencePreview]) -> pb.PreviewDatasetResponse:
+    return pb.PreviewDatasetResponse(
+        state=_AUDIT_STATES[audit.state],
+        report=report_pb(audit.report),
+        sequences=[
+            pb.PreviewSequence(
+                line=sequence.line,
+                role=sequence.role.name.lower(),
+                tokens=[
+                    pb.PreviewToken(id=id_, text=text, trained=trained)
+                    for id_, text, trained in sequence.tokens
+                ],
+                token_count=sequence.token_count,
+                trained_token_count=sequence.trained_token_count,
+            )
+            for sequence in sequences
+        ],
+    )
 
 
 def _timestamp(time: datetime) -> Timestamp:

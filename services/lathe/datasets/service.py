@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 
 from lathe.common.background import Wakeup
@@ -178,14 +178,46 @@ class DatasetsService:
         options: AuditOptions,
         *,
         held_out: bool = False,
+        validation: str = "",
     ) -> Audit:
         """The audit of a dataset for a base model; it is begun if there is none. Call again while RUNNING.
+
+        validation: the id of a validation file in the same project: what both hold is then found too. A validation
+        file that cannot be audited (its own call says why) is left out.
 
         A dataset that is not READY answers for it: RUNNING while it is validated, ERROR with its findings. ERROR too
         where the method does not train on files of its format, and where it has rows of a frozen held-out set, unless
         it is `held_out` itself: a file on which nothing is trained.
         Raises NotFound for the dataset or the base model, FailedPrecondition, InvalidArgument, Unimplemented.
         """
+        audit = await self._audit(project, dataset_id, base_model, options, held_out)
+        if not validation or not audit.tokens_key:
+            return audit
+        other = await self._audit(project, validation, base_model, options, True)
+        if other.state is AuditState.RUNNING:
+            return Audit("", AuditState.RUNNING)
+        if not other.tokens_key:
+            return audit
+        return rules.with_overlap(audit, await self._compared(audit, other))
+
+    async def _compared(self, audit: Audit, other: Audit) -> Audit:
+        """What two finished audits both hold, as an audit of its own."""
+        key = rules.comparison_key(audit.key, other.key, VERSION)
+        found = await self.store.get_audit(key, self.clock.now())
+        if found is None:
+            task = await self.store.audit_task(audit.key)
+            if task is None:
+                raise Unavailable("The audit was removed just now. Try again.", retry_after=1)
+            now = self.clock.now()
+            await self.store.add_audit(replace(task, key=key, compared=(audit.key, other.key), now=now))
+            found = Audit(key, AuditState.RUNNING)
+        if found.state is AuditState.RUNNING:
+            self.auditing.set()
+        return found
+
+    async def _audit(
+        self, project: str, dataset_id: str, base_model: str, options: AuditOptions, held_out: bool
+    ) -> Audit:
         dataset = await self.get(project, dataset_id)
         _check_trainable(dataset)
         if dataset.state is DatasetState.VALIDATING:

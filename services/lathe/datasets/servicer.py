@@ -15,6 +15,7 @@ from lathe.common.rpc.principal import require_project, require_role
 from lathe.datasets import protos
 from lathe.datasets.preparation import PreparationService
 from lathe.datasets.preparation_servicer import PreparationMethods
+from lathe.datasets.preview import Previews
 from lathe.datasets.service import DatasetsService
 from lathe.datasets.upload_service import UploadService
 from lathe.v1 import datasets_pb2 as pb
@@ -28,10 +29,15 @@ class DatasetsServicer(PreparationMethods):
     """The public methods. The streams of bytes end in the gateway."""
 
     def __init__(
-        self, service: DatasetsService, uploads: UploadService, preparation: PreparationService
+        self,
+        service: DatasetsService,
+        uploads: UploadService,
+        preparation: PreparationService,
+        previews: Previews,
     ) -> None:
         super().__init__(preparation)
         self._service = service
+        self._previews = previews
         self._uploads = uploads
 
     async def CreateDataset(self, request: pb.CreateDatasetRequest, context: ServicerContext) -> pb.Dataset:
@@ -108,6 +114,28 @@ class DatasetsServicer(PreparationMethods):
         found = await self._service.get(project, dataset)
         return found.create_time, found.id
 
+    async def AuditDataset(self, request: pb.AuditDatasetRequest, context: ServicerContext) -> pb.Audit:
+        project, dataset = _ids(request.name)
+        require_role("member")
+        audit = await self._service.ensure_audit(
+            project,
+            dataset,
+            request.model,
+            protos.audit_options(request.options),
+            held_out=True,
+            validation=_validation(project, request.validation_dataset),
+        )
+        return protos.public_audit_pb(audit)
+
+    async def PreviewDataset(
+        self, request: pb.PreviewDatasetRequest, context: ServicerContext
+    ) -> pb.PreviewDatasetResponse:
+        project, dataset = _ids(request.name)
+        require_role("member")
+        options = protos.audit_options(request.options)
+        found = await self._previews.preview(project, dataset, request.model, options, request.lines)
+        return protos.preview_pb(*found)
+
     async def DeleteDataset(self, request: pb.DeleteDatasetRequest, context: ServicerContext) -> Empty:
         project, dataset = _ids(request.name)
         require_role("member")
@@ -178,6 +206,7 @@ class DatasetsInternalServicer(pb_grpc.DatasetsInternalServiceServicer):
             request.base_model,
             protos.audit_options(request.options),
             held_out=request.held_out,
+            validation=_validation(project, request.validation_dataset),
         )
         return protos.audit_pb(audit)
 
@@ -196,6 +225,15 @@ def _ids(name: str) -> tuple[str, str]:
     project, dataset = names.DATASET.parse(name)
     require_project(name)
     return project, dataset
+
+
+def _validation(project: str, name: str) -> str:
+    """The id of a validation file; empty for none."""
+    if not name:
+        return ""
+    _, dataset = names.DATASET.parse(name, field="validation_dataset")
+    require_project(name, field="validation_dataset")
+    return dataset
 
 
 def _cursor(cursor: tuple[str | int, ...] | None) -> tuple[datetime, str] | None:

@@ -465,6 +465,11 @@ class SqlDatasetStore:
         async with self._db.read() as connection:
             return (await connection.execute(query)).first() is not None
 
+    async def audit_task(self, key: str) -> AuditTask | None:
+        async with self._db.read() as connection:
+            row = (await connection.execute(audits.select().where(audits.c.key == key))).one_or_none()
+        return _task(row) if row is not None else None
+
     async def running_audits(self) -> Sequence[AuditTask]:
         query = audits.select().where(_RUNNING).order_by(audits.c.create_time, audits.c.key)
         async with self._db.read() as connection:

@@ -71,7 +71,14 @@ class RpcDatasets:
         )
 
     async def ensure_audit(
-        self, project: str, dataset: str, base_model: str, method: str, *, held_out: bool
+        self,
+        project: str,
+        dataset: str,
+        base_model: str,
+        method: str,
+        *,
+        held_out: bool,
+        validation: str = "",
     ) -> Audit:
         found = await call(
             self._internal.EnsureAudit,
@@ -80,6 +87,7 @@ class RpcDatasets:
                 base_model=base_model,
                 options=datasets_pb2.AuditOptions(method=method),
                 held_out=held_out,
+                validation_dataset=names.DATASET.format(project, validation) if validation else "",
             ),
         )
         return Audit(

@@ -110,11 +110,18 @@ class Datasets(Protocol):
         ...
 
     async def ensure_audit(
-        self, project: str, dataset: str, base_model: str, method: str, *, held_out: bool
+        self,
+        project: str,
+        dataset: str,
+        base_model: str,
+        method: str,
+        *,
+        held_out: bool,
+        validation: str = "",
     ) -> Audit:
         """Start it or answer with what there is; safe to repeat. Raises NotFound.
 
-        held_out: nothing is trained on it.
+        held_out: nothing is trained on it. validation: the validation file's dataset, with which it is compared.
         """
         ...
 

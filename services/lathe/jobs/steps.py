@@ -101,6 +101,7 @@ class JobSteps:
         files = [("training_file", job.training)]
         if job.validation is not None:
             files.append(("validation_file", job.validation))
+        compared = job.validation.id if job.validation is not None else ""
         audits: list[Audit] = []
         for param, dataset in files:
             try:
@@ -110,6 +111,7 @@ class JobSteps:
                     job.base.name,
                     job.spec.method,
                     held_out=param == "validation_file",
+                    validation=compared if param == "training_file" else "",
                 )
             except _FINAL as error:
                 await self._invalid(job, JobError(f"invalid_{param}", error.message, param))

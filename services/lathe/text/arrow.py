@@ -11,7 +11,7 @@ format 1, which engines from before there were roles read too.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from pathlib import Path
@@ -163,6 +163,32 @@ def read_tokens(path: Path) -> TokenTable:
         mask += [row.view(np.bool_) for row in _rows(batch.column(1), np.uint8)]
     metadata = {key.decode(): value.decode() for key, value in (table.schema.metadata or {}).items()}
     return TokenTable(tokens, mask, table.column("line").to_pylist(), _roles(table, path), metadata)
+
+
+def read_lines(path: Path, lines: Collection[int] | None, limit: int) -> list[TokenRow]:
+    """The rows of some lines, in the file's order, at most `limit` of them; of its first line if lines is None.
+    Raises DataLoss for a file that is no token object."""
+    found: list[TokenRow] = []
+    try:
+        with pa.memory_map(str(path)) as source:
+            reader = pa.ipc.open_file(source)
+            for number in range(reader.num_record_batches):
+                batch = reader.get_batch(number)
+                numbers = batch.column("line").to_pylist()
+                lines = lines if lines is not None else numbers[:1]
+                wanted = [place for place, line in enumerate(numbers) if line in lines]
+                found += [_row(batch, place) for place in wanted[: limit - len(found)]]
+                if len(found) == limit or (numbers and numbers[-1] > max(lines, default=0)):
+                    break
+    except (pa.ArrowInvalid, OSError, KeyError) as error:
+        raise DataLoss(f"{path.name} is no token object: {error}.") from error
+    return found
+
+
+def _row(batch: Any, place: int) -> TokenRow:
+    role = batch.column("role")[place].as_py() if "role" in batch.schema.names else Role.EXAMPLE
+    tokens, mask = (batch.column(name)[place].as_py() for name in ("tokens", "mask"))
+    return TokenRow(tokens, bytes(mask), batch.column("line")[place].as_py(), Role(role))
 
 
 def _roles(table: Any, path: Path) -> list[Role]:

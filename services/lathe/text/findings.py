@@ -285,7 +285,7 @@ class Tally:
     def groups(self) -> tuple[FindingGroup, ...]:
         """By code: the gravest first, among them the most frequent, then by name."""
         found = [FindingGroup(code, count, tuple(self._lines[code])) for code, count in self._counts.items()]
-        return tuple(sorted(found, key=_rank))
+        return tuple(sorted(found, key=rank))
 
 
 def tally_of(findings: Sequence[Finding]) -> Tally:
@@ -296,7 +296,13 @@ def tally_of(findings: Sequence[Finding]) -> Tally:
     return tally
 
 
-def _rank(group: FindingGroup) -> tuple[int, int, str]:
+def gravity(finding: Finding) -> int:
+    """Where a finding stands: 0 for the gravest."""
+    return SEVERITIES.index(kind_of(finding.code).severity)
+
+
+def rank(group: FindingGroup) -> tuple[int, int, str]:
+    """Where a group stands among others: the gravest first, then the most frequent, then by name."""
     return SEVERITIES.index(kind_of(group.code).severity), -group.count, group.code
 
 

@@ -1247,12 +1247,15 @@ class EnsureAuditRequest(message.Message):
     BASE_MODEL_FIELD_NUMBER: builtins.int
     OPTIONS_FIELD_NUMBER: builtins.int
     HELD_OUT_FIELD_NUMBER: builtins.int
+    VALIDATION_DATASET_FIELD_NUMBER: builtins.int
     dataset: builtins.str
     """projects/{project}/datasets/{dataset}"""
     base_model: builtins.str
     """baseModels/{base_model}"""
     held_out: builtins.bool
     """Nothing is trained on it (a validation file): it may have rows of frozen held-out sets."""
+    validation_dataset: builtins.str
+    """projects/{project}/datasets/{dataset}; when given, rows of `dataset` that this one has too are findings."""
     @builtins.property
     def options(self) -> AuditOptions: ...
     def __init__(
@@ -1262,10 +1265,159 @@ class EnsureAuditRequest(message.Message):
         base_model: builtins.str = ...,
         options: AuditOptions | None = ...,
         held_out: builtins.bool = ...,
+        validation_dataset: builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = typing.Literal["options", b"options"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["base_model", b"base_model", "dataset", b"dataset", "held_out", b"held_out", "options", b"options"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["base_model", b"base_model", "dataset", b"dataset", "held_out", b"held_out", "options", b"options", "validation_dataset", b"validation_dataset"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class AuditDatasetRequest(message.Message):
+    DESCRIPTOR: descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: builtins.int
+    MODEL_FIELD_NUMBER: builtins.int
+    OPTIONS_FIELD_NUMBER: builtins.int
+    VALIDATION_DATASET_FIELD_NUMBER: builtins.int
+    name: builtins.str
+    """projects/{project}/datasets/{dataset}"""
+    model: builtins.str
+    """A base model's id, or a tuned model's, which stands for its base."""
+    validation_dataset: builtins.str
+    """projects/{project}/datasets/{dataset}; when given, rows that this one has too are findings."""
+    @builtins.property
+    def options(self) -> AuditOptions: ...
+    def __init__(
+        self,
+        *,
+        name: builtins.str = ...,
+        model: builtins.str = ...,
+        options: AuditOptions | None = ...,
+        validation_dataset: builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = typing.Literal["options", b"options"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["model", b"model", "name", b"name", "options", b"options", "validation_dataset", b"validation_dataset"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class PreviewDatasetRequest(message.Message):
+    DESCRIPTOR: descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: builtins.int
+    MODEL_FIELD_NUMBER: builtins.int
+    OPTIONS_FIELD_NUMBER: builtins.int
+    LINES_FIELD_NUMBER: builtins.int
+    name: builtins.str
+    """projects/{project}/datasets/{dataset}"""
+    model: builtins.str
+    """A base model's id, or a tuned model's, which stands for its base."""
+    @builtins.property
+    def options(self) -> AuditOptions: ...
+    @builtins.property
+    def lines(self) -> containers.RepeatedScalarFieldContainer[builtins.int]:
+        """1-based lines of the file, at most 20; the first row when empty."""
+
+    def __init__(
+        self,
+        *,
+        name: builtins.str = ...,
+        model: builtins.str = ...,
+        options: AuditOptions | None = ...,
+        lines: abc.Iterable[builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = typing.Literal["options", b"options"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["lines", b"lines", "model", b"model", "name", b"name", "options", b"options"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class PreviewDatasetResponse(message.Message):
+    DESCRIPTOR: descriptor.Descriptor
+
+    STATE_FIELD_NUMBER: builtins.int
+    REPORT_FIELD_NUMBER: builtins.int
+    SEQUENCES_FIELD_NUMBER: builtins.int
+    state: AuditState.ValueType
+    """The audit's. There are rows once it is READY; of an ERROR those without one, and the report says what is wrong."""
+    @builtins.property
+    def report(self) -> ValidationReport: ...
+    @builtins.property
+    def sequences(self) -> containers.RepeatedCompositeFieldContainer[PreviewSequence]:
+        """One sequence after the other; a preference row has two, a long text several."""
+
+    def __init__(
+        self,
+        *,
+        state: AuditState.ValueType = ...,
+        report: ValidationReport | None = ...,
+        sequences: abc.Iterable[PreviewSequence] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = typing.Literal["report", b"report"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["report", b"report", "sequences", b"sequences", "state", b"state"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class PreviewSequence(message.Message):
+    DESCRIPTOR: descriptor.Descriptor
+
+    LINE_FIELD_NUMBER: builtins.int
+    ROLE_FIELD_NUMBER: builtins.int
+    TOKENS_FIELD_NUMBER: builtins.int
+    TOKEN_COUNT_FIELD_NUMBER: builtins.int
+    TRAINED_TOKEN_COUNT_FIELD_NUMBER: builtins.int
+    line: builtins.int
+    role: builtins.str
+    """example, chosen, rejected, desirable or undesirable."""
+    token_count: builtins.int
+    trained_token_count: builtins.int
+    @builtins.property
+    def tokens(self) -> containers.RepeatedCompositeFieldContainer[PreviewToken]:
+        """The first 20000 of the sequence's tokens."""
+
+    def __init__(
+        self,
+        *,
+        line: builtins.int = ...,
+        role: builtins.str = ...,
+        tokens: abc.Iterable[PreviewToken] | None = ...,
+        token_count: builtins.int = ...,
+        trained_token_count: builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["line", b"line", "role", b"role", "token_count", b"token_count", "tokens", b"tokens", "trained_token_count", b"trained_token_count"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class PreviewToken(message.Message):
+    DESCRIPTOR: descriptor.Descriptor
+
+    ID_FIELD_NUMBER: builtins.int
+    TEXT_FIELD_NUMBER: builtins.int
+    TRAINED_FIELD_NUMBER: builtins.int
+    id: builtins.int
+    text: builtins.str
+    """What it adds to the text; a character that several tokens make is the last one's."""
+    trained: builtins.bool
+    """Whether it is a target of the loss."""
+    def __init__(
+        self,
+        *,
+        id: builtins.int = ...,
+        text: builtins.str = ...,
+        trained: builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["id", b"id", "text", b"text", "trained", b"trained"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1283,6 +1435,8 @@ class Audit(message.Message):
     TRAINED_TOKENS_FIELD_NUMBER: builtins.int
     TRUNCATED_ROWS_FIELD_NUMBER: builtins.int
     MAX_ROW_TOKENS_FIELD_NUMBER: builtins.int
+    FINDINGS_OBJECT_KEY_FIELD_NUMBER: builtins.int
+    FINDINGS_SHA256_FIELD_NUMBER: builtins.int
     key: builtins.str
     """Digest of everything the token object depends on."""
     state: AuditState.ValueType
@@ -1297,6 +1451,9 @@ class Audit(message.Message):
     """Rows cut at the context limit."""
     max_row_tokens: builtins.int
     """The longest sequence, for the engine's memory."""
+    findings_object_key: builtins.str
+    """The Arrow object that names all findings by line: blobs/{findings_sha256}. Also of an audit that is an ERROR."""
+    findings_sha256: builtins.str
     @builtins.property
     def report(self) -> ValidationReport: ...
     def __init__(
@@ -1312,10 +1469,12 @@ class Audit(message.Message):
         trained_tokens: builtins.int = ...,
         truncated_rows: builtins.int = ...,
         max_row_tokens: builtins.int = ...,
+        findings_object_key: builtins.str = ...,
+        findings_sha256: builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = typing.Literal["report", b"report"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["key", b"key", "max_row_tokens", b"max_row_tokens", "object_key", b"object_key", "report", b"report", "rows", b"rows", "sha256", b"sha256", "state", b"state", "tokens", b"tokens", "trained_tokens", b"trained_tokens", "truncated_rows", b"truncated_rows"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["findings_object_key", b"findings_object_key", "findings_sha256", b"findings_sha256", "key", b"key", "max_row_tokens", b"max_row_tokens", "object_key", b"object_key", "report", b"report", "rows", b"rows", "sha256", b"sha256", "state", b"state", "tokens", b"tokens", "trained_tokens", b"trained_tokens", "truncated_rows", b"truncated_rows"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

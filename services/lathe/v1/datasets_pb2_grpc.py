@@ -71,6 +71,16 @@ class DatasetsServiceStub:
                 request_serializer=lathe_dot_v1_dot_datasets__pb2.DeleteDatasetRequest.SerializeToString,
                 response_deserializer=google_dot_protobuf_dot_empty__pb2.Empty.FromString,
                 _registered_method=True)
+        self.AuditDataset = channel.unary_unary(
+                '/lathe.v1.DatasetsService/AuditDataset',
+                request_serializer=lathe_dot_v1_dot_datasets__pb2.AuditDatasetRequest.SerializeToString,
+                response_deserializer=lathe_dot_v1_dot_datasets__pb2.Audit.FromString,
+                _registered_method=True)
+        self.PreviewDataset = channel.unary_unary(
+                '/lathe.v1.DatasetsService/PreviewDataset',
+                request_serializer=lathe_dot_v1_dot_datasets__pb2.PreviewDatasetRequest.SerializeToString,
+                response_deserializer=lathe_dot_v1_dot_datasets__pb2.PreviewDatasetResponse.FromString,
+                _registered_method=True)
         self.GetUploadSession = channel.unary_unary(
                 '/lathe.v1.DatasetsService/GetUploadSession',
                 request_serializer=lathe_dot_v1_dot_datasets__pb2.GetUploadSessionRequest.SerializeToString,
@@ -169,6 +179,21 @@ class DatasetsServiceServicer:
 
     def DeleteDataset(self, request, context):
         """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def AuditDataset(self, request, context):
+        """What a job on this model would find in the dataset; begun if nobody asked before. Answers at once: call again while
+        it is RUNNING. The objects' keys and digests are not told.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def PreviewDataset(self, request, context):
+        """Rows as the model would see them: their tokens, and which of these are trained. Needs the audit, and begins it.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
@@ -284,6 +309,16 @@ def add_DatasetsServiceServicer_to_server(servicer, server):
                     servicer.DeleteDataset,
                     request_deserializer=lathe_dot_v1_dot_datasets__pb2.DeleteDatasetRequest.FromString,
                     response_serializer=google_dot_protobuf_dot_empty__pb2.Empty.SerializeToString,
+            ),
+            'AuditDataset': grpc.unary_unary_rpc_method_handler(
+                    servicer.AuditDataset,
+                    request_deserializer=lathe_dot_v1_dot_datasets__pb2.AuditDatasetRequest.FromString,
+                    response_serializer=lathe_dot_v1_dot_datasets__pb2.Audit.SerializeToString,
+            ),
+            'PreviewDataset': grpc.unary_unary_rpc_method_handler(
+                    servicer.PreviewDataset,
+                    request_deserializer=lathe_dot_v1_dot_datasets__pb2.PreviewDatasetRequest.FromString,
+                    response_serializer=lathe_dot_v1_dot_datasets__pb2.PreviewDatasetResponse.SerializeToString,
             ),
             'GetUploadSession': grpc.unary_unary_rpc_method_handler(
                     servicer.GetUploadSession,
@@ -526,6 +561,60 @@ class DatasetsService:
             '/lathe.v1.DatasetsService/DeleteDataset',
             lathe_dot_v1_dot_datasets__pb2.DeleteDatasetRequest.SerializeToString,
             google_dot_protobuf_dot_empty__pb2.Empty.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def AuditDataset(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/lathe.v1.DatasetsService/AuditDataset',
+            lathe_dot_v1_dot_datasets__pb2.AuditDatasetRequest.SerializeToString,
+            lathe_dot_v1_dot_datasets__pb2.Audit.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PreviewDataset(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/lathe.v1.DatasetsService/PreviewDataset',
+            lathe_dot_v1_dot_datasets__pb2.PreviewDatasetRequest.SerializeToString,
+            lathe_dot_v1_dot_datasets__pb2.PreviewDatasetResponse.FromString,
             options,
             channel_credentials,
             insecure,

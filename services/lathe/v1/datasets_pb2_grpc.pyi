@@ -45,6 +45,12 @@ class DatasetsServiceStub:
     GetDataset: _grpc.UnaryUnaryMultiCallable[_datasets_pb2.GetDatasetRequest, _datasets_pb2.Dataset]
     ListDatasets: _grpc.UnaryUnaryMultiCallable[_datasets_pb2.ListDatasetsRequest, _datasets_pb2.ListDatasetsResponse]
     DeleteDataset: _grpc.UnaryUnaryMultiCallable[_datasets_pb2.DeleteDatasetRequest, _empty_pb2.Empty]
+    AuditDataset: _grpc.UnaryUnaryMultiCallable[_datasets_pb2.AuditDatasetRequest, _datasets_pb2.Audit]
+    """What a job on this model would find in the dataset; begun if nobody asked before. Answers at once: call again while
+    it is RUNNING. The objects' keys and digests are not told.
+    """
+    PreviewDataset: _grpc.UnaryUnaryMultiCallable[_datasets_pb2.PreviewDatasetRequest, _datasets_pb2.PreviewDatasetResponse]
+    """Rows as the model would see them: their tokens, and which of these are trained. Needs the audit, and begins it."""
     GetUploadSession: _grpc.UnaryUnaryMultiCallable[_datasets_pb2.GetUploadSessionRequest, _datasets_pb2.UploadSession]
     """The upload in parts of a dataset. It is known for a day longer than it is open, whatever became of the dataset."""
     SignUploadParts: _grpc.UnaryUnaryMultiCallable[_datasets_pb2.SignUploadPartsRequest, _datasets_pb2.SignUploadPartsResponse]
@@ -89,6 +95,12 @@ class DatasetsServiceAsyncStub(DatasetsServiceStub):
     GetDataset: _aio.UnaryUnaryMultiCallable[_datasets_pb2.GetDatasetRequest, _datasets_pb2.Dataset]  # type: ignore[assignment]
     ListDatasets: _aio.UnaryUnaryMultiCallable[_datasets_pb2.ListDatasetsRequest, _datasets_pb2.ListDatasetsResponse]  # type: ignore[assignment]
     DeleteDataset: _aio.UnaryUnaryMultiCallable[_datasets_pb2.DeleteDatasetRequest, _empty_pb2.Empty]  # type: ignore[assignment]
+    AuditDataset: _aio.UnaryUnaryMultiCallable[_datasets_pb2.AuditDatasetRequest, _datasets_pb2.Audit]  # type: ignore[assignment]
+    """What a job on this model would find in the dataset; begun if nobody asked before. Answers at once: call again while
+    it is RUNNING. The objects' keys and digests are not told.
+    """
+    PreviewDataset: _aio.UnaryUnaryMultiCallable[_datasets_pb2.PreviewDatasetRequest, _datasets_pb2.PreviewDatasetResponse]  # type: ignore[assignment]
+    """Rows as the model would see them: their tokens, and which of these are trained. Needs the audit, and begins it."""
     GetUploadSession: _aio.UnaryUnaryMultiCallable[_datasets_pb2.GetUploadSessionRequest, _datasets_pb2.UploadSession]  # type: ignore[assignment]
     """The upload in parts of a dataset. It is known for a day longer than it is open, whatever became of the dataset."""
     SignUploadParts: _aio.UnaryUnaryMultiCallable[_datasets_pb2.SignUploadPartsRequest, _datasets_pb2.SignUploadPartsResponse]  # type: ignore[assignment]
@@ -172,6 +184,24 @@ class DatasetsServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _datasets_pb2.DeleteDatasetRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_empty_pb2.Empty, _abc.Awaitable[_empty_pb2.Empty]]: ...
+
+    @_abc_1.abstractmethod
+    def AuditDataset(
+        self,
+        request: _datasets_pb2.AuditDatasetRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_datasets_pb2.Audit, _abc.Awaitable[_datasets_pb2.Audit]]:
+        """What a job on this model would find in the dataset; begun if nobody asked before. Answers at once: call again while
+        it is RUNNING. The objects' keys and digests are not told.
+        """
+
+    @_abc_1.abstractmethod
+    def PreviewDataset(
+        self,
+        request: _datasets_pb2.PreviewDatasetRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_datasets_pb2.PreviewDatasetResponse, _abc.Awaitable[_datasets_pb2.PreviewDatasetResponse]]:
+        """Rows as the model would see them: their tokens, and which of these are trained. Needs the audit, and begins it."""
 
     @_abc_1.abstractmethod
     def GetUploadSession(

@@ -9,7 +9,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lathe.common.errors import DataLoss
-from lathe.text.arrow import BATCH_ROWS, BATCH_TOKENS, TokenRow, TokenWriter, read_tokens, write_tokens
+from lathe.text.arrow import (
+    BATCH_ROWS,
+    BATCH_TOKENS,
+    TokenRow,
+    TokenWriter,
+    read_lines,
+    read_tokens,
+    write_tokens,
+)
 from lathe.text.formats import Role
 
 ROWS = st.lists(
@@ -136,3 +144,20 @@ def test_an_unknown_role_is_refused(tmp_path):
     write_columns(tmp_path / "new", tokens=[[1]], mask=[[1]], line=[1], role=[9])
     with pytest.raises(DataLoss, match="9"):
         read_tokens(tmp_path / "new")
+
+
+def test_some_lines_are_read_alone(tmp_path):
+    path = tmp_path / "x"
+    rows = [TokenRow([line, 7], b"\0\1", line) for line in range(1, BATCH_ROWS + 9) if line != 5]
+    write_tokens(path, rows, {})
+    last = BATCH_ROWS + 8
+    assert read_lines(path, [last, 3], 9) == [
+        TokenRow([3, 7], b"\0\1", 3),
+        TokenRow([last, 7], b"\0\1", last),
+    ]
+    assert read_lines(path, None, 9) == [TokenRow([1, 7], b"\0\1", 1)]
+    assert read_lines(path, [1, 2, 3], 2) == [TokenRow([line, 7], b"\0\1", line) for line in (1, 2)]
+    assert read_lines(path, [5], 9) == []
+    path.write_bytes(b"nothing of the kind")
+    with pytest.raises(DataLoss):
+        read_lines(path, [1], 9)

@@ -1,0 +1,107 @@
+"""Rows as the model sees them, from what the audit stored; a training file beside its validation file."""
+
+from __future__ import annotations
+
+import pytest
+
+from lathe.common.errors import InvalidArgument
+from lathe.datasets import preview
+from lathe.datasets.model import AuditOptions, AuditState
+from lathe.datasets.preview import Previews
+from lathe.datasets.tokenizers import TokenizerCache
+from lathe.text.findinglines import read_finding_lines
+from lathe.text.formats import Role
+from tests.unit.datasets.conftest import jsonl, row
+
+TINY = "baseModels/tiny"
+OPTIONS = AuditOptions()
+
+
+@pytest.fixture
+async def base(world):
+    return await world.base_models.add_tiny(world.objects)
+
+
+def previews(world) -> Previews:
+    tokenizers = TokenizerCache(world.objects, world.folder)
+    return Previews(world.start(), world.objects, tokenizers, world.folder)
+
+
+async def previewed(world, dataset, lines=(), options=OPTIONS):
+    shown = previews(world)
+    audit, sequences = await shown.preview("acme", dataset.id, TINY, options, lines)
+    if audit.state is AuditState.RUNNING:
+        assert sequences == []
+        await world.audit()
+        audit, sequences = await shown.preview("acme", dataset.id, TINY, options, lines)
+    return audit, sequences
+
+
+async def test_a_row_is_shown_as_it_is_trained(world, base):
+    dataset = await world.ready(jsonl(row(f"Grüße 🙂 {n}") for n in range(12)))
+    _, (sequence,) = await previewed(world, dataset, [4])
+    assert (sequence.line, sequence.role) == (4, Role.EXAMPLE)
+    text = "".join(text for _, text, _ in sequence.tokens)
+    assert text == (
+        "<|im_start|>user\nGrüße 🙂 3<|im_end|>\n<|im_start|>assistant\nHow can I help you today?<|im_end|>\n"
+    )
+    trained = "".join(text for _, text, is_trained in sequence.tokens if is_trained)
+    assert trained == "How can I help you today?<|im_end|>"
+    assert sequence.token_count == len(sequence.tokens)
+    assert sequence.trained_token_count == sum(is_trained for *_, is_trained in sequence.tokens)
+
+
+async def test_the_first_row_is_shown_unless_others_are_asked_for(world, base):
+    dataset = await world.ready()
+    assert [sequence.line for sequence in (await previewed(world, dataset))[1]] == [1]
+    assert [sequence.line for sequence in (await previewed(world, dataset, [12, 2]))[1]] == [2, 12]
+    with pytest.raises(InvalidArgument, match="line 13 is no row"):
+        await previewed(world, dataset, [2, 13])
+    with pytest.raises(InvalidArgument, match="at most 20"):
+        await previewed(world, dataset, range(1, 22))
+
+
+async def test_a_file_that_cannot_train_says_why(world, base):
+    dataset = await world.ready(jsonl([*(row(f"Hello {n}") for n in range(12)), row("a", "b " * 600)]))
+    audit, sequences = await previewed(world, dataset, options=AuditOptions(truncation="error"))
+    assert (audit.state, [sequence.line for sequence in sequences]) == (AuditState.ERROR, [1])
+    assert await previewed(world, dataset, [13], AuditOptions(truncation="error")) == (audit, [])
+    assert audit.report.groups[0].code == "context_exceeded"
+
+
+async def test_long_rows_are_shown_as_far_as_they_fit(world, base, monkeypatch):
+    monkeypatch.setattr(preview, "MAX_TOKENS", 30)
+    dataset = await world.ready()
+    _, sequences = await previewed(world, dataset, [1, 2, 3])
+    assert sum(len(sequence.tokens) for sequence in sequences) == 30
+    assert len(sequences[-1].tokens) < sequences[-1].token_count
+
+
+async def test_only_the_last_token_objects_are_kept(world, base):
+    for number in range(6):
+        await previewed(world, await world.ready(jsonl(row(f"Hello {number} {n}") for n in range(12))))
+    assert len(list((world.folder / "previews").iterdir())) == 4
+
+
+async def test_what_both_files_hold_is_found(world, base, tmp_path):
+    rows = [row(f"Hello {n}") for n in range(12)]
+    train = await world.ready(jsonl(rows))
+    valid = await world.ready(jsonl([*(row(f"Goodbye {n}") for n in range(12)), rows[6]]), name="valid.jsonl")
+    service = world.start()
+
+    async def ask():
+        return await service.ensure_audit("acme", train.id, TINY, OPTIONS, validation=valid.id)
+
+    for _ in range(3):
+        assert (await ask()).state is AuditState.RUNNING
+        await world.audit()
+    audit = await ask()
+    assert audit.state is AuditState.READY
+    (group,) = audit.report.groups
+    assert (group.code, group.count, group.lines) == ("validation_duplicate", 1, (7,))
+    assert "line 13 of the validation file" in audit.report.findings[0].message
+    alone = await service.ensure_audit("acme", train.id, TINY, OPTIONS)
+    assert (alone.key, alone.result) == (audit.key, audit.result) and alone.report.groups == ()
+    path = tmp_path / "findings.arrow"
+    await world.objects.fetch(alone.findings_key, path)
+    assert list(read_finding_lines(path)) == []
