@@ -30,7 +30,7 @@ from lathe.engine.held import Held, kept
 from lathe.engine.kv import KVCache
 from lathe.engine.lora_config import LoraSpec
 from lathe.engine.losses import token_logprobs
-from lathe.engine.memory import free_bytes, peak_bytes
+from lathe.engine.memory import free_bytes, keep_heap, peak_bytes
 from lathe.engine.model import OPTIMIZER_FILE
 from lathe.engine.optim import AdamW
 from lathe.engine.parts import ALWAYS_THERE
@@ -102,6 +102,8 @@ class Engine:
         if threads is not None:
             torch.set_num_threads(threads)
         place = torch.device(device)
+        if place.type == "cpu":
+            keep_heap()
         spec = read_spec(folder)
         placement = Whole(base_quantization) if to is None else to
         weights = load_weights(folder, spec, device=place, dtype=choose_dtype(dtype, place), to=placement)
