@@ -12,8 +12,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
-# How much a measured pass weighs when the next one has been measured: machines change, the last twenty passes count.
+# What is left of a measured pass's weight when the next one has been measured: machines change, so the last twenty
+# count. Fewer of the first ones: a cold pass, which takes several times as long, is soon forgotten.
 _FADES = 0.95
+
+
+def _fades(passes: int) -> float:
+    """After so many passes before this one: 0, 1/4, 2/5, 1/2, … up to `_FADES`."""
+    return min(_FADES, passes / (passes + 3))
+
+
 # Relative, and small beside any measurement: decides only what the passes so far leave open.
 _RIDGE = 1e-3
 # Of the time that the promise leaves to the others, what they are given: the rest is for estimates that were wrong.
@@ -32,6 +40,7 @@ class PassCost:
         self._products = [[0.0] * 3 for _ in range(3)]
         self._targets = [0.0] * 3
         self._coefficients: tuple[float, ...] | None = None
+        self._passes = 0
 
     @property
     def known(self) -> bool:
@@ -40,11 +49,12 @@ class PassCost:
 
     def learn(self, tokens: int, jobs: int, seconds: float) -> None:
         """A pass of so many tokens of so many jobs took this long."""
-        terms = (1.0, float(tokens), float(jobs))
+        terms, fades = (1.0, float(tokens), float(jobs)), _fades(self._passes)
+        self._passes += 1
         for i, left in enumerate(terms):
-            self._targets[i] = _FADES * self._targets[i] + left * seconds
+            self._targets[i] = fades * self._targets[i] + left * seconds
             for j, right in enumerate(terms):
-                self._products[i][j] = _FADES * self._products[i][j] + left * right
+                self._products[i][j] = fades * self._products[i][j] + left * right
         self._coefficients = self._fitted()
 
     def seconds(self, tokens: int, jobs: int = 1) -> float:

@@ -290,6 +290,14 @@ class Job:
         """Which engines may run it."""
         return Place(self.base.digest, self.compute.engine_class, self.id if self.compute.dedicated else "")
 
+    @property
+    def alone(self) -> bool:
+        """Whether its engine trains nothing else meanwhile: a rerun, whose bits are compared, and a job that trains a
+        whole copy of the base, whose memory is measured when it begins."""
+        return bool(self.rerun_of) or (
+            self.hyperparameters is not None and self.hyperparameters.full_parameter
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class Attempt:

@@ -115,6 +115,11 @@ def next_job(
     return min(ready, key=lambda job: (counts.get(job.project, 0), *_age(job)), default=None)
 
 
+def has_room(engine: EngineRecord, job: Job, held: int) -> bool:
+    """Whether an engine that holds so many attempts may take the job besides."""
+    return held == 0 if job.alone else held < engine.max_attempts
+
+
 def line(queued: Sequence[Job], running: Sequence[Job]) -> list[Job]:
     """The waiting jobs in the order in which fair share will likely take them."""
     counts = dict(_counts(running))
@@ -372,7 +377,7 @@ def _why(
         return "Waits a moment before it is tried again, because the last attempt met an error."
     if not serving:
         return _why_no_engine(job, picture, pool)
-    if ahead == 0 and any(picture.attempts.get(engine.id, 0) < engine.max_attempts for engine in serving):
+    if ahead == 0 and any(has_room(engine, job, picture.attempts.get(engine.id, 0)) for engine in serving):
         return "An engine with room will take it within seconds."
     place = "it is next in line" if ahead == 0 else f"{ahead} before it in line"
     return f"Waits for an engine for {job.base.id} with room; {place}.{_when(job, picture, ahead)}"

@@ -194,13 +194,16 @@ class WorkersService:
         engine = await session.engine(engine_id, lock=True)
         if engine is None or engine.draining or engine.state is not EngineState.READY:
             return None
-        if len(await session.open_attempts(engine_id)) >= engine.max_attempts:
+        held = await session.open_attempts(engine_id)
+        running = await _running(session)
+        ids = {attempt.id for attempt in held}
+        if len(held) >= engine.max_attempts or any(job.alone for job in running if job.attempt_id in ids):
             return None
         # A project whose quota was not looked up in time waits for the next call.
         queued = [job for job in await session.jobs_in([JobState.QUEUED]) if job.project in quotas]
-        running = await _running(session)
         chosen = policy.next_job(engine.place, queued, running, quotas, now)
-        if chosen is None:
+        if chosen is None or not policy.has_room(engine, chosen, len(held)):
+            # One that must be alone waits here for the others' end, and nobody passes it: it is the next in line.
             return None
         # Another engine may have taken a job of this project since: look again with the project locked.
         await session.lock_project(chosen.project)

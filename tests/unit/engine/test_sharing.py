@@ -31,9 +31,10 @@ Cost = Callable[[int, int], float]
 
 def cost_of(fixed: float, token: float, job: float) -> PassCost:
     cost = PassCost()
-    for tokens in (10, 50, 200):
-        for jobs in (1, 2, 4):
-            cost.learn(tokens, jobs, fixed + token * tokens + job * jobs)
+    for _ in range(3):
+        for tokens in (10, 50, 200):
+            for jobs in (1, 2, 4):
+                cost.learn(tokens, jobs, fixed + token * tokens + job * jobs)
     return cost
 
 
@@ -66,6 +67,14 @@ def test_before_anything_differed_a_second_job_is_thought_to_cost_most_of_anothe
         cost.learn(50, 1, 0.12)
     assert cost.seconds(50, 1) == pytest.approx(0.12, rel=0.01)
     assert cost.seconds(100, 2) == pytest.approx(0.20, rel=0.01)
+
+
+def test_a_cold_first_pass_is_soon_forgotten() -> None:
+    cost = PassCost()
+    cost.learn(50, 1, 1.0)
+    for _ in range(6):
+        cost.learn(50, 1, 0.1)
+    assert cost.seconds(50, 1) == pytest.approx(0.1, rel=0.05)
 
 
 def test_a_machine_that_has_become_slower_is_noticed() -> None:

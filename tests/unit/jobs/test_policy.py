@@ -65,6 +65,16 @@ def test_the_oldest_job_of_the_least_busy_project_is_next() -> None:
     assert [j.id for j in policy.line(queued, [])] == ["a", "c", "b"]
 
 
+def test_a_job_that_must_be_alone_waits_until_its_engine_is_empty() -> None:
+    rerun = job("b", rerun_of="a")
+    several = engine(max_attempts=4)
+    assert rerun.alone
+    assert [policy.has_room(several, rerun, held) for held in (0, 1)] == [True, False]
+    assert [policy.has_room(several, job("c"), held) for held in (0, 3, 4)] == [True, True, False]
+    picture = Snapshot(NOW, queued=[rerun], engines=[several], attempts={several.id: 1})
+    assert "it is next in line" in reason(picture, "b")
+
+
 def test_quota_base_and_back_off_are_kept() -> None:
     waiting = job("a")
     assert policy.next_job(Place(OTHER.digest), [waiting], [], {}, NOW) is None

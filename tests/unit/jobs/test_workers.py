@@ -8,6 +8,7 @@ from lathe.common.errors import Aborted, DataLoss, FailedPrecondition, InvalidAr
 from lathe.jobs.model import Action, AdapterObject, JobError, JobState, Outcome, SlicePlan
 from lathe.jobs.ports import Quota
 from lathe.jobs.progress import ReportedCheckpoint
+from lathe.jobs.training import TrainingSpec
 from lathe.jobs.workers import Beat, Lease
 from tests.fakes.jobs import OTHER, World, measured
 
@@ -65,6 +66,27 @@ async def test_only_an_engine_of_the_base_with_room_gets_the_job(world: World) -
     await world.register("eng-b")
     await world.workers.heartbeat(Beat("eng-b", draining=True))
     assert await world.workers.lease("eng-b") is None
+
+
+async def test_a_job_that_trains_the_whole_model_shares_its_engine_with_nobody(world: World) -> None:
+    await world.register(max_attempts=4)
+    first = await world.queued()
+    whole = await world.queued(spec=TrainingSpec(full_parameter=True))
+    last = await world.queued()
+    taken = await world.workers.lease("eng-a")
+    assert taken is not None
+    assert taken.job.id == first.id
+    # The last would have room, but not before the one in front of it.
+    assert await world.workers.lease("eng-a") is None
+    await world.complete(taken, Outcome.SUCCEEDED)
+    alone = await world.workers.lease("eng-a")
+    assert alone is not None
+    assert alone.job.id == whole.id
+    assert await world.workers.lease("eng-a") is None
+    await world.complete(alone, Outcome.SUCCEEDED)
+    after = await world.workers.lease("eng-a")
+    assert after is not None
+    assert after.job.id == last.id
 
 
 async def test_the_quota_of_running_jobs_is_kept(world: World) -> None:
