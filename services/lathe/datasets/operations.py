@@ -248,8 +248,8 @@ def _answer(row: TrainingRow) -> str:
     content = row.parts[0].content
     if isinstance(content, Plain):
         return content.completion
-    last = [message for message in content.messages if message["role"] == "assistant"][-1]
-    return str(last.get("content") or "")
+    answers = (message for message in reversed(content.messages) if message["role"] == "assistant")
+    return str(next(answers, {}).get("content") or "")
 
 
 def _as_json(text: str) -> Any:

@@ -6,8 +6,8 @@ it costs no memory of its own however long the file is.
 
 Two rows are *equal* when their digests are: when they give a model the same texts to learn from. The spelling of the
 JSON (spaces, escapes, the order of keys), the format (Alpaca or chat, `functions` or `tools`, text parts or a string)
-and the weights of a chat's turns do not count. Roles, texts, tool calls, tools and the verdict on an answer
-(preferred or not, its `label`) do.
+and the weights of a chat's turns do not count. Roles, texts, tool calls, tools, the verdict on an answer (preferred or
+not, its `label`), the label or score of texts, and what a grader is given do.
 """
 
 from __future__ import annotations
@@ -58,12 +58,14 @@ class Entry:
 
 def row_digest(row: TrainingRow) -> bytes:
     """BLAKE2b-128 of what a row says. Equal for rows that are equal (see the module), also in different formats."""
-    said = [
+    said: list[object] = [
         (part.role.value, part.content.messages, part.content.tools or ())
         if isinstance(part.content, Chat)
         else (part.role.value, part.content.prompt, part.content.completion)
         for part in row.parts
     ]
+    if row.extra is not None:
+        said.append(row.extra)
     return blake2b(_ENCODER.encode(said), digest_size=DIGEST_BYTES).digest()
 
 

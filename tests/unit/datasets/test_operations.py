@@ -126,6 +126,8 @@ def test_strata_by_answer_by_a_key_of_it_and_by_a_path():
             work.add(line)
         return list(work.rows)
 
+    rows = [b'{"messages": [{"role": "user", "content": "yes"}], "grade": 1}', chat("no")]
+    assert numbers("answer", *rows) == [0, 1]
     rows = [chat("yes"), chat("no"), b'{"prompt": "?", "completion": "yes"}', b'{"text": "yes"}']
     assert numbers("answer", *rows) == [0, 1, 0, 0]
     tickets = [chat(json.dumps({"kind": kind, "n": n})) for n, kind in enumerate(("a", "b", "a"))]

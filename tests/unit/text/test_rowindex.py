@@ -41,6 +41,11 @@ WEATHER = {"name": "weather", "parameters": {"type": "object", "properties": {}}
         (b'{"messages":[{"content":"Hi","role":"user"},{"role":"assistant","content":"Hello"}]}', chat()),
         (chat(tools=[{"type": "function", "function": WEATHER}]), chat(functions=[WEATHER])),
         (
+            {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]},
+            {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]},
+        ),
+        (chat(), {"instruction": "Hi", "input": "", "output": "Hello"}),
+        (
             chat(),
             {"prompt": chat()["messages"][:1], "completion": chat()["messages"][1:]},
         ),
@@ -68,6 +73,9 @@ def test_rows_that_say_something_else_are_not():
         {"prompt": "Hi", "completion": "Hello"},
         {"prompt": "HiHello", "completion": "x"},
         {"text": "Hi"},
+        {"text": "Hi", "label": "greeting"},
+        {"text": "Hi", "label": "farewell"},
+        {"anchor": "Hi", "positive": "Hello"},
     ]
     assert len({digest(row) for row in rows}) == len(rows)
 
