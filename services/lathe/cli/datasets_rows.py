@@ -10,7 +10,7 @@ from lathe.cli.connection import client_of
 from lathe.cli.dataset_report import say_report
 from lathe.cli.output import JSON, note, print_json, print_messages, print_table
 from lathe.client.names import last_id
-from lathe.client.rows import split_operation
+from lathe.client.rows import dedupe_operation, drop_operation, split_operation
 from lathe.common.errors import InvalidArgument
 from lathe.v1 import datasets_pb2 as pb
 
@@ -19,6 +19,7 @@ _RANGE = re.compile(r"(?P<first>[0-9]{1,12})(-(?P<last>[0-9]{1,12}))?", re.ASCII
 DATASET = Annotated[str, typer.Argument(help="file-…")]
 SEED = Annotated[int, typer.Option(help="Another seed draws other rows; the same seed the same ones.")]
 DRY_RUN = Annotated[bool, typer.Option("--dry-run", help="Only count the rows; make nothing.")]
+METHOD = Annotated[str, typer.Option(help="What the audit is for: supervised if unset, dpo, orpo or kto.")]
 WAIT = Annotated[bool, typer.Option(help="Wait until it is written and validated.")]
 
 
@@ -46,25 +47,44 @@ def split(
 def dedupe(
     context: typer.Context,
     dataset: DATASET,
+    near: Annotated[
+        str,
+        typer.Option(
+            metavar="MODEL", help="Leave out near duplicates too, as the audit for a base model finds them."
+        ),
+    ] = "",
+    method: METHOD = "",
     dry_run: DRY_RUN = False,
     wait: WAIT = True,
     as_json: JSON = False,
 ) -> None:
     """A dataset of the first of each set of equal rows."""
-    operation = pb.DatasetOperation(dedupe=pb.DedupeRows())
+    operation = dedupe_operation(near, pb.AuditOptions(method=method))
     _run(context, dataset, operation, dry_run=dry_run, wait=wait, as_json=as_json)
 
 
 def drop(
     context: typer.Context,
     dataset: DATASET,
-    lines: Annotated[str, typer.Option(help="Which, such as 3,17,40-52.")],
+    lines: Annotated[str, typer.Option(help="Which, such as 3,17,40-52.")] = "",
+    finding: Annotated[
+        list[str] | None,
+        typer.Option(help="All lines with a finding of the audit, such as truncated or email; repeatable."),
+    ] = None,
+    model: Annotated[str, typer.Option(help="The base model of the audit; with --finding.")] = "",
+    method: METHOD = "",
+    context_limit: Annotated[int, typer.Option(help="Tokens; the model's own limit if unset.")] = 0,
     dry_run: DRY_RUN = False,
     wait: WAIT = True,
     as_json: JSON = False,
 ) -> None:
     """A dataset without some of its lines."""
-    operation = pb.DatasetOperation(drop=pb.DropRows(lines=parsed_lines(lines)))
+    operation = drop_operation(
+        parsed_lines(lines) if lines else [],
+        finding or [],
+        model,
+        pb.AuditOptions(method=method, context_limit=context_limit),
+    )
     _run(context, dataset, operation, dry_run=dry_run, wait=wait, as_json=as_json)
 
 

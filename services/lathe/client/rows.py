@@ -42,14 +42,24 @@ class Rows:
         )
         return train, held_out
 
-    def dedupe(self, name: str) -> pb.Dataset:
-        """A dataset of the first of each set of equal rows. Raises NotFound, FailedPrecondition."""
-        (made,) = self.prepare(name, pb.DatasetOperation(dedupe=pb.DedupeRows()))
+    def dedupe(self, name: str, *, near_for: str = "", options: pb.AuditOptions | None = None) -> pb.Dataset:
+        """A dataset of the first of each set of equal rows. near_for: a base model; what its audit finds to be nearly
+        the same as an earlier row is left out too. Raises NotFound, FailedPrecondition."""
+        (made,) = self.prepare(name, dedupe_operation(near_for, options))
         return made
 
-    def drop(self, name: str, lines: Sequence[int]) -> pb.Dataset:
-        """A dataset without these lines (1-based). Raises NotFound, InvalidArgument, FailedPrecondition."""
-        (made,) = self.prepare(name, pb.DatasetOperation(drop=pb.DropRows(lines=lines)))
+    def drop(
+        self,
+        name: str,
+        lines: Sequence[int] = (),
+        *,
+        codes: Sequence[str] = (),
+        base_model: str = "",
+        options: pb.AuditOptions | None = None,
+    ) -> pb.Dataset:
+        """A dataset without these lines (1-based), and without those for which the audit for a base model found one of
+        these codes (docs/audit.md). Raises NotFound, InvalidArgument, FailedPrecondition."""
+        (made,) = self.prepare(name, drop_operation(lines, codes, base_model, options))
         return made
 
     def sample(self, name: str, count: int, *, seed: int = 0) -> pb.Dataset:
@@ -62,7 +72,8 @@ class Rows:
         request = pb.PrepareDatasetRequest(
             name=self._name(name), operation=operation, request_id=new_request_id()
         )
-        answer = self._transport.call(self._stub.PrepareDataset, request)
+        # An audit whose findings decide may have to be made first.
+        answer = self._transport.call(self._stub.PrepareDataset, request, timeout=_ROWS_S)
         return [prepared.dataset for prepared in answer.prepared]
 
     def count(self, name: str, operation: pb.DatasetOperation) -> pb.PrepareDatasetResponse:
@@ -115,3 +126,27 @@ def split_operation(
     """As of `Rows.split`, for `count` and `prepare`."""
     split = pb.SplitRows(seed=seed, fraction=fraction, count=count, stratify_by=stratify_by)
     return pb.DatasetOperation(split=split)
+
+
+def dedupe_operation(near_for: str = "", options: pb.AuditOptions | None = None) -> pb.DatasetOperation:
+    """As of `Rows.dedupe`."""
+    base_model = near_for and _base(near_for)
+    return pb.DatasetOperation(
+        dedupe=pb.DedupeRows(near=bool(near_for), base_model=base_model, options=options)
+    )
+
+
+def drop_operation(
+    lines: Sequence[int],
+    codes: Sequence[str] = (),
+    base_model: str = "",
+    options: pb.AuditOptions | None = None,
+) -> pb.DatasetOperation:
+    """As of `Rows.drop`."""
+    base_model = base_model and _base(base_model)
+    drop = pb.DropRows(lines=lines, codes=codes, base_model=base_model, options=options)
+    return pb.DatasetOperation(drop=drop)
+
+
+def _base(model: str) -> str:
+    return model if "/" in model else f"baseModels/{model}"

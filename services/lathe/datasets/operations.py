@@ -15,6 +15,7 @@ from hashlib import blake2b
 from typing import Any
 
 from lathe.common.errors import FieldViolation, InvalidArgument
+from lathe.text.findings import KINDS
 from lathe.text.rows import Plain, TrainingRow, parse_line
 
 MAX_STRATA = 1000
@@ -34,15 +35,30 @@ class Split:
 
 
 @dataclass(frozen=True, slots=True)
+class AuditChoice:
+    """The audit whose findings are meant, as it was asked for; and its key, once there is one."""
+
+    base_model: str
+    method: str = ""
+    context_limit: int = 0
+    truncation: str = ""
+    key: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Dedupe:
-    """The first of each set of equal rows."""
+    """The first of each set of equal rows; with an audit, also without what is nearly the same as an earlier row."""
+
+    audit: AuditChoice | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Drop:
-    """All rows but those of these lines, ascending."""
+    """All rows but those of these lines, ascending, and those for which an audit found one of these codes."""
 
-    lines: tuple[int, ...]
+    lines: tuple[int, ...] = ()
+    codes: tuple[str, ...] = ()
+    audit: AuditChoice | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,11 +114,27 @@ def check_operation(operation: Operation) -> None:
             _check_seed("sample", seed)
             if count < 1:
                 raise _invalid("sample.count", "must be 1 or more")
-        case Drop(lines):
-            if not lines or len(lines) > MAX_LINES or min(lines) < 1:
-                raise _invalid("drop.lines", f"must be 1 to {MAX_LINES} lines, counted from 1")
+        case Drop(lines, codes, audit):
+            if not (lines or codes) or len(lines) > MAX_LINES or min(lines, default=1) < 1:
+                raise _invalid("drop.lines", f"must be 1 to {MAX_LINES} lines, counted from 1, or give codes")
+            unknown = [code for code in codes if code not in KINDS]
+            if unknown:
+                raise _invalid("drop.codes", f"{unknown[0]!r} is no code; docs/audit.md lists them")
+            if bool(codes) != (audit is not None):
+                raise _invalid("drop.base_model", "findings are of an audit: give codes and a base model")
         case Dedupe():
             pass
+
+
+def findings_of(operation: Operation) -> tuple[str, ...]:
+    """The codes whose lines the operation leaves out; empty where findings do not matter."""
+    match operation:
+        case Drop(_, codes, _):
+            return codes
+        case Dedupe(audit) if audit is not None:
+            return ("near_duplicate",)
+        case _:
+            return ()
 
 
 def to_json(preparation: Preparation) -> dict[str, Any]:
@@ -116,8 +148,9 @@ def from_json(stored: Mapping[str, Any]) -> Preparation:
     """What `to_json` made."""
     settings = dict(stored["operation"])
     kind = _KINDS[settings.pop("kind")]
-    if kind is Drop:
-        settings["lines"] = tuple(settings["lines"])
+    settings = {key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()}
+    if settings.get("audit") is not None:
+        settings["audit"] = AuditChoice(**settings["audit"])
     parents = tuple(Parent(**parent) for parent in stored["parents"])
     return Preparation(parents, kind(**settings), stored["part"])
 

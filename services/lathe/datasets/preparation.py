@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pyarrow as pa  # type: ignore[import-untyped]
 
-from lathe.common.background import Wakeup
-from lathe.common.clock import Clock
-from lathe.common.errors import FailedPrecondition, NotFound
-from lathe.common.ids import IdFactory
-from lathe.common.objectstore.base import ObjectStore
+from lathe.common.errors import FailedPrecondition, NotFound, Unavailable
 from lathe.datasets import model as rules
 from lathe.datasets.differences import MAX_FIRST, Difference, difference
-from lathe.datasets.model import Audit, Dataset, DatasetState, blob_key
-from lathe.datasets.operations import Operation, Parent, Preparation, check_operation, name_of, parts_of
-from lathe.datasets.ports import DatasetStore
+from lathe.datasets.model import Audit, AuditState, Dataset, DatasetState, blob_key
+from lathe.datasets.operations import (
+    Dedupe,
+    Drop,
+    Operation,
+    Parent,
+    Preparation,
+    check_operation,
+    name_of,
+    parts_of,
+)
 from lathe.datasets.preparing import selected
 from lathe.datasets.rowindexes import RowIndexes
 from lathe.datasets.selection import counts
+from lathe.datasets.service import DatasetsService
 from lathe.text.errors import RowError
 from lathe.text.rowindex import DIGEST_BYTES, RowIndex, row_digest
 from lathe.text.rows import parse_line
@@ -55,14 +60,10 @@ class Found:
 
 @dataclass(frozen=True, slots=True)
 class PreparationService:
-    """preparing: set when there is something to write."""
+    """What is done with rows, beside what DatasetsService does with files."""
 
-    store: DatasetStore
-    objects: ObjectStore
+    datasets: DatasetsService
     indexes: RowIndexes
-    clock: Clock
-    ids: IdFactory
-    preparing: Wakeup = field(default_factory=Wakeup)
     # What takes memory for every row is done for one caller at a time.
     _alone: asyncio.Lock = field(default_factory=asyncio.Lock)
 
@@ -72,9 +73,9 @@ class PreparationService:
         Raises NotFound, InvalidArgument, FailedPrecondition, and Unavailable while the rows are being indexed.
         """
         parent = await self._rows_of(project, dataset_id)
-        check_operation(operation)
-        async with self._alone, self.indexes.opened(parent.sha256) as index:
-            selection = await selected(operation, index, self.objects, parent.sha256)
+        operation = await self._settled(parent, operation)
+        async with self._alone:
+            selection = await selected(operation, self.indexes, parent.sha256)
         rows = counts(operation, selection)
         parts = zip(parts_of(operation), rows, strict=True)
         return len(selection), [Prepared(part, number) for part, number in parts]
@@ -86,23 +87,23 @@ class PreparationService:
         request_id again answers with the first ones. Raises NotFound, InvalidArgument, FailedPrecondition.
         """
         parent = await self._rows_of(project, dataset_id)
-        check_operation(operation)
+        operation = await self._settled(parent, operation)
         made = []
         for part in parts_of(operation):
             new = Dataset(
                 project=project,
-                id=self.ids.new("file"),
+                id=self.datasets.ids.new("file"),
                 display_name=rules.derived_name(parent.display_name, name_of(operation), part),
                 purpose=parent.purpose,
                 state=DatasetState.VALIDATING,
-                create_time=self.clock.now(),
+                create_time=self.datasets.clock.now(),
                 expire_time=parent.expire_time,
-                staging_key=f"staging/{self.ids.token(24)}",
+                staging_key=f"staging/{self.datasets.ids.token(24)}",
                 preparation=Preparation((Parent(parent.id, parent.sha256),), operation, part),
             )
             key = rules.request_key(f"prepare-{part}", request_id)
-            made.append(Prepared(part, dataset=await self.store.add(new, key)))
-        self.preparing.set()
+            made.append(Prepared(part, dataset=await self.datasets.store.add(new, key)))
+        self.datasets.preparing.set()
         return made
 
     async def diff(self, project: str, dataset_id: str, other_id: str) -> Difference:
@@ -142,7 +143,7 @@ class PreparationService:
         # Files with the same content have their rows on the same lines.
         known: dict[str, tuple[int, tuple[int, ...]]] = {}
         row, places = b"", []
-        for dataset in await self.store.training_files(project):
+        for dataset in await self.datasets.store.training_files(project):
             if dataset.sha256 not in known:
                 async with self.indexes.opened(dataset.sha256) as index:
                     positions = await asyncio.to_thread(_positions, index, wanted)
@@ -157,7 +158,9 @@ class PreparationService:
 
     async def _row(self, dataset: Dataset, index: RowIndex, position: int) -> bytes:
         entry = index.entry(position)
-        chunks = self.objects.stream(blob_key(dataset.sha256), offset=entry.offset, length=entry.length)
+        chunks = self.indexes.objects.stream(
+            blob_key(dataset.sha256), offset=entry.offset, length=entry.length
+        )
         return b"".join([chunk async for chunk in chunks])
 
     async def trained_rows(
@@ -165,10 +168,10 @@ class PreparationService:
     ) -> tuple[list[Dataset], Audit | None]:
         """The project's datasets with these bytes, oldest first, and the audit of them with this key. None for an
         audit of other bytes, of bytes that the project has not (or no more), and for one that has gone."""
-        found = [each for each in await self.store.training_files(project) if each.sha256 == sha256]
-        if not found or not await self.store.is_audit_of(audit_key, sha256):
+        found = [each for each in await self.datasets.store.training_files(project) if each.sha256 == sha256]
+        if not found or not await self.datasets.store.is_audit_of(audit_key, sha256):
             return found, None
-        return found, await self.store.get_audit(audit_key, self.clock.now())
+        return found, await self.datasets.store.get_audit(audit_key, self.datasets.clock.now())
 
     # --- held-out sets ----------------------------------------------------------------------------------------
 
@@ -177,28 +180,44 @@ class PreparationService:
         another one has, FailedPrecondition for a dataset that has another name or no training rows."""
         rules.check_frozen_name(name)
         dataset = await self._rows_of(project, dataset_id)
-        if not await self.store.freeze(project, dataset_id, name):
+        if not await self.datasets.store.freeze(project, dataset_id, name):
             dataset = await self._rows_of(project, dataset_id)
             raise FailedPrecondition(
                 f"{dataset.name} is frozen as {dataset.frozen_as!r}; that is its name.", reason="FROZEN"
             )
-        return await self._get(project, dataset_id)
+        return await self.datasets.get(project, dataset_id)
 
     async def thaw(self, project: str, dataset_id: str) -> Dataset:
         """Let it be an ordinary dataset again. Raises NotFound."""
-        dataset = await self._get(project, dataset_id)
-        await self.store.thaw(project, dataset.id)
-        return await self._get(project, dataset_id)
+        dataset = await self.datasets.get(project, dataset_id)
+        await self.datasets.store.thaw(project, dataset.id)
+        return await self.datasets.get(project, dataset_id)
+
+    async def _settled(self, parent: Dataset, operation: Operation) -> Operation:
+        """The operation with the key of the audit that it asks about. Raises InvalidArgument for one that cannot be
+        meant, FailedPrecondition where there can be no audit, Unavailable until it is there."""
+        check_operation(operation)
+        if not isinstance(operation, Drop | Dedupe) or operation.audit is None:
+            return operation
+        choice = operation.audit
+        options = rules.AuditOptions(choice.method, choice.context_limit, choice.truncation)
+        audit = await self.datasets.ensure_audit(
+            parent.project, parent.id, choice.base_model, options, held_out=True
+        )
+        if audit.state is AuditState.RUNNING:
+            raise Unavailable(
+                f"{parent.name} is being audited. Try again in a moment.",
+                reason="AUDIT_RUNNING",
+                retry_after=1,
+            )
+        if not audit.findings_key:
+            why = audit.report.findings[0].message if audit.report.findings else "it has no findings by line"
+            raise FailedPrecondition(f"{parent.name} cannot be audited: {why}", reason="NOT_AUDITED")
+        return replace(operation, audit=replace(choice, key=audit.key))
 
     async def _rows_of(self, project: str, dataset_id: str) -> Dataset:
-        dataset = await self._get(project, dataset_id)
+        dataset = await self.datasets.get(project, dataset_id)
         rules.check_rows(dataset)
-        return dataset
-
-    async def _get(self, project: str, dataset_id: str) -> Dataset:
-        dataset = await self.store.get(project, dataset_id)
-        if dataset is None:
-            raise NotFound(f"projects/{project}/datasets/{dataset_id} was not found.")
         return dataset
 
 

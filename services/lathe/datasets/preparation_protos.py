@@ -5,7 +5,7 @@ from __future__ import annotations
 from lathe.common import names
 from lathe.common.errors import FieldViolation, InvalidArgument
 from lathe.datasets.differences import Difference, Rows
-from lathe.datasets.operations import Dedupe, Drop, Operation, Preparation, Sample, Split
+from lathe.datasets.operations import AuditChoice, Dedupe, Drop, Operation, Preparation, Sample, Split
 from lathe.v1 import datasets_pb2 as pb
 
 
@@ -16,9 +16,12 @@ def operation(message: pb.DatasetOperation) -> Operation:
             split = message.split
             return Split(split.seed, split.fraction, split.count, split.stratify_by)
         case "dedupe":
-            return Dedupe()
+            dedupe = message.dedupe
+            return Dedupe(_audit("dedupe", dedupe.base_model, dedupe.options) if dedupe.near else None)
         case "drop":
-            return Drop(tuple(sorted(set(message.drop.lines))))
+            drop = message.drop
+            audit = _audit("drop", drop.base_model, drop.options) if drop.codes else None
+            return Drop(tuple(sorted(set(drop.lines))), tuple(sorted(set(drop.codes))), audit)
         case "sample":
             return Sample(message.sample.seed, message.sample.count)
         case _:
@@ -39,12 +42,30 @@ def operation_pb(made: Operation) -> pb.DatasetOperation:
         case Split(seed, fraction, count, stratify_by):
             split = pb.SplitRows(seed=seed, fraction=fraction, count=count, stratify_by=stratify_by)
             return pb.DatasetOperation(split=split)
-        case Dedupe():
-            return pb.DatasetOperation(dedupe=pb.DedupeRows())
-        case Drop(lines):
-            return pb.DatasetOperation(drop=pb.DropRows(lines=lines))
+        case Dedupe(audit):
+            base_model, options = _audit_pb(audit)
+            dedupe = pb.DedupeRows(near=audit is not None, base_model=base_model, options=options)
+            return pb.DatasetOperation(dedupe=dedupe)
+        case Drop(lines, codes, audit):
+            base_model, options = _audit_pb(audit)
+            drop = pb.DropRows(lines=lines, codes=codes, base_model=base_model, options=options)
+            return pb.DatasetOperation(drop=drop)
         case Sample(seed, count):
             return pb.DatasetOperation(sample=pb.SampleRows(seed=seed, count=count))
+
+
+def _audit(operation: str, base_model: str, options: pb.AuditOptions) -> AuditChoice:
+    names.BASE_MODEL.parse(base_model, field=f"operation.{operation}.base_model")
+    return AuditChoice(base_model, options.method, options.context_limit, options.truncation)
+
+
+def _audit_pb(audit: AuditChoice | None) -> tuple[str, pb.AuditOptions | None]:
+    if audit is None:
+        return "", None
+    options = pb.AuditOptions(
+        method=audit.method, context_limit=audit.context_limit, truncation=audit.truncation
+    )
+    return audit.base_model, options
 
 
 def difference_pb(found: Difference) -> pb.DatasetDiff:

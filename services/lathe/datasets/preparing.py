@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
+from array import array
 from collections.abc import AsyncIterator, Coroutine
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -23,10 +24,11 @@ from lathe.datasets.model import (
     index_prefix,
     whole_file,
 )
-from lathe.datasets.operations import Operation, Preparation, Split, parts_of
+from lathe.datasets.operations import Dedupe, Drop, Operation, Preparation, Split, findings_of, parts_of
 from lathe.datasets.ports import DatasetStore
 from lathe.datasets.rowindexes import RowIndexes
 from lathe.datasets.selection import Cut, Selection, StrataPass, select
+from lathe.text.findinglines import read_finding_lines
 from lathe.text.rowindex import VERSION, RowIndex
 
 log = logging.getLogger(__name__)
@@ -100,8 +102,7 @@ class Preparing:
     async def _write(self, dataset: Dataset, made: Preparation) -> tuple[int, str]:
         """Size and digest of what is in staging now."""
         (parent,) = made.parents
-        async with self.indexes.opened(parent.sha256) as index:
-            selection = await selected(made.operation, index, self.objects, parent.sha256)
+        selection = await selected(made.operation, self.indexes, parent.sha256)
         hashed, size = hashlib.sha256(), 0
         cut = Cut(selection, parts_of(made.operation).index(made.part))
 
@@ -119,16 +120,37 @@ class Preparing:
         await self.store.finish_validation(dataset.project, dataset.id, DatasetState.ERROR, "", report)
 
 
-async def selected(operation: Operation, index: RowIndex, objects: ObjectStore, sha256: str) -> Selection:
+async def selected(operation: Operation, indexes: RowIndexes, sha256: str) -> Selection:
     """Which rows of the file an operation takes. Raises InvalidArgument for one that cannot be done to it, NotFound
-    if the file is gone."""
-    strata = None
-    if isinstance(operation, Split) and operation.stratify_by:
-        work = StrataPass(operation.stratify_by)
-        async for chunk in objects.stream(blob_key(sha256)):
-            await asyncio.to_thread(work.feed, chunk)
-        strata = await asyncio.to_thread(work.finish)
-    return await asyncio.to_thread(select, operation, index, strata)
+    if the file is gone, Unavailable while it is not indexed."""
+    async with indexes.opened(sha256) as index:
+        strata = await _strata(operation, indexes.objects, sha256)
+        found = await _found(operation, indexes)
+        return await asyncio.to_thread(select, operation, index, strata, found)
+
+
+async def _strata(operation: Operation, objects: ObjectStore, sha256: str) -> array[int] | None:
+    if not isinstance(operation, Split) or not operation.stratify_by:
+        return None
+    work = StrataPass(operation.stratify_by)
+    async for chunk in objects.stream(blob_key(sha256)):
+        await asyncio.to_thread(work.feed, chunk)
+    return await asyncio.to_thread(work.finish)
+
+
+async def _found(operation: Operation, indexes: RowIndexes) -> frozenset[int]:
+    """The lines with a finding that the operation leaves out."""
+    codes = findings_of(operation)
+    if not codes or not isinstance(operation, Drop | Dedupe) or operation.audit is None:
+        return frozenset()
+    audit = await indexes.store.get_audit(operation.audit.key, indexes.clock.now())
+    if audit is None or not audit.findings_key:
+        raise NotFound("The audit whose findings are meant has gone.")
+    async with indexes.fetched(audit.findings_key) as path:
+        lines = await asyncio.to_thread(
+            lambda: frozenset(line for line, _ in read_finding_lines(path, codes))
+        )
+    return lines
 
 
 def common_rows(few: RowIndex, many: RowIndex) -> tuple[int, tuple[int, ...]]:

@@ -6,11 +6,12 @@ import asyncio
 import shutil
 import tempfile
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from lathe.common.background import Wakeup
+from lathe.common.clock import Clock
 from lathe.common.errors import NotFound, Unavailable
 from lathe.common.objectstore.base import ObjectStore
 from lathe.datasets.model import blob_key, index_key
@@ -28,6 +29,7 @@ class RowIndexes:
     store: DatasetStore
     objects: ObjectStore
     folder: Path
+    clock: Clock
     wanted: Wakeup
 
     async def start(self) -> None:
@@ -53,10 +55,9 @@ class RowIndexes:
     async def opened(self, sha256: str) -> AsyncIterator[RowIndex]:
         """The index of a training file, as long as the block lasts. Raises Unavailable if it has yet to be made, which
         then is done, and NotFound if the file is gone."""
-        async with self._work() as folder:
-            path = folder / "rows"
+        async with AsyncExitStack() as held:
             try:
-                await self.objects.fetch(index_key(sha256), path)
+                path = await held.enter_async_context(self.fetched(index_key(sha256)))
             except NotFound as error:
                 if not await self.store.unset_indexed(sha256):
                     raise NotFound("The file whose rows are asked for was deleted.") from error
@@ -67,6 +68,14 @@ class RowIndexes:
                     retry_after=1,
                 ) from error
             yield await asyncio.to_thread(RowIndex, path)
+
+    @asynccontextmanager
+    async def fetched(self, key: str) -> AsyncIterator[Path]:
+        """An object as a file, as long as the block lasts. Raises NotFound."""
+        async with self._work() as folder:
+            path = folder / "object"
+            await self.objects.fetch(key, path)
+            yield path
 
     @asynccontextmanager
     async def _work(self) -> AsyncIterator[Path]:

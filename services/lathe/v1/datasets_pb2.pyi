@@ -352,12 +352,25 @@ class DedupeRows(message.Message):
 
     DESCRIPTOR: descriptor.Descriptor
 
+    NEAR_FIELD_NUMBER: builtins.int
+    BASE_MODEL_FIELD_NUMBER: builtins.int
+    OPTIONS_FIELD_NUMBER: builtins.int
+    near: builtins.bool
+    """Leave out as well what an audit finds to be nearly the same as an earlier row."""
+    base_model: builtins.str
+    """The audit's base model, baseModels/{base_model}, and its options; only with near."""
+    @builtins.property
+    def options(self) -> AuditOptions: ...
     def __init__(
         self,
+        *,
+        near: builtins.bool = ...,
+        base_model: builtins.str = ...,
+        options: AuditOptions | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = typing.Literal["options", b"options"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["base_model", b"base_model", "near", b"near", "options", b"options"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -368,18 +381,32 @@ class DropRows(message.Message):
     DESCRIPTOR: descriptor.Descriptor
 
     LINES_FIELD_NUMBER: builtins.int
+    CODES_FIELD_NUMBER: builtins.int
+    BASE_MODEL_FIELD_NUMBER: builtins.int
+    OPTIONS_FIELD_NUMBER: builtins.int
+    base_model: builtins.str
+    """The audit's base model, baseModels/{base_model}, and its options; only with codes."""
     @builtins.property
     def lines(self) -> containers.RepeatedScalarFieldContainer[builtins.int]:
         """1-based lines, at most 10,000."""
 
+    @builtins.property
+    def codes(self) -> containers.RepeatedScalarFieldContainer[builtins.str]:
+        """Every line with one of these findings of an audit, such as truncated or email (docs/audit.md)."""
+
+    @builtins.property
+    def options(self) -> AuditOptions: ...
     def __init__(
         self,
         *,
         lines: abc.Iterable[builtins.int] | None = ...,
+        codes: abc.Iterable[builtins.str] | None = ...,
+        base_model: builtins.str = ...,
+        options: AuditOptions | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = typing.Literal["options", b"options"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["lines", b"lines"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["base_model", b"base_model", "codes", b"codes", "lines", b"lines", "options", b"options"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

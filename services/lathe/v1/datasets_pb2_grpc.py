@@ -230,7 +230,8 @@ class DatasetsServiceServicer:
 
     def PrepareDataset(self, request, context):
         """Makes new datasets from a READY one's rows. The same operation on the same bytes gives the same bytes. They are
-        VALIDATING while they are written and read.
+        VALIDATING while they are written and read. Where findings decide, UNAVAILABLE until the audit is there, which is
+        begun: call again.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

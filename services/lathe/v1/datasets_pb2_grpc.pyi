@@ -64,7 +64,8 @@ class DatasetsServiceStub:
     """Gives a pending upload up; the dataset goes with it. Doing it again answers the same."""
     PrepareDataset: _grpc.UnaryUnaryMultiCallable[_datasets_pb2.PrepareDatasetRequest, _datasets_pb2.PrepareDatasetResponse]
     """Makes new datasets from a READY one's rows. The same operation on the same bytes gives the same bytes. They are
-    VALIDATING while they are written and read.
+    VALIDATING while they are written and read. Where findings decide, UNAVAILABLE until the audit is there, which is
+    begun: call again.
     """
     DiffDatasets: _grpc.UnaryUnaryMultiCallable[_datasets_pb2.DiffDatasetsRequest, _datasets_pb2.DatasetDiff]
     """Which rows two READY datasets share, in whatever format and spelling."""
@@ -114,7 +115,8 @@ class DatasetsServiceAsyncStub(DatasetsServiceStub):
     """Gives a pending upload up; the dataset goes with it. Doing it again answers the same."""
     PrepareDataset: _aio.UnaryUnaryMultiCallable[_datasets_pb2.PrepareDatasetRequest, _datasets_pb2.PrepareDatasetResponse]  # type: ignore[assignment]
     """Makes new datasets from a READY one's rows. The same operation on the same bytes gives the same bytes. They are
-    VALIDATING while they are written and read.
+    VALIDATING while they are written and read. Where findings decide, UNAVAILABLE until the audit is there, which is
+    begun: call again.
     """
     DiffDatasets: _aio.UnaryUnaryMultiCallable[_datasets_pb2.DiffDatasetsRequest, _datasets_pb2.DatasetDiff]  # type: ignore[assignment]
     """Which rows two READY datasets share, in whatever format and spelling."""
@@ -245,7 +247,8 @@ class DatasetsServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_datasets_pb2.PrepareDatasetResponse, _abc.Awaitable[_datasets_pb2.PrepareDatasetResponse]]:
         """Makes new datasets from a READY one's rows. The same operation on the same bytes gives the same bytes. They are
-        VALIDATING while they are written and read.
+        VALIDATING while they are written and read. Where findings decide, UNAVAILABLE until the audit is there, which is
+        begun: call again.
         """
 
     @_abc_1.abstractmethod

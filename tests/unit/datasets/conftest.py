@@ -82,13 +82,13 @@ class World:
 
     def preparation(self, *, store=None, objects=None):
         store, objects = store or self.store, objects or self.objects
-        indexes = RowIndexes(store, objects, self.folder / "rows", Wakeup())
-        return PreparationService(store, objects, indexes, self.clock, self.ids)
+        indexes = RowIndexes(store, objects, self.folder / "rows", self.clock, Wakeup())
+        return PreparationService(self.start(store=store, objects=objects), indexes)
 
     async def prepare(self, *, store=None, objects=None):
         """Index, compare with held-out sets, write: what the background does."""
-        service = self.preparation(store=store, objects=objects)
-        await Preparing(service.store, service.objects, service.indexes).step()
+        indexes = self.preparation(store=store, objects=objects).indexes
+        await Preparing(indexes.store, indexes.objects, indexes).step()
 
     async def derive(self, dataset, operation):
         """The datasets that an operation makes, once they are settled."""

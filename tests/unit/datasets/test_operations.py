@@ -11,10 +11,11 @@ from hypothesis import strategies as st
 from lathe.common.errors import InvalidArgument
 from lathe.datasets import operations
 from lathe.datasets.differences import difference, longest_increasing
-from lathe.datasets.operations import Dedupe, Drop, Parent, Preparation, Sample, Split
+from lathe.datasets.operations import AuditChoice, Dedupe, Drop, Parent, Preparation, Sample, Split
 from lathe.datasets.selection import DROPPED, Cut, StrataPass, counts, select
 from lathe.text.rowindex import RowIndex, RowIndexWriter
 
+AUDIT = AuditChoice("baseModels/tiny", "supervised", 100, "end", "a" * 64)
 TEXTS = st.lists(st.sampled_from("abcdefgh"), min_size=2, max_size=30)
 SEEDS = st.integers(-(2**63), 2**63 - 1)
 
@@ -152,6 +153,12 @@ def test_dedupe_keeps_the_first_of_equals_and_twice_is_once(indexed, texts):
     assert taken(kept, select(Dedupe(), indexed(kept))) == kept
 
 
+def test_what_an_audit_found_is_left_out_beside_what_is_named(indexed):
+    texts = list("abcabd")
+    assert taken(texts, select(Drop((1,), ("email",), AUDIT), indexed(texts), found={2, 6})) == list("cab")
+    assert taken(texts, select(Dedupe(AUDIT), indexed(texts), found={3})) == list("abd")
+
+
 @given(texts=TEXTS, data=st.data())
 def test_drop_leaves_out_exactly_those_lines(indexed, texts, data):
     lines = data.draw(st.sets(st.integers(1, len(texts)), min_size=1))
@@ -196,6 +203,9 @@ SAMPLE_7 = ["2", "5", "6", "10", "18"]
 @pytest.mark.parametrize(
     ("operation", "field"),
     [
+        (Drop((1,), ("no_such_code",), AUDIT), "drop.codes"),
+        (Drop((1,), ("truncated",)), "drop.base_model"),
+        (Drop((1,), (), AUDIT), "drop.base_model"),
         (Split(1), "split"),
         (Split(1, 0.5, 3), "split"),
         (Split(1, 1.0), "split"),
@@ -213,7 +223,17 @@ def test_what_cannot_be_meant_names_its_field(operation, field):
     assert error.value.violations[0].field == f"operation.{field}"
 
 
-@pytest.mark.parametrize("operation", [Split(3, 0.1, 0, "label"), Dedupe(), Drop((1, 5)), Sample(2, 9)])
+@pytest.mark.parametrize(
+    "operation",
+    [
+        Split(3, 0.1, 0, "label"),
+        Dedupe(),
+        Dedupe(AUDIT),
+        Drop((1, 5)),
+        Drop((), ("email", "truncated"), AUDIT),
+        Sample(2, 9),
+    ],
+)
 def test_a_preparation_comes_back_as_it_was_stored(operation):
     made = Preparation((Parent("file-1", "a" * 64),), operation, "train")
     assert operations.from_json(json.loads(json.dumps(operations.to_json(made)))) == made

@@ -2,12 +2,13 @@
 
 import json
 from contextlib import suppress
+from dataclasses import replace
 
 import pytest
 
 from lathe.common.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound, Unavailable
 from lathe.datasets.model import AuditOptions, AuditState, DatasetState, blob_key, index_key
-from lathe.datasets.operations import Dedupe, Drop, Parent, Sample, Split
+from lathe.datasets.operations import AuditChoice, Dedupe, Drop, Parent, Sample, Split
 from tests.fixtures.worlds import Died, DyingRows, DyingStore
 from tests.unit.datasets.conftest import GOOD, jsonl, row, sha
 
@@ -54,7 +55,7 @@ async def test_the_same_operation_gives_the_same_bytes_and_a_count_before(world)
     service = world.preparation()
     rows, counted = await service.count("acme", parent.id, Split(3, count=12))
     assert (rows, [each.rows for each in counted]) == (60, [48, 12])
-    assert len(await service.store.training_files("acme")) == 1
+    assert len(await world.store.training_files("acme")) == 1
     first, second = await world.derive(parent, Sample(3, 20)), await world.derive(parent, Sample(3, 20))
     assert first[0].sha256 == second[0].sha256 and first[0].id != second[0].id
 
@@ -102,6 +103,34 @@ async def test_what_cannot_be_made_of_these_rows_says_so(world, operation, words
         assert words in made.report.findings[0].message
     with pytest.raises(InvalidArgument, match=words[:10].replace("(", ".")):
         await world.preparation().count("acme", parent.id, operation)
+
+
+async def test_rows_are_dropped_by_what_an_audit_found(world):
+    await world.base_models.add_tiny(world.objects)
+    long = [row("Go on.", "word " * 400), row("Who?", "ada@analytical.io wrote it")]
+    story = "Once upon a time three little pigs built a house of straw, one of sticks and one of bricks, and "
+    near = [row("Tell me a story.", story * 3 + end) for end in ("the wolf came", "then a wolf came")]
+    parent = await world.ready(jsonl([*ROWS[:12], *long, *near, ROWS[0]]))
+    operation = Drop((2,), ("email", "truncated"), AuditChoice("baseModels/tiny", context_limit=256))
+    service = world.preparation()
+    with pytest.raises(Unavailable, match="being audited"):
+        await service.prepare("acme", parent.id, operation, "")
+    await world.audit()
+    (made,) = await world.derive(parent, operation)
+    assert await world.content(made) == jsonl([ROWS[0], *ROWS[2:12], *near, ROWS[0]])
+    assert made.preparation.operation.audit.key
+    deduped = Dedupe(replace(operation.audit, context_limit=0))
+    with suppress(Unavailable):
+        await service.prepare("acme", parent.id, deduped, "")
+    await world.audit()
+    (made,) = await world.derive(parent, deduped)
+    found = await world.content(made)
+    assert found.count(jsonl(ROWS[:1])) == 1 and found.count(b"Tell me a story") == 1
+    with pytest.raises(NotFound):
+        await service.prepare("acme", parent.id, Dedupe(AuditChoice("baseModels/none")), "")
+    wrong = Dedupe(AuditChoice("baseModels/tiny", method="dpo"))
+    with pytest.raises(FailedPrecondition, match="cannot be audited: The method dpo"):
+        await service.prepare("acme", parent.id, wrong, "")
 
 
 async def test_too_few_rows_are_refused_as_in_an_upload(world):
