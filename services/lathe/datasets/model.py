@@ -46,6 +46,7 @@ _LIFE_SLACK = timedelta(minutes=5)
 _MAX_NAME = 255
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+_FILE_ENDING = re.compile(r"(?<=.)\.(jsonl|ndjson|json|csv|tsv|parquet)$", re.IGNORECASE)
 _FROZEN_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
 
 
@@ -451,10 +452,10 @@ def check_rows(dataset: Dataset) -> None:
 
 
 def derived_name(display_name: str, operation: str, part: str) -> str:
-    """`train.jsonl` and held_out as `train.held_out.jsonl`; the operation where it makes one dataset."""
-    stem, dot, ending = display_name.rpartition(".")
+    """`train.csv` and held_out as `train.held_out.jsonl`: what is made of a dataset is JSONL, as it is stored. The
+    operation stands for the part where it makes one dataset."""
     word = part or operation
-    made = f"{stem}.{word}.{ending}" if dot and stem else f"{display_name}.{word}"
+    made = f"{_FILE_ENDING.sub('', display_name)}.{word}.jsonl"
     return made if len(made) <= _MAX_NAME else f"{word}.jsonl"
 
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from lathe.common.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound, Unavailable
-from lathe.datasets.model import AuditOptions, AuditState, DatasetState, blob_key, index_key
+from lathe.datasets.model import AuditOptions, AuditState, DatasetState, blob_key, derived_name, index_key
 from lathe.datasets.operations import AuditChoice, Dedupe, Drop, Parent, Sample, Split
 from tests.fixtures.worlds import Died, DyingRows, DyingStore
 from tests.unit.datasets.conftest import GOOD, jsonl, row, sha
@@ -47,6 +47,13 @@ async def test_a_split_makes_two_datasets_that_say_where_they_come_from(world):
     answers = [json.loads(line)["messages"][1]["content"] for line in lines[1].splitlines()]
     assert sorted(map(answers.count, set(answers))) == [5, 5, 5]
     assert train.staging_key == held_out.staging_key == ""
+
+
+def test_what_is_made_is_named_after_what_it_is_made_of():
+    assert derived_name("tickets.CSV", "split", "held_out") == "tickets.held_out.jsonl"
+    assert derived_name("v1.2", "dedupe", "") == "v1.2.dedupe.jsonl"
+    assert derived_name(".jsonl", "dedupe", "") == ".jsonl.dedupe.jsonl"
+    assert derived_name("x" * 255, "sample", "") == "sample.jsonl"
 
 
 async def test_the_same_operation_gives_the_same_bytes_and_a_count_before(world):
