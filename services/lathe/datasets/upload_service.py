@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 
-from lathe.common.errors import FailedPrecondition, NotFound
+from lathe.common.errors import FailedPrecondition, LatheError, NotFound
 from lathe.datasets import uploads as rules
 from lathe.datasets.model import Dataset, DatasetState
 from lathe.datasets.ports import UploadStore
@@ -105,12 +105,7 @@ class UploadService:
         md5 = rules.check_md5(md5)
         session, _ = await self.get(project, dataset_id)
         if session.state is UploadState.PENDING:
-            dataset = await self._uploading(session)
-            parts = rules.ordered(session, part_ids, await self._stored(dataset))
-            now = self.datasets.clock.now()
-            if await self.store.complete_upload(project, dataset_id, parts, md5, now):
-                self.datasets.validation.set()
-            # Or somebody was quicker: what the row says now is what counts.
+            await self._complete(session, part_ids, md5)
         session, committed = await self.get(project, dataset_id)
         same = not part_ids or tuple(part_ids) == session.parts
         if session.state is not UploadState.COMPLETED or not same or md5 != session.md5:
@@ -118,6 +113,20 @@ class UploadService:
         if committed is None:
             raise NotFound(f"{session.name} was deleted after its upload.")
         return session, committed
+
+    async def _complete(self, session: UploadSession, part_ids: Sequence[str], md5: str) -> None:
+        """Unless somebody was quicker, after whom the parts may be gone too: what the row says then is what counts."""
+        try:
+            dataset = await self._uploading(session)
+            parts = rules.ordered(session, part_ids, await self._stored(dataset))
+        except LatheError:
+            now, _ = await self.get(session.project, session.dataset_id)
+            if now.state is UploadState.PENDING:
+                raise
+            return
+        time = self.datasets.clock.now()
+        if await self.store.complete_upload(session.project, session.dataset_id, parts, md5, time):
+            self.datasets.validation.set()
 
     async def cancel(self, project: str, dataset_id: str) -> UploadSession:
         """Raises NotFound, FailedPrecondition when it is complete or has expired."""

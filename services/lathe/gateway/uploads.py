@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
-from typing import Generic, Self, TypeVar
+from typing import Generic, Self, TypeVar, cast
 
 from lathe.common.clock import Clock
 from lathe.common.errors import (
@@ -33,7 +33,10 @@ PART_BYTES = 8 * 1024 * 1024
 _HASHED_IN_PLACE = 64 * 1024
 _COMMIT_WAITS_S = (0.5, 1.0, 2.0)
 
+_END = object()
+
 Committed = TypeVar("Committed")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +95,7 @@ class Digest(Counted):
             self._hashing = asyncio.get_running_loop().run_in_executor(None, self._hash.update, data)
 
     async def passing(self, chunks: AsyncIterable[bytes]) -> AsyncIterator[bytes]:
-        async for chunk in chunks:
+        async for chunk in ahead(chunks):
             await self.add(chunk)
             yield chunk
 
@@ -194,7 +197,7 @@ class DatasetUploads(Generic[Committed]):
                 # A whole upload whose commit failed: one key cannot be an object and a folder.
                 await self._store.delete(key)
             async with PartWriter(self._store, key, len(parts)) as writer:
-                async for chunk in chunks:
+                async for chunk in ahead(chunks):
                     expected = digest.size if digest is not None else stored
                     if chunk.offset != expected:
                         raise wrong_offset(chunk.offset, expected)
@@ -249,6 +252,24 @@ class DatasetUploads(Generic[Committed]):
             except Unavailable:
                 await self._clock.sleep(wait)
         return await self._owner.commit(principal, name, upload)
+
+
+async def ahead(items: AsyncIterable[T]) -> AsyncGenerator[T, None]:
+    """The same items; the next one is asked for while the last is worked on."""
+    source = aiter(items)
+    coming = asyncio.ensure_future(_next(source))
+    try:
+        while (item := await coming) is not _END:
+            coming = asyncio.ensure_future(_next(source))
+            yield cast(T, item)
+    finally:
+        coming.cancel()
+        # Nobody wants it any more, nor what it raised.
+        await asyncio.gather(coming, return_exceptions=True)
+
+
+async def _next(source: AsyncIterator[object]) -> object:
+    return await anext(source, _END)
 
 
 async def opened(store: ObjectStore, key: str, offset: int, named: str) -> AsyncIterator[bytes]:

@@ -83,6 +83,31 @@ async def test_one_go(up: DatasetUploads[FakeDataset], store: MemoryObjectStore)
     assert b"".join([c async for c in await up.download(ALICE, NAME, offset=1)]) == b"bcd"
 
 
+async def test_the_next_is_asked_for_while_the_last_is_worked_on() -> None:
+    asked: list[int] = []
+
+    async def numbers() -> AsyncIterator[int]:
+        for number in range(4):
+            asked.append(number)
+            yield number
+        raise ConnectionError
+
+    got: list[int] = []
+    with pytest.raises(ConnectionError):
+        async for number in uploads.ahead(numbers()):
+            await asyncio.sleep(0)
+            got.append(number)
+            assert asked[-1] == min(number + 1, 3)
+    assert got == [0, 1, 2, 3]
+
+    async def broken_off() -> int:
+        async for number in uploads.ahead(numbers()):
+            return number
+        return -1
+
+    assert await broken_off() == 0
+
+
 async def test_what_breaks_half_way_leaves_nothing(
     up: DatasetUploads[FakeDataset], owner: FakeDatasets, store: MemoryObjectStore
 ) -> None:

@@ -215,20 +215,22 @@ async def file_bytes(form: AsyncIterator[Event]) -> AsyncGenerator[bytes, None]:
 
     Raises InvalidArgument for a field after the file that would have mattered before it, and for a second file.
     """
-    held = bytearray()
+    held: list[bytes] = []
+    size = 0
     in_file = True
     async for event in form:
         if isinstance(event, PartData) and in_file:
-            held += event.data
-            if len(held) >= _PIECE_BYTES:
-                yield bytes(held)
-                held.clear()
+            held.append(event.data)
+            size += len(event.data)
+            if size >= _PIECE_BYTES:
+                yield b"".join(held)
+                held, size = [], 0
         elif isinstance(event, PartEnd):
             in_file = False
         elif isinstance(event, PartBegin):
             _check_trailing(event.name)
     if held:
-        yield bytes(held)
+        yield b"".join(held)
 
 
 def _check_trailing(name: str) -> None:
