@@ -51,7 +51,7 @@ def free_bytes(device: torch.device) -> int | None:
 
 def keep_heap() -> None:
     """Lets freed memory stay with the process, up to 256 MiB: by itself glibc gives it back after each pass and asks
-    for it anew in the next, page by page (19,000 pages, 25 of 550 ms, in a pass of 200 tokens)."""
+    for it anew in the next, page by page (14,000 pages, 25 of 550 ms, in a pass of 200 tokens)."""
     try:
         libc = ctypes.CDLL(None)
         libc.mallopt(_M_MMAP_THRESHOLD, _MAPPED_BYTES)
