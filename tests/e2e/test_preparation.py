@@ -56,6 +56,16 @@ def test_rows_are_split_dropped_sampled_and_deduplicated(
     assert impossible.report.findings[0].code == "cannot_prepare"
 
 
+def test_rows_are_dropped_by_what_the_audit_found(client: Client, base_model: str, upload: Upload) -> None:
+    private = row("Who wrote it?", "ada.lovelace@analytical.io wrote it")
+    parent = upload(jsonl([*ROWS[:12], private]))
+    made = client.datasets.wait(
+        client.datasets.drop(parent.name, codes=["email"], base_model=base_model).name
+    )
+    assert content(client, made) == ROWS[:12]
+    assert list(made.preparation.operation.drop.codes) == ["email"]
+
+
 def test_a_row_is_found_wherever_it_is(client: Client, colours: datasets_pb2.Dataset, upload: Upload) -> None:
     spelled = json.dumps(ROWS[7], separators=(",", ":"), sort_keys=True)
     other = upload(jsonl(ROWS[:20]).replace(json.dumps(ROWS[7]).encode(), spelled.encode()))
