@@ -6,13 +6,14 @@ import asyncio
 import logging
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lathe.common.errors import LatheError, NotFound, RetryableError, Unavailable
 from lathe.common.objectstore.base import ObjectStore
-from lathe.datasets.chunkwork import Chunker, ChunkWork
+from lathe.datasets.chunkwork import Chunker, ChunkResult, ChunkWork
 from lathe.datasets.collecting import Collector, Outcome, file_sha256, overlap_finding
 from lathe.datasets.model import (
     AuditResult,
@@ -25,13 +26,20 @@ from lathe.datasets.model import (
 from lathe.datasets.ports import DatasetStore
 from lathe.datasets.service import render_options
 from lathe.datasets.tokenizers import TokenizerCache
+from lathe.datasets.workers import ChunkWorkers, Task
 from lathe.text import VERSION
 from lathe.text.arrow import TokenWriter
 from lathe.text.duplicates import find_duplicates, find_overlap
 from lathe.text.findinglines import FindingLines
 from lathe.text.findings import Tally
+from lathe.text.jsonl import Line
+from lathe.text.render import RenderOptions
 
 log = logging.getLogger(__name__)
+
+
+# A process takes a second or two to start, in which so much is audited.
+BYTES_A_WORKER = 8 << 20
 
 
 class Auditor:
@@ -44,7 +52,13 @@ class Auditor:
         objects: ObjectStore,
         folder: Path,
         tokenizers: TokenizerCache | None = None,
+        *,
+        workers: int = 1,
+        bytes_a_worker: int = BYTES_A_WORKER,
     ) -> None:
+        """workers: at most so many processes; bytes_a_worker: a file has another one for each so many bytes."""
+        self._workers = workers
+        self._bytes_a_worker = bytes_a_worker
         self._store = store
         self._objects = objects
         self._tokenizers = tokenizers or TokenizerCache(objects, folder)
@@ -110,7 +124,6 @@ class Auditor:
 
     async def _tokenise(self, task: AuditTask, files: AuditFiles) -> Outcome:
         """Write the token object and the findings."""
-        tokenizer = await self._tokenizers.get(task.files)
         options = render_options(task.options)
         metadata = {
             "key": task.key,
@@ -120,24 +133,42 @@ class Auditor:
             "template": task.template_digest,
             "options": options.canonical(),
         }
-        work = ChunkWork(tokenizer, options, task.now)
+        key = blob_key(task.dataset_sha256)
         with TokenWriter(files.tokens, metadata) as writer:
             collector = Collector(writer)
-            chunker = Chunker()
-
-            def take(data: bytes) -> None:
-                for lines in chunker.feed(data):
-                    collector.add(work.run(lines))
-
-            def rest() -> None:
-                for lines in chunker.finish():
-                    collector.add(work.run(lines))
-
-            # Each chunk in a thread of its own turn: the event loop stays free between and during them.
-            async for data in self._objects.stream(blob_key(task.dataset_sha256), chunk_size=256 * 1024):
-                await asyncio.to_thread(take, data)
-            await asyncio.to_thread(rest)
+            async with aclosing(self._results(task, options, key)) as results:
+                async for result in results:
+                    # In a thread: the event loop stays free.
+                    await asyncio.to_thread(collector.add, result)
         return await asyncio.to_thread(_concluded, collector, files, metadata)
+
+    async def _results(
+        self, task: AuditTask, options: RenderOptions, key: str
+    ) -> AsyncGenerator[ChunkResult, None]:
+        """Of the file's chunks, in order: from processes for a file that is worth starting them, else from threads."""
+        found = await self._objects.head(key)
+        size = found.size if found is not None else 0
+        count = min(self._workers, 1 + size // self._bytes_a_worker)
+        if count > 1:
+            folder = await self._tokenizers.folder(task.files)
+            workers = await asyncio.to_thread(ChunkWorkers, Task(folder, options, task.now), count)
+            try:
+                async for result in workers.results(self._chunks(key)):
+                    yield result
+            finally:
+                workers.close()
+            return
+        work = ChunkWork(await self._tokenizers.get(task.files), options, task.now)
+        async for lines in self._chunks(key):
+            yield await asyncio.to_thread(work.run, lines)
+
+    async def _chunks(self, key: str) -> AsyncIterator[Sequence[Line]]:
+        chunker = Chunker()
+        async for data in self._objects.stream(key, chunk_size=256 * 1024):
+            for lines in await asyncio.to_thread(list, chunker.feed(data)):
+                yield lines
+        for lines in chunker.finish():
+            yield lines
 
     async def _compare(self, task: AuditTask, files: AuditFiles) -> Outcome:
         """What a training and a validation file both hold. Raises NotFound if one of their audits is gone."""

@@ -123,7 +123,7 @@ class ChunkWork:
         _label(result, row)
         _count(result, "turns", turns_of(row))
         for role, example in found.sequences:
-            result.tokens.extend(example.tokens)
+            result.tokens += array("i", example.tokens)
             result.mask += example.mask
             result.sizes.append(len(example.tokens))
             result.lines.append(line)

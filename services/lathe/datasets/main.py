@@ -38,6 +38,7 @@ from lathe.datasets.tokenizers import TokenizerCache
 from lathe.datasets.upload_service import UploadService
 from lathe.datasets.upload_store import SqlUploadStore
 from lathe.datasets.validation import Validation
+from lathe.datasets.workers import usual_count
 from lathe.v1.datasets_pb2_grpc import (
     add_DatasetsInternalServiceServicer_to_server,
     add_DatasetsServiceServicer_to_server,
@@ -104,7 +105,7 @@ async def running(
             settings.rpc.service_token_file, settings.rpc.engine_token_file
         )
         server = build_server(registrations, settings.rpc, ServiceAuthenticator(credentials), metrics)
-        auditor = Auditor(store, objects, folder, tokenizers)
+        auditor = Auditor(store, objects, folder, tokenizers, workers=settings.audit_workers or usual_count())
         await auditor.start()
         work = _loops(
             settings=settings,

@@ -19,6 +19,12 @@ class DatasetsSettings(ProcessSettings, service="datasets"):
         None, description="tokenizers and unfinished token objects; a temporary folder if not given"
     )
     validation_workers: int = Field(2, ge=1, le=32, description="files that are validated beside each other")
+    audit_workers: int = Field(
+        0,
+        ge=0,
+        le=256,
+        description="processes that audit a large file, of some 150 MB each; 0 for one for each core, at most 4",
+    )
     sweep_interval_s: float = Field(
         300.0, gt=0, description="how often deleted and expired files are looked for"
     )

@@ -28,15 +28,18 @@ class TokenizerCache:
 
     async def get(self, files: Collection[TokenizerFile]) -> Tokenizer:
         """Raises NotFound if a file is gone, DataLoss if it is not what it was, Unavailable."""
-        listed = sorted([file.path, file.sha256] for file in files)
-        key = hashlib.sha256(json.dumps(listed).encode()).hexdigest()
+        key = _key(files)
         if key not in self._loaded:
-            folder = await self._fetched(key, files)
+            folder = await self.folder(files)
             self._loaded[key] = await asyncio.to_thread(Tokenizer.from_folder, folder)
         self._loaded.move_to_end(key)
         while len(self._loaded) > self._max_items:
             self._loaded.popitem(last=False)
         return self._loaded[key]
+
+    async def folder(self, files: Collection[TokenizerFile]) -> Path:
+        """Where a tokenizer's files lie. Raises what `get` raises."""
+        return await self._fetched(_key(files), files)
 
     async def _fetched(self, key: str, files: Collection[TokenizerFile]) -> Path:
         target = self._folder / key
@@ -54,3 +57,8 @@ class TokenizerCache:
             if not target.is_dir():
                 made.rename(target)
         return target
+
+
+def _key(files: Collection[TokenizerFile]) -> str:
+    listed = sorted([file.path, file.sha256] for file in files)
+    return hashlib.sha256(json.dumps(listed).encode()).hexdigest()

@@ -12,6 +12,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import compress, count
 
 from lathe.text.mask import Rendered, Span
 
@@ -29,7 +30,8 @@ class Marks:
 
 def find_marks(text: str, ids: Sequence[int], contents: Mapping[int, str]) -> Marks | None:
     """None where text and ids do not have the same added tokens. contents: id -> text of every added token."""
-    indexes = [index for index, token in enumerate(ids) if token in contents]
+    # No Python instruction for each token.
+    indexes = list(compress(count(), map(contents.__contains__, ids)))
     present = {contents[ids[index]]: ids[index] for index in indexes}
     if not present:
         return Marks((), (), ())

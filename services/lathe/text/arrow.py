@@ -116,14 +116,12 @@ class TokenWriter:
         if not rows:
             return
         offsets = pa.py_buffer(array("i", [0, *accumulate(len(row.mask) for row in rows)]))
-        tokens = array("i")
-        for row in rows:
-            tokens.extend(row.tokens)
+        # An array made of a list is made in one go; one that a list is added to grows by each of its values.
+        tokens = b"".join(array("i", row.tokens) for row in rows)
+        count = len(tokens) // array("i").itemsize
         columns = [
-            _lists(fields[0], offsets, len(rows), pa.py_buffer(tokens), len(tokens)),
-            _lists(
-                fields[1], offsets, len(rows), pa.py_buffer(b"".join(row.mask for row in rows)), len(tokens)
-            ),
+            _lists(fields[0], offsets, len(rows), pa.py_buffer(tokens), count),
+            _lists(fields[1], offsets, len(rows), pa.py_buffer(b"".join(row.mask for row in rows)), count),
             pa.array([row.line for row in rows], type=pa.int64()),
             pa.array([row.role.value for row in rows], type=pa.uint8()),
         ]

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from tests.benchmarks.datasets.corpus import ROOT, Setting
 
-MEASURES = ("validate", "memory", "upload")
+MEASURES = ("validate", "memory", "audit", "upload")
 
 
 def main() -> None:
