@@ -23,7 +23,7 @@ class DatasetsSettings(ProcessSettings, service="datasets"):
         0,
         ge=0,
         le=256,
-        description="processes that audit a large file, of some 150 MB each; 0 for one for each core, at most 4",
+        description="processes that audit a large file (150 MB each); 0 for one a core, at most 4",
     )
     sweep_interval_s: float = Field(
         300.0, gt=0, description="how often deleted and expired files are looked for"
