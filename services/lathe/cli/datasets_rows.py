@@ -1,7 +1,7 @@
 """The commands of `lathe datasets` that work with rows: split, dedupe, drop, sample, diff, freeze, thaw."""
 
 import re
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -14,6 +14,7 @@ from lathe.client.rows import dedupe_operation, drop_operation, split_operation
 from lathe.common.errors import InvalidArgument
 from lathe.v1 import datasets_pb2 as pb
 
+_SHOWN = 10
 _MAX_LINES = 10_000
 _RANGE = re.compile(r"(?P<first>[0-9]{1,12})(-(?P<last>[0-9]{1,12}))?", re.ASCII)
 DATASET = Annotated[str, typer.Argument(help="file-…")]
@@ -161,10 +162,17 @@ def said(made: pb.DatasetPreparation) -> str:
     if kind is None:
         return ""
     settings = getattr(made.operation, kind).ListFields()
-    shown = ", ".join(f"{field.name} {value}" for field, value in settings)
+    shown = ", ".join(f"{field.name} {_value(field, value)}" for field, value in settings)
     parents = " and ".join(last_id(parent.name) for parent in made.parents)
     part = f" ({made.part})" if made.part else ""
     return f"{kind} of {parents}{part}{': ' if shown else ''}{shown}"
+
+
+def _value(field: Any, value: Any) -> str:
+    """A setting on one line; of a long list its beginning."""
+    if field.is_repeated:
+        return "+".join(map(str, value[:_SHOWN])) + ("+…" if len(value) > _SHOWN else "")
+    return " ".join(str(value).split())
 
 
 def parsed_lines(text: str) -> list[int]:

@@ -3,7 +3,7 @@
 import pytest
 
 from lathe.cli.datasets_rows import parsed_lines, said
-from lathe.client.rows import split_operation
+from lathe.client.rows import drop_operation, split_operation
 from lathe.common.errors import InvalidArgument
 from lathe.v1 import datasets_pb2 as pb
 
@@ -24,4 +24,9 @@ def test_an_operation_reads_as_a_line() -> None:
     assert said(made) == "split of file-1 (train): seed 3, fraction 0.5, stratify_by answer"
     deduped = pb.DatasetOperation(dedupe=pb.DedupeRows())
     assert said(pb.DatasetPreparation(parents=parents, operation=deduped)) == "dedupe of file-1"
+    dropped = drop_operation(range(1, 13), ["email"], "tiny", pb.AuditOptions(method="dpo", context_limit=9))
+    assert said(pb.DatasetPreparation(parents=parents, operation=dropped)) == (
+        "drop of file-1: lines 1+2+3+4+5+6+7+8+9+10+…, codes email, base_model baseModels/tiny, "
+        'options method: "dpo" context_limit: 9'
+    )
     assert said(pb.DatasetPreparation()) == ""
