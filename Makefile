@@ -50,6 +50,10 @@ acceptance-resume: $(VENV)/.dev ## kill engines at 20 random steps of a job; los
 acceptance-export: $(VENV)/.dev ## export a tuned SmolLM2 in each way, checked by logits and by llama.cpp (minutes)
 	PYTHONPATH=services:. $(BIN)/python -m tests.acceptance.export_smollm2
 
+.PHONY: fuzz
+fuzz: $(VENV)/.dev ## give damaged training files to the readers for a minute (ARGS="-max_total_time=600"; Linux)
+	PYTHONPATH=services:. $(BIN)/python -m tests.fuzz.training_files -max_total_time=60 $(ARGS)
+
 lint: $(VENV)/.dev proto-check docs-check ## ruff, mypy, import rules, buf
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .

@@ -18,6 +18,7 @@ from typing import Protocol
 
 import msgspec
 
+import lathe
 from lathe.common.errors import Unavailable
 from lathe.common.objectstore.base import LOCAL_DISK, local_disk
 from lathe.datasets.model import MAX_BYTES, ImportOptions, Report, training_report, whole_file
@@ -58,6 +59,8 @@ def convert(source: Path, target: Path, options: ImportOptions) -> Converted:
         try:
             for record in read_records(source, options.file_type, options.columns):
                 file.write(writer.line(record.place, record.row, record.error))
+                if writer.validator.stopped:
+                    break
                 if writer.charged > limit:
                     raise RowError("", "too_large", f"the file unpacks to more than {limit} bytes")
         except RowError as error:
@@ -107,8 +110,12 @@ async def convert_apart(
 ) -> Converted:
     """In a process of its own with so many bytes of memory. Raises Unavailable."""
     environment = {name: os.environ[name] for name in _KEPT_VARIABLES if name in os.environ}
+    # So that it finds this very code, installed or not, and nothing in the working folder.
+    paths = [str(Path(lathe.__file__).parents[1]), *environment.get("PYTHONPATH", "").split(os.pathsep)]
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
     process = await asyncio.create_subprocess_exec(
         sys.executable,
+        "-P",
         "-m",
         "lathe.datasets.conversion",
         str(source),

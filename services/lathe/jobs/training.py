@@ -194,10 +194,14 @@ def check_format(spec: TrainingSpec, format_: str, path: str, file: str) -> None
     if not format_ or format_ in wanted:
         return
     methods = [method for method, formats in METHOD_FORMATS.items() if format_ in formats]
-    other = f"choose the method {' or '.join(methods)}, or " if methods else ""
+    other = (
+        f"Choose the method {' or '.join(methods)}, or"
+        if methods
+        else "No method trains on those yet; choose"
+    )
     text = (
         f"{path}: {file} has {format_.replace('_', ' ')} rows, and {spec.method} trains on "
-        f"{' or '.join(name.replace('_', ' ') for name in wanted)} rows; {other}another file."
+        f"{' or '.join(name.replace('_', ' ') for name in wanted)} rows. {other} another file."
     )
     raise InvalidArgument(text, reason="WRONG_FORMAT", violations=[FieldViolation(path, text)])
 

@@ -84,6 +84,16 @@ def from_values(row: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
+def without_extras(row: dict[str, Any]) -> dict[str, Any]:
+    """A conversation of a table without the columns that say nothing of it: tables have such columns, and rows of
+    OpenAI's layout may not. Where the last word is not the assistant's, they are what a grader needs."""
+    messages = row.get("messages")
+    last = messages[-1] if isinstance(messages, list) and messages else None
+    if not isinstance(last, dict) or last.get("role") != "assistant":
+        return row
+    return {key: value for key, value in row.items() if key in FIELDS}
+
+
 def _is_binary(value: object) -> bool:
     if isinstance(value, dict):
         return any(map(_is_binary, value.values()))

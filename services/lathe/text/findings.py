@@ -84,6 +84,7 @@ _ERRORS = {
         "the file is not of the type that its name or the request says",
         "Give the file the right ending, or say its type.",
     ),
+    "too_many_errors": ("most rows are bad", "Correct what the first findings say, and upload the file again."),
     "invalid_csv": ("a row is not CSV, or has more or fewer cells than the header", "Write it with a CSV library."),
     "invalid_parquet": ("the file is not Parquet, or is damaged", "Write it again, and upload it again."),
     "missing_column": ("a column that the mapping names is not in the file", "Correct the mapping of columns."),

@@ -16,6 +16,8 @@ from lathe.text.rows import TrainingRow, parse_line
 
 MAX_LINE_BYTES = 16 << 20
 MIN_EXAMPLES = 10
+MAX_BAD_ROWS = 10_000
+"""After so many the rest of a file is not checked: it is no training file, and saying why of each line takes long."""
 # Of the keys that are not used: so many are named, so much of each.
 _MAX_NAMED = 20
 _MAX_NAME = 40
@@ -174,7 +176,6 @@ class Validator:
     _first: tuple[int, RowFormat, Layout] | None = field(default=None, init=False)
     _unused: dict[str, None] = field(default_factory=dict, init=False)
     _begin: bytes | None = field(default=b"", init=False)
-    _foreign: bool = field(default=False, init=False)
     _stopped: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
@@ -187,16 +188,16 @@ class Validator:
             if len(self._begin) < SNIFFED_BYTES:
                 return
             chunk = self._sniffed(self._begin)
-        if not self._foreign:
+        if not self._stopped:
             for line in self._splitter.feed(chunk):
-                self.check(line)
+                if not self._stopped:
+                    self.check(line)
 
     def _sniffed(self, begin: bytes) -> bytes:
         """The file's first bytes, unless they are those of another type: then that is all that is said of it."""
         self._begin = None
         problem = foreign(begin)
         if problem is not None:
-            self._foreign = True
             self.stop(problem)
         return begin
 
@@ -204,10 +205,11 @@ class Validator:
         """Call once, after the last chunk."""
         if self._begin:
             begin = self._sniffed(self._begin)
-            if not self._foreign:
+            if not self._stopped:
                 self.feed(begin)
         for line in self._splitter.finish():
-            self.check(line)
+            if not self._stopped:
+                self.check(line)
         if self._rows < self.min_examples and not self._stopped:
             message = (
                 f"{self.file_kind} has {self._rows} example(s), "
@@ -243,11 +245,20 @@ class Validator:
         if self.on_row is not None:
             self.on_row(line, row)
 
+    @property
+    def stopped(self) -> bool:
+        """Whether the rest of the file is not looked at."""
+        return self._stopped
+
     def refuse(self, number: int, error: RowError, place: str = "") -> None:
         """Counts a row that is a bad one."""
         self._rows += 1
         message = f"{error.detail} ({place} of the file)" if place else error.detail
         self._add(Finding(number, error.field, error.code, message))
+        if self._rows - self._examples >= MAX_BAD_ROWS:
+            self.stop(
+                RowError("", "too_many_errors", f"{MAX_BAD_ROWS} rows are bad; the others were not checked")
+            )
 
     def stop(self, error: RowError) -> None:
         """The file cannot be read, or not any further."""

@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 
 from msgspec import Struct
 
-from lathe.text.columns import Columns, from_cells, from_values
+from lathe.text.columns import Columns, from_cells, from_values, without_extras
 from lathe.text.decoding import check_unicode, decode_json, finite, refuse_constant
 from lathe.text.errors import RowError
 from lathe.text.filekinds import SNIFFED_BYTES, FileType, foreign
@@ -115,7 +115,11 @@ def _csv(path: Path, columns: Columns) -> Iterator[Record]:
                 )
                 yield Record(place, error=RowError("", "invalid_csv", cause))
             else:
-                yield _record(place, from_cells, {key: cells[index] for index, key in places})
+                yield _record(
+                    place,
+                    lambda row: without_extras(from_cells(row)),
+                    {key: cells[index] for index, key in places},
+                )
 
 
 def _delimiter(file: BinaryIO) -> str:
@@ -171,7 +175,7 @@ def _parquet(path: Path, columns: Columns) -> Iterator[Record]:
                 table = batch.rename_columns([used[name] for name in batch.schema.names])
                 for row in table.to_pylist():
                     number += 1
-                    yield _record(f"row {number}", from_values, row)
+                    yield _record(f"row {number}", lambda row: without_extras(from_values(row)), row)
     except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
         if isinstance(error, MemoryError):
             raise

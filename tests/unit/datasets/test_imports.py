@@ -37,8 +37,6 @@ AUTOTRAIN = {"prompt_text_column": "prompt", "text_column": "good", "rejected_te
 async def test_a_file_is_stored_as_jsonl(world, name, columns, found, layout):
     content = (FOLDER / name).read_bytes()
     file_type = FileType(name.rpartition(".")[2])
-    if name == "chat.parquet":
-        content = without_source(content)
     dataset = await world.ready(content, name=name, options=ImportOptions(file_type, columns))
     assert dataset.state is DatasetState.READY, dataset.report
     assert (dataset.report.format, dataset.report.layout) == (found, layout)
@@ -49,12 +47,6 @@ async def test_a_file_is_stored_as_jsonl(world, name, columns, found, layout):
     assert len(rows) == dataset.report.example_count >= 10
     assert not columns or all(set(each) <= {"prompt", "completion", "chosen", "rejected"} for each in rows)
     assert world.objects.keys() == [blob_key(dataset.sha256)]
-
-
-def without_source(content):
-    buffer = io.BytesIO()
-    pq.write_table(pq.read_table(io.BytesIO(content)).drop_columns(["source"]), buffer)
-    return buffer.getvalue()
 
 
 async def test_what_a_file_is_goes_by_its_name_and_by_its_purpose(world, service):

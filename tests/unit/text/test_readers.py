@@ -126,8 +126,13 @@ def test_parquet(read: Read) -> None:
         {"messages": [*TURNS, {"role": "user", "content": None, "name": "z"}], "source": None, "tools": "[]"},
     ]
     assert read(parquet(rows), "parquet") == [
-        {"messages": TURNS, "source": "x"},
+        {"messages": TURNS},
         {"messages": [*TURNS, {"role": "user", "name": "z"}], "tools": []},
+    ]
+    answered = [{"messages": TURNS, "id": 1, "tools": "[]"}, {"messages": TURNS[:1], "id": 2, "tools": None}]
+    assert read(parquet(answered), "parquet") == [
+        {"messages": TURNS, "tools": []},
+        {"messages": TURNS[:1], "id": 2},
     ]
     many = [{"text": f"{n}"} for n in range(1000)]
     assert read(parquet(many, row_group_size=100), "parquet") == many
