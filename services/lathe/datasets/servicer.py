@@ -21,8 +21,8 @@ from lathe.datasets.upload_service import UploadService
 from lathe.v1 import datasets_pb2 as pb
 from lathe.v1 import datasets_pb2_grpc as pb_grpc
 
-# A dataset may list 20 findings: a page must stay below gRPC's 4 MiB.
-_MAX_PAGE = 200
+# A dataset may list 20 findings, and all of them by code: a page must stay below gRPC's 4 MiB.
+_MAX_PAGE = 100
 
 
 class DatasetsServicer(PreparationMethods):

@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 router = APIRouter()
 
 # A page of datasets with their findings must stay below gRPC's 4 MiB.
-_PAGE = 200
+_PAGE = 100
 # Handing a large file over takes the store a while; a retry waits for it that long.
 _COMMIT_WAIT_S = 130.0
 
