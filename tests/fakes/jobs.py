@@ -15,6 +15,8 @@ from lathe.common.metrics import Metrics
 from lathe.jobs.changes import Changes
 from lathe.jobs.contact import Contact
 from lathe.jobs.directory import EngineDirectory
+from lathe.jobs.estimating import EstimatesService, Estimator
+from lathe.jobs.figures import NO_PRICES, Prices
 from lathe.jobs.gangs import Gangs
 from lathe.jobs.model import (
     ONE_CLASS,
@@ -77,7 +79,13 @@ class FakeDatasets:
     ) -> None:
         self.infos[dataset] = DatasetInfo(dataset, "fine-tune", state, "a" * 64, format=format_)
         self.audits[dataset] = Audit(
-            f"audit-{dataset}", AuditState.READY, TokenObject(f"blobs/{dataset}", "b" * 64), rows
+            f"audit-{dataset}",
+            AuditState.READY,
+            TokenObject(f"blobs/{dataset}", "b" * 64),
+            rows,
+            input_tokens=rows * 50,
+            trained_tokens=rows * 10,
+            max_row_tokens=80,
         )
 
     def _check(self) -> None:
@@ -227,6 +235,7 @@ class World:
     accounts: FakeAccounts = dataclasses.field(default_factory=FakeAccounts)
     launcher: FakeLauncher = dataclasses.field(default_factory=FakeLauncher)
     classes: EngineClasses = ONE_CLASS
+    prices: Prices = NO_PRICES
 
     def __post_init__(self) -> None:
         self.datasets.add("file-1")
@@ -268,7 +277,9 @@ class World:
             classes=self.classes,
             patience_s=0.02,
         )
-        self.steps = JobSteps(self.store, self.datasets, self.models, changes, self.clock)
+        self.estimator = Estimator(self.store, self.clock, self.prices, self.classes)
+        self.estimates = EstimatesService(self.service, self.estimator)
+        self.steps = JobSteps(self.store, self.datasets, self.models, changes, self.clock, self.estimator)
         self.directory = EngineDirectory(
             self.store, self.models, changes, self.contact, self.clock, self.limits, self.classes
         )

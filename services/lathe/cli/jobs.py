@@ -1,12 +1,13 @@
 """`lathe jobs`: ask for a model to be tuned, and watch it happen."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from lathe.cli import exits
 from lathe.cli.connection import client_of
+from lathe.cli.estimates import asked_of, confirm, estimate, estimate_lines
 from lathe.cli.jobview import JobView, metrics_line
 from lathe.cli.output import (
     JSON,
@@ -19,10 +20,9 @@ from lathe.cli.output import (
     state_word,
     when,
 )
+from lathe.cli.training_files import dataset_of
 from lathe.client import Client
 from lathe.client.jobsettings import parsed
-from lathe.common.errors import InvalidArgument
-from lathe.v1 import datasets_pb2
 from lathe.v1 import jobs_pb2 as pb
 
 app = typer.Typer(no_args_is_help=True, help="Fine-tuning jobs.")
@@ -56,27 +56,29 @@ def create(
         int, typer.Option(help="Processes that train it together, on an engine of its own.")
     ] = 1,
     watch: Annotated[bool, typer.Option("--watch", help="Watch it until it ends.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask after the estimate.")] = False,
     as_json: JSON = False,
 ) -> None:
-    """Ask for a model to be tuned on a file of examples."""
+    """Ask for a model to be tuned on a file of examples; on a terminal, after a look at what that takes."""
     others = dict(parsed(method, one) for one in settings or [])
     with client_of(context) as client:
-        job = client.jobs.create(
-            model,
-            _dataset(client, train),
-            validation_dataset=_dataset(client, validation) if validation else "",
-            suffix=suffix,
-            seed=seed,
-            n_epochs=n_epochs,
-            batch_size=batch_size,
-            learning_rate_multiplier=learning_rate_multiplier,
-            lora_r=lora_r,
-            method=method,
-            settings=others,
-            engine_class=engine_class,
-            dedicated=dedicated,
-            workers=workers,
-        )
+        dataset = dataset_of(client, train)
+        asked: dict[str, Any] = {
+            "validation_dataset": dataset_of(client, validation) if validation else "",
+            "method": method,
+            "settings": others
+            | {
+                "n_epochs": n_epochs,
+                "batch_size": batch_size,
+                "learning_rate_multiplier": learning_rate_multiplier,
+                "lora_r": lora_r,
+            },
+            "engine_class": engine_class,
+            "dedicated": dedicated,
+            "workers": workers,
+        }
+        confirm(asked_of(client, model, dataset, **asked), yes=yes, quiet=as_json)
+        job = client.jobs.create(model, dataset, suffix=suffix, seed=seed, **asked)
         if watch:
             if not as_json:
                 note(job_id(job))
@@ -85,6 +87,9 @@ def create(
         print_json(job)
     else:
         print(job_id(job))
+
+
+app.command()(estimate)
 
 
 @app.command()
@@ -133,6 +138,7 @@ def show(context: typer.Context, job: JOB, as_json: JSON = False) -> None:
             ("model", found.model),
             ("state", state_word(found)),
             ("", found.state_reason),
+            ("estimate", "\n".join(estimate_lines(found.estimate)) if found.HasField("estimate") else ""),
             ("error", found.error.message),
             ("tuned model", found.fine_tuned_model),
             ("step", f"{found.step} of {found.total_steps}" if found.total_steps else ""),
@@ -249,25 +255,6 @@ def _compared(job: pb.Job) -> str:
 def job_id(job: pb.Job) -> str:
     """ftjob-…"""
     return job.name.rsplit("/", 1)[-1]
-
-
-def _dataset(client: Client, given: str) -> str:
-    """A dataset's name; a path is uploaded and validated first."""
-    if not Path(given).is_file():
-        return given
-    dataset = upload_file(client, given)
-    note(f"Uploaded {given} as {dataset.name.rsplit('/', 1)[-1]}.")
-    return dataset.name
-
-
-def upload_file(client: Client, given: str) -> datasets_pb2.Dataset:
-    """Upload a file and wait until it is READY. Raises InvalidArgument naming the first finding."""
-    dataset = client.datasets.wait(client.datasets.upload(given).name)
-    if dataset.state == datasets_pb2.DATASET_STATE_ERROR:
-        first = next(iter(dataset.report.findings), None)
-        why = f": line {first.line}: {first.message}" if first is not None else ""
-        raise InvalidArgument(f"{given} cannot be trained on{why} (lathe datasets show {dataset.name})")
-    return dataset
 
 
 def _watch(client: Client, name: str, as_json: bool) -> int:

@@ -13,6 +13,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from lathe.cli.estimates import estimate_lines
 from lathe.cli.output import state_word
 from lathe.v1 import jobs_pb2 as pb
 
@@ -74,6 +75,9 @@ class JobView:
 
     def update(self, update: pb.WatchJobResponse) -> None:
         """Take in a message of WatchJob."""
+        if update.job.HasField("estimate") and not self._job.HasField("estimate") and not update.job.step:
+            for line in estimate_lines(update.job.estimate):
+                self._console.print(Text(line, style="dim"), soft_wrap=True)
         self._job = update.job
         for event in update.events:
             self._take(event)

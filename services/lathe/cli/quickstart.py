@@ -20,10 +20,10 @@ from rich.console import Console
 import lathe
 from lathe.cli.child import ChildPlatform, Endpoint, child_platform
 from lathe.cli.compare import DEFAULT_ARMS, measure_arms, report, table
-from lathe.cli.jobs import upload_file
 from lathe.cli.jobview import JobView
 from lathe.cli.models import fetch_wheel, send
 from lathe.cli.output import JSON, print_json
+from lathe.cli.training_files import upload_file
 from lathe.client import Client
 from lathe.client.arms import ArmInputs, Example, make_arms, read_examples
 from lathe.client.compare import Measure

@@ -65,21 +65,58 @@ class Jobs:
             "lora_alpha": lora_alpha,
             "target_modules": target_modules,
         }
-        chosen, options = messages_of(method, named | dict(settings or {}))
-        job = pb.Job(
-            model=model,
-            training_dataset=full_name(self._project, "datasets", training_dataset),
-            validation_dataset=validation_dataset
-            and full_name(self._project, "datasets", validation_dataset),
-            suffix=suffix,
-            seed=seed,
-            method=chosen,
-            training=options,
-            compute=pb.ComputeSpec(engine_class=engine_class, dedicated=dedicated, workers=workers),
-            metadata=metadata or {},
-        )
+        job = self._asked(model, training_dataset, validation_dataset, method, named | dict(settings or {}))
+        job.compute.CopyFrom(pb.ComputeSpec(engine_class=engine_class, dedicated=dedicated, workers=workers))
+        job.MergeFrom(pb.Job(suffix=suffix, seed=seed, metadata=metadata or {}))
         request = pb.CreateJobRequest(parent=self._project, job=job, request_id=new_request_id())
         return self._transport.call(self._stub.CreateJob, request)
+
+    def estimate(
+        self,
+        model: str,
+        training_dataset: str,
+        *,
+        validation_dataset: str = "",
+        method: str = "supervised",
+        settings: Mapping[str, Any] | None = None,
+        engine_class: str = "",
+        dedicated: bool = False,
+        workers: int = 1,
+        replaces: pb.ReplacedPrompt | None = None,
+        timeout: float = 600.0,
+    ) -> pb.EstimateJobResponse:
+        """What `create` with the same arguments would take; nothing is started.
+
+        settings: any of the job's, n_epochs and lora_r too. replaces: what a request of the tuned model saves; the
+        answer then has a break_even. timeout: how long to wait for the audit of the files; at 0 the answer may be
+        `pending`.
+
+        Raises what `create` raises, InvalidArgument for files that cannot be trained on, DeadlineExceeded.
+        """
+        job = self._asked(model, training_dataset, validation_dataset, method, settings or {})
+        job.compute.CopyFrom(pb.ComputeSpec(engine_class=engine_class, dedicated=dedicated, workers=workers))
+        request = pb.EstimateJobRequest(parent=self._project, job=job, replaces=replaces)
+        deadline, pause = time.monotonic() + timeout, 0.05
+        while True:
+            found = self._transport.call(self._stub.EstimateJob, request)
+            if not found.pending or timeout <= 0:
+                return found
+            if time.monotonic() + pause > deadline:
+                raise DeadlineExceeded(f"{training_dataset} was not audited within {timeout:.0f} seconds.")
+            time.sleep(pause)
+            pause = min(pause * 1.5, 1.0)
+
+    def _asked(
+        self, model: str, training: str, validation: str, method: str, settings: Mapping[str, Any]
+    ) -> pb.Job:
+        chosen, options = messages_of(method, settings)
+        return pb.Job(
+            model=model,
+            training_dataset=full_name(self._project, "datasets", training),
+            validation_dataset=validation and full_name(self._project, "datasets", validation),
+            method=chosen,
+            training=options,
+        )
 
     def get(self, name: str) -> pb.Job:
         """Raises NotFound."""

@@ -22,13 +22,15 @@ from lathe.jobs.changes import Changes
 from lathe.jobs.contact import Contact
 from lathe.jobs.diagnosis import EngineProbe
 from lathe.jobs.directory import EngineDirectory
+from lathe.jobs.estimating import EstimatesService, Estimator
+from lathe.jobs.figures import Prices
 from lathe.jobs.gangs import Gangs
 from lathe.jobs.launchers.processes import ENGINE_MODULE
 from lathe.jobs.launchers.ray import RayLauncher
 from lathe.jobs.launchers.subprocess import SubprocessLauncher
 from lathe.jobs.peers import RpcAccounts, RpcDatasets, RpcModels
 from lathe.jobs.policy import Limits
-from lathe.jobs.ports import Launcher
+from lathe.jobs.ports import JobStore, Launcher
 from lathe.jobs.quotas import Quotas
 from lathe.jobs.reconciler import Reconciler
 from lathe.jobs.reports import ReportsService
@@ -88,11 +90,15 @@ async def running(
         service = JobsService(store, accounts, models, datasets, changes, clock, ids, classes, gangs)
         workers = WorkersService(store, quotas, changes, contact, clock, ids, metrics, terms, classes)
         reports = ReportsService(store, changes, clock, ids)
+        estimator = _estimator(settings, store, clock)
+        estimates = EstimatesService(service, estimator)
         directory = EngineDirectory(store, models, changes, contact, clock, limits, classes)
 
         engines = EngineProbe(store, clock)
         registrations = [
-            Registration(add_JobsServiceServicer_to_server, JobsServicer(service), "lathe.v1.JobsService"),
+            Registration(
+                add_JobsServiceServicer_to_server, JobsServicer(service, estimates), "lathe.v1.JobsService"
+            ),
             Registration(
                 add_JobsInternalServiceServicer_to_server,
                 JobsInternalServicer(directory),
@@ -121,7 +127,7 @@ async def running(
         reconciler = Reconciler(
             store, launcher, quotas, changes, contact, clock, ids, metrics, limits, pace, classes
         )
-        steps = JobSteps(store, datasets, models, changes, clock, pace)
+        steps = JobSteps(store, datasets, models, changes, clock, estimator, pace)
         await stack.enter_async_context(_background(reconciler.run()))
         await stack.enter_async_context(_background(steps.run()))
         watching = watch_dependencies("jobs", {"database": db.check}, metrics, clock)
@@ -139,6 +145,20 @@ def _limits(settings: JobsSettings) -> Limits:
         max_engines_per_base=settings.max_engines_per_base,
         max_engines=settings.max_engines,
         can_launch=settings.launcher.kind != "none",
+    )
+
+
+def _estimator(settings: JobsSettings, store: JobStore, clock: Clock) -> Estimator:
+    prices, launcher = settings.prices, settings.launcher
+    # On Kubernetes each class has its own, which its engines say when they register.
+    local = launcher.engine_env if launcher.kind in ("subprocess", "ray") else None
+    return Estimator(
+        store,
+        clock,
+        Prices(prices.currency, prices.engine_hour, prices.hosting_hour),
+        settings.classes,
+        device=local.get("LATHE_ENGINE_DEVICE", "cpu") if local is not None else "",
+        threads=int(local.get("LATHE_ENGINE_THREADS", "1")) if local is not None else 0,
     )
 
 

@@ -9,6 +9,7 @@ from datetime import datetime
 from enum import StrEnum
 
 from lathe.common.errors import FieldViolation, InvalidArgument
+from lathe.jobs.figures import JobEstimate
 from lathe.jobs.training import AUTO, Hyperparameters, TrainingSpec
 
 MAX_SEED = 2**31 - 1
@@ -243,6 +244,8 @@ class Job:
     start_time: datetime | None = None
     finish_time: datetime | None = None
     estimated_finish_time: datetime | None = None
+    # Made when the files were valid, and kept: engines has the class of the job alone.
+    estimate: JobEstimate | None = None
     # No attempt before this time (back-off after a retryable error).
     hold_until: datetime | None = None
     # None until the files are valid; again in a queued job that a replica of version 0.1 resolved during an upgrade.

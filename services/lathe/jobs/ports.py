@@ -10,6 +10,7 @@ from enum import StrEnum
 from typing import Protocol
 
 from lathe.common.diagnosis import Finding
+from lathe.jobs.figures import Speed
 from lathe.jobs.model import (
     AdapterObject,
     Attempt,
@@ -91,12 +92,18 @@ class AuditState(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Audit:
-    """A dataset rendered and tokenised for one base model. findings: the first of finding_count errors."""
+    """A dataset rendered and tokenised for one base model. findings: the first of finding_count errors.
+
+    input_tokens: of all rows, of which trained_tokens are trained; max_row_tokens: of the longest row.
+    """
 
     key: str
     state: AuditState
     tokens: TokenObject | None = None
     rows: int = 0
+    input_tokens: int = 0
+    trained_tokens: int = 0
+    max_row_tokens: int = 0
     warnings: tuple[FileWarning, ...] = ()
     findings: tuple[FileFinding, ...] = ()
     finding_count: int = 0
@@ -366,6 +373,16 @@ class JobSession(Protocol):
 
     async def has_event(self, job_id: str, event: NewEvent) -> bool:
         """Whether the job has an event of this step, kind and message."""
+        ...
+
+    async def put_speed(self, speed: Speed) -> None:
+        """Insert or replace."""
+        ...
+
+    async def speed(self, attempt_id: str) -> Speed | None: ...
+
+    async def speeds(self, limit: int) -> Sequence[Speed]:
+        """Of any job, the last changed first."""
         ...
 
     async def put_engine(self, engine: EngineRecord) -> None:

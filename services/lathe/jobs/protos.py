@@ -10,7 +10,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 
 from lathe.common import names
 from lathe.common.errors import FieldViolation, InvalidArgument, NotFound
-from lathe.jobs import model, progress, reports, trainingprotos, workers
+from lathe.jobs import estimateprotos, model, progress, reports, trainingprotos, workers
 from lathe.jobs.model import (
     AdapterObject,
     Checkpoint,
@@ -138,6 +138,7 @@ def job_pb(job: Job) -> jobs_pb2.Job:
         parent_model=job.parent_model,
         rerun_of=names.JOB.format(job.project, job.rerun_of) if job.rerun_of else "",
         comparison=comparison_pb(job.comparison) if job.comparison is not None else None,
+        estimate=estimateprotos.estimate_pb(job.estimate) if job.estimate is not None else None,
     )
     _stamp(message.create_time, job.create_time)
     for field, time in (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from lathe.common.clock import Clock
@@ -18,10 +19,12 @@ from lathe.jobs.model import (
     Job,
     JobError,
     Outcome,
+    StepMetrics,
     WeightComparison,
 )
 from lathe.jobs.ports import JobSession, JobStore
 from lathe.jobs.progress import Progress, ReportedCheckpoint, estimate, note_events, progressed
+from lathe.jobs.speeds import begun, continued
 from lathe.jobs.workers import LEASE_LOST, stopping
 
 log = logging.getLogger(__name__)
@@ -74,6 +77,7 @@ class ReportsService:
                 if not await session.has_event(job.id, told):
                     events.append(told)
             events.sort(key=lambda event: event.step)
+            await self._keep_speed(session, attempt, changed, [by_step[step] for step in fresh])
             trained = sum(by_step[step].trained_tokens for step in fresh)
             changed = replace(
                 changed,
@@ -82,6 +86,17 @@ class ReportsService:
             )
             await session.save(job, changed, events)
         self.changes.ring()
+
+    async def _keep_speed(
+        self, session: JobSession, attempt: Attempt, job: Job, fresh: Sequence[StepMetrics]
+    ) -> None:
+        """Add the steps that were not heard of before to what the attempt has done."""
+        timed = [row for row in fresh if row.step_seconds > 0 and row.tokens_per_second > 0]
+        if not timed:
+            return
+        engine = await session.engine(attempt.engine_id)
+        known = await session.speed(attempt.id) or begun(attempt, job, engine, self.clock.now())
+        await session.put_speed(continued(known, timed, engine, self.clock.now()))
 
     def _checkpoint(self, job: Job, reported: ReportedCheckpoint) -> Checkpoint:
         return Checkpoint(

@@ -26,6 +26,7 @@ from lathe.jobs.model import (
     TERMINAL_STATES,
     Attempt,
     Checkpoint,
+    ComputeSpec,
     DatasetRef,
     EngineClasses,
     Job,
@@ -57,6 +58,17 @@ _EVENTS_PER_MESSAGE = 500
 
 
 @dataclass(frozen=True, slots=True)
+class CheckedRequest:
+    """What a request names. spec: with what a tuned model brings; compute: with the operator's default."""
+
+    model: ResolvedModel
+    spec: TrainingSpec
+    compute: ComputeSpec
+    training: DatasetRef
+    validation: DatasetRef | None
+
+
+@dataclass(frozen=True, slots=True)
 class JobsService:
     """What users can do with jobs. Names of jobs are (project, job id) pairs here."""
 
@@ -80,6 +92,12 @@ class JobsService:
         earlier = await self._by_request(request.project, request.request_id)
         if earlier is not None:
             return earlier
+        job = self._new_job(request, await self.checked(request, user))
+        return await self._add(job, messages.created(job.id), request.request_id)
+
+    async def checked(self, request: JobRequest, user: User) -> CheckedRequest:
+        """What a request names, if a job can be made of it. Raises as `create` does, quotas apart."""
+        requests.check_request(request)
         compute = request.compute
         await self.gangs.check(compute.workers)
         # Workers wait for each other at every step: they are one job's alone.
@@ -88,7 +106,6 @@ class JobsService:
             engine_class=self.classes.choose(compute.engine_class),
             dedicated=compute.dedicated or compute.workers > 1,
         )
-        request = replace(request, compute=compute)
         resolved = await self._resolve(request)
         spec, project = request.spec, request.project
         examples = await self._dataset(project, request.training, "training", spec, user, model=resolved)
@@ -97,8 +114,7 @@ class JobsService:
             if request.validation
             else None
         )
-        job = self._new_job(request, resolved, examples, validation)
-        return await self._add(job, messages.created(job.id), request.request_id)
+        return CheckedRequest(resolved, _inherit(spec, resolved), compute, examples, validation)
 
     async def _add(self, job: Job, created: NewEvent, request_id: str) -> Job:
         """Keep a new job, if the quota has room; or what another call with its request_id made meanwhile."""
@@ -177,25 +193,20 @@ class JobsService:
                 retry_after=60.0,
             )
 
-    def _new_job(
-        self,
-        request: JobRequest,
-        resolved: ResolvedModel,
-        examples: DatasetRef,
-        validation: DatasetRef | None,
-    ) -> Job:
+    def _new_job(self, request: JobRequest, checked: CheckedRequest) -> Job:
+        resolved = checked.model
         job_id = self.ids.new("ftjob")
         return Job(
             id=job_id,
             project=request.project,
             model=request.model,
             base=resolved.base,
-            training=examples,
-            validation=validation,
+            training=checked.training,
+            validation=checked.validation,
             suffix=request.suffix,
             seed=model.choose_seed(job_id) if request.seed is None else request.seed,
-            spec=_inherit(request.spec, resolved),
-            compute=request.compute,
+            spec=checked.spec,
+            compute=checked.compute,
             metadata=dict(request.metadata),
             parent_model=resolved.model_id,
             initial_adapter=resolved.adapter,

@@ -13,8 +13,9 @@ from lathe.common.errors import FieldViolation, InvalidArgument, PermissionDenie
 from lathe.common.pages import coerce_page_size, decode_page_token, encode_page_token
 from lathe.common.rpc.context import ServicerContext
 from lathe.common.rpc.principal import Role, current_caller, require_project, require_role
-from lathe.jobs import protos
+from lathe.jobs import estimateprotos, protos
 from lathe.jobs.directory import EngineDirectory
+from lathe.jobs.estimating import EstimatesService
 from lathe.jobs.ports import User
 from lathe.jobs.reports import ReportsService
 from lathe.jobs.service import JobsService
@@ -27,13 +28,23 @@ from lathe.v1 import worker_pb2, worker_pb2_grpc
 class JobsServicer(pb_grpc.JobsServiceServicer):
     """The public methods."""
 
-    def __init__(self, service: JobsService) -> None:
+    def __init__(self, service: JobsService, estimates: EstimatesService) -> None:
         self._service = service
+        self._estimates = estimates
 
     async def CreateJob(self, request: pb.CreateJobRequest, context: ServicerContext) -> pb.Job:
         require_project(request.parent, field="parent")
         require_role(Role.MEMBER)
         return protos.job_pb(await self._service.create(protos.job_request(request), _user()))
+
+    async def EstimateJob(
+        self, request: pb.EstimateJobRequest, context: ServicerContext
+    ) -> pb.EstimateJobResponse:
+        require_project(request.parent, field="parent")
+        require_role(Role.MEMBER)
+        asked = protos.job_request(pb.CreateJobRequest(parent=request.parent, job=request.job))
+        replaced = estimateprotos.replaced(request)
+        return estimateprotos.answer_pb(await self._estimates.estimate(asked, replaced, _user()))
 
     async def GetJob(self, request: pb.GetJobRequest, context: ServicerContext) -> pb.Job:
         return protos.job_pb(await self._service.get(*_job_ids(request.name, "name")))

@@ -65,6 +65,24 @@ class LauncherSettings(SettingsGroup):
         return self
 
 
+class PriceSettings(SettingsGroup):
+    """What estimates show as money; nothing is charged by it."""
+
+    currency: str = Field("", pattern=r"[A-Z]{3}|", description="ISO 4217, such as EUR")
+    engine_hour: dict[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]] = Field(
+        default_factory=dict, description="engine class -> price of one engine's hour"
+    )
+    hosting_hour: float | None = Field(
+        None, ge=0, allow_inf_nan=False, description="price of an hour of serving a tuned model"
+    )
+
+    @model_validator(mode="after")
+    def _has_currency(self) -> Self:
+        if (self.engine_hour or self.hosting_hour is not None) and not self.currency:
+            raise ValueError("prices need a currency")
+        return self
+
+
 class JobsSettings(ProcessSettings, service="jobs"):
     """`LATHE_JOBS_…`, or `LATHE_…` for what all services share."""
 
@@ -101,6 +119,8 @@ class JobsSettings(ProcessSettings, service="jobs"):
         description="of one job; they count as one engine, and take as many places",
     )
 
+    prices: PriceSettings = PriceSettings()
+
     @field_validator("engine_classes", mode="before")
     @classmethod
     def _listed(cls, value: object) -> object:
@@ -121,6 +141,15 @@ class JobsSettings(ProcessSettings, service="jobs"):
             raise ValueError(
                 f"default_engine_class is {self.default_engine_class!r}, "
                 f"which is none of engine_classes: {', '.join(self.engine_classes)}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _prices_of_known_classes(self) -> Self:
+        unknown = sorted(set(self.prices.engine_hour) - set(self.engine_classes))
+        if unknown:
+            raise ValueError(
+                f"prices.engine_hour: {unknown[0]!r} is none of engine_classes: {', '.join(self.engine_classes)}"
             )
         return self
 

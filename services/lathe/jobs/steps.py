@@ -11,26 +11,21 @@ import json
 import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from datetime import datetime, timedelta
 
 from lathe.common.clock import Clock
-from lathe.common.errors import (
-    Aborted,
-    DataLoss,
-    FailedPrecondition,
-    InvalidArgument,
-    LatheError,
-    NotFound,
-)
+from lathe.common.errors import Aborted, LatheError
 from lathe.jobs import hyperparameters, lifecycle, messages, model, receipts, transitions
+from lathe.jobs.auditing import FINAL, Files, are_ready, audit_files
 from lathe.jobs.changes import Changes
+from lathe.jobs.estimating import Estimator
+from lathe.jobs.figures import JobEstimate
 from lathe.jobs.model import AdapterObject, Attempt, Checkpoint, Job, JobError, JobState, NewEvent
-from lathe.jobs.ports import AdapterRegistration, Audit, AuditState, Datasets, JobStore, Models
+from lathe.jobs.ports import AdapterRegistration, Audit, Datasets, JobStore, Models
 from lathe.jobs.transitions import Trigger
 
 log = logging.getLogger(__name__)
 
-# Answers that would be the same the next time.
-_FINAL = (NotFound, InvalidArgument, FailedPrecondition, DataLoss)
 _AT_ONCE = 8
 # A call carries at most 4 MiB; a row has about 50 bytes.
 _MAX_RESULT_ROWS = 40_000
@@ -45,6 +40,7 @@ class JobSteps:
     models: Models
     changes: Changes
     clock: Clock
+    estimator: Estimator
     interval_s: float = 0.5
 
     async def run(self) -> None:
@@ -98,30 +94,11 @@ class JobSteps:
     # --- files ---
 
     async def _validate(self, job: Job) -> None:
-        files = [("training_file", job.training)]
-        if job.validation is not None:
-            files.append(("validation_file", job.validation))
-        compared = job.validation.id if job.validation is not None else ""
-        audits: list[Audit] = []
-        for param, dataset in files:
-            try:
-                audit = await self.datasets.ensure_audit(
-                    job.project,
-                    dataset.id,
-                    job.base.name,
-                    job.spec.method,
-                    held_out=param == "validation_file",
-                    validation=compared if param == "training_file" else "",
-                )
-            except _FINAL as error:
-                await self._invalid(job, JobError(f"invalid_{param}", error.message, param))
-                return
-            if audit.state is AuditState.ERROR:
-                found = messages.file_error(param, dataset.id, audit.findings, audit.finding_count)
-                await self._invalid(job, found)
-                return
-            audits.append(audit)
-        if all(audit.state is AuditState.READY for audit in audits):
+        files = Files(job.project, job.base, job.spec.method, job.training, job.validation)
+        audits = await audit_files(self.datasets, files)
+        if isinstance(audits, JobError):
+            await self._invalid(job, audits)
+        elif are_ready(audits):
             await self._queue(job, audits)
         else:
             await self._apply(job, replace(job, state_reason=messages.VALIDATING), [])
@@ -142,11 +119,15 @@ class JobSteps:
         reason = messages.files_valid(len(events))
         if job.rerun_of and job.training_tokens and training.tokens != job.training_tokens:
             events.append(messages.other_tokens(job.rerun_of))
+        estimate = await self.estimator.estimate(job.base, job.compute, chosen, audits)
+        now = self.clock.now()
         changed = replace(
             job,
             state=transitions.apply(job.state, Trigger.FILES_VALID),
             state_reason=reason,
-            queue_time=job.queue_time or self.clock.now(),
+            queue_time=job.queue_time or now,
+            estimate=replace(estimate, engines=estimate.engines[:1]),
+            estimated_finish_time=finish_time(estimate, now),
             hyperparameters=chosen,
             total_steps=hyperparameters.total_steps(chosen, training.rows),
             training_tokens=training.tokens,
@@ -170,7 +151,7 @@ class JobSteps:
         model_id = model.tuned_model_id(job)
         try:
             await self.models.register_adapter(_registration(job, attempt, attempt.final_adapter, job.step))
-        except _FINAL as error:
+        except FINAL as error:
             await self._refused(job, error.message)
             return
         gone = [point for point in checkpoints if not await self._register_checkpoint(job, attempt, point)]
@@ -216,7 +197,7 @@ class JobSteps:
             await self.models.register_adapter(
                 _registration(job, final, point.object, point.step, is_final=False)
             )
-        except _FINAL as error:
+        except FINAL as error:
             log.warning("The checkpoint of step %s of %s is left out: %s", point.step, job.name, error)
             return False
         return True
@@ -225,6 +206,14 @@ class JobSteps:
         error = JobError("server_error", f"The trained model cannot be registered: {why}")
         changed, events = lifecycle.failed(job, Trigger.REGISTRATION_REFUSED, error, self.clock.now())
         await self._apply(job, changed, events)
+
+
+def finish_time(estimate: JobEstimate, now: datetime) -> datetime | None:
+    """When the job will likely be done; None where its time or its wait is not known."""
+    engine = estimate.engines[0]
+    if engine.seconds is None or engine.queue_seconds is None:
+        return None
+    return now + timedelta(seconds=engine.queue_seconds + engine.seconds.likely)
 
 
 def _to_validate(job: Job) -> bool:

@@ -55,6 +55,30 @@ JOB_STATE_SUCCEEDED: JobState.ValueType  # 9
 JOB_STATE_FAILED: JobState.ValueType  # 10
 JOB_STATE_CANCELLED: JobState.ValueType  # 11
 
+class _EstimateBasis:
+    ValueType = typing.NewType("ValueType", builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _EstimateBasisEnumTypeWrapper(enum_type_wrapper._EnumTypeWrapper[_EstimateBasis.ValueType], builtins.type):
+    DESCRIPTOR: descriptor.EnumDescriptor
+    ESTIMATE_BASIS_UNSPECIFIED: _EstimateBasis.ValueType  # 0
+    ESTIMATE_BASIS_MEASURED: _EstimateBasis.ValueType  # 1
+    """Jobs of the same base model, method, class and number of workers."""
+    ESTIMATE_BASIS_SCALED: _EstimateBasis.ValueType  # 2
+    """Measured on another base model, method or number of workers of the class, and scaled by the work of a token."""
+    ESTIMATE_BASIS_RULE: _EstimateBasis.ValueType  # 3
+    """Nothing was measured on this class: a published rule."""
+
+class EstimateBasis(_EstimateBasis, metaclass=_EstimateBasisEnumTypeWrapper): ...
+
+ESTIMATE_BASIS_UNSPECIFIED: EstimateBasis.ValueType  # 0
+ESTIMATE_BASIS_MEASURED: EstimateBasis.ValueType  # 1
+"""Jobs of the same base model, method, class and number of workers."""
+ESTIMATE_BASIS_SCALED: EstimateBasis.ValueType  # 2
+"""Measured on another base model, method or number of workers of the class, and scaled by the work of a token."""
+ESTIMATE_BASIS_RULE: EstimateBasis.ValueType  # 3
+"""Nothing was measured on this class: a published rule."""
+
 class _EventType:
     ValueType = typing.NewType("ValueType", builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -141,6 +165,7 @@ class Job(message.Message):
     PARENT_MODEL_FIELD_NUMBER: builtins.int
     RERUN_OF_FIELD_NUMBER: builtins.int
     COMPARISON_FIELD_NUMBER: builtins.int
+    ESTIMATE_FIELD_NUMBER: builtins.int
     name: builtins.str
     """projects/{project}/jobs/{job}"""
     model: builtins.str
@@ -197,6 +222,10 @@ class Job(message.Message):
     def comparison(self) -> WeightComparison:
         """Of a rerun that has succeeded: its weights beside those of the job it repeats."""
 
+    @builtins.property
+    def estimate(self) -> JobEstimate:
+        """Set once its files are valid: what was expected of it then, on the engines of its class."""
+
     def __init__(
         self,
         *,
@@ -228,14 +257,243 @@ class Job(message.Message):
         parent_model: builtins.str = ...,
         rerun_of: builtins.str = ...,
         comparison: WeightComparison | None = ...,
+        estimate: JobEstimate | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = typing.Literal["_seed", b"_seed", "comparison", b"comparison", "compute", b"compute", "create_time", b"create_time", "error", b"error", "estimated_finish_time", b"estimated_finish_time", "finish_time", b"finish_time", "method", b"method", "seed", b"seed", "start_time", b"start_time", "training", b"training"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = typing.Literal["_seed", b"_seed", "comparison", b"comparison", "compute", b"compute", "create_time", b"create_time", "error", b"error", "estimate", b"estimate", "estimated_finish_time", b"estimated_finish_time", "finish_time", b"finish_time", "method", b"method", "seed", b"seed", "start_time", b"start_time", "training", b"training"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["_seed", b"_seed", "attempt_count", b"attempt_count", "comparison", b"comparison", "compute", b"compute", "create_time", b"create_time", "error", b"error", "estimated_finish_time", b"estimated_finish_time", "etag", b"etag", "fine_tuned_model", b"fine_tuned_model", "finish_time", b"finish_time", "lost_lease_count", b"lost_lease_count", "metadata", b"metadata", "method", b"method", "model", b"model", "name", b"name", "parent_model", b"parent_model", "rerun_of", b"rerun_of", "result_files", b"result_files", "seed", b"seed", "start_time", b"start_time", "state", b"state", "state_reason", b"state_reason", "step", b"step", "suffix", b"suffix", "total_steps", b"total_steps", "trained_tokens", b"trained_tokens", "training", b"training", "training_dataset", b"training_dataset", "validation_dataset", b"validation_dataset"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["_seed", b"_seed", "attempt_count", b"attempt_count", "comparison", b"comparison", "compute", b"compute", "create_time", b"create_time", "error", b"error", "estimate", b"estimate", "estimated_finish_time", b"estimated_finish_time", "etag", b"etag", "fine_tuned_model", b"fine_tuned_model", "finish_time", b"finish_time", "lost_lease_count", b"lost_lease_count", "metadata", b"metadata", "method", b"method", "model", b"model", "name", b"name", "parent_model", b"parent_model", "rerun_of", b"rerun_of", "result_files", b"result_files", "seed", b"seed", "start_time", b"start_time", "state", b"state", "state_reason", b"state_reason", "step", b"step", "suffix", b"suffix", "total_steps", b"total_steps", "trained_tokens", b"trained_tokens", "training", b"training", "training_dataset", b"training_dataset", "validation_dataset", b"validation_dataset"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__seed: _TypeAlias = typing.Literal["seed"]  # noqa: Y015
     _WhichOneofArgType__seed: _TypeAlias = typing.Literal["_seed", b"_seed"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType__seed) -> _WhichOneofReturnType__seed | None: ...
+
+@typing.final
+class JobEstimate(message.Message):
+    """What a job is expected to take. docs/estimates.md says how each number is found."""
+
+    DESCRIPTOR: descriptor.Descriptor
+
+    EXAMPLES_FIELD_NUMBER: builtins.int
+    N_EPOCHS_FIELD_NUMBER: builtins.int
+    BATCH_SIZE_FIELD_NUMBER: builtins.int
+    STEPS_FIELD_NUMBER: builtins.int
+    TOKENS_PER_EPOCH_FIELD_NUMBER: builtins.int
+    TOKENS_FIELD_NUMBER: builtins.int
+    TRAINED_TOKENS_FIELD_NUMBER: builtins.int
+    VALIDATION_TOKENS_FIELD_NUMBER: builtins.int
+    ENGINES_FIELD_NUMBER: builtins.int
+    CURRENCY_FIELD_NUMBER: builtins.int
+    HOSTING_PRICE_PER_HOUR_FIELD_NUMBER: builtins.int
+    HOSTING_PRICE_PER_MONTH_FIELD_NUMBER: builtins.int
+    examples: builtins.int
+    """Rows, or what a batch counts (see Audit.rows)."""
+    n_epochs: builtins.int
+    batch_size: builtins.int
+    steps: builtins.int
+    tokens_per_epoch: builtins.int
+    """That go through the model; of pairs, those of both answers."""
+    tokens: builtins.int
+    """In all epochs."""
+    trained_tokens: builtins.int
+    """Those of them that are trained, which is what a job counts as its trained_tokens."""
+    validation_tokens: builtins.int
+    """Of the validation file, each as often as it is validated."""
+    currency: builtins.str
+    """ISO 4217, as the operator has set it; empty without prices."""
+    hosting_price_per_hour: builtins.float
+    """Of serving what was tuned, per hour and per 730 hours; unset where the operator has set no price."""
+    hosting_price_per_month: builtins.float
+    @builtins.property
+    def engines(self) -> containers.RepeatedCompositeFieldContainer[EngineEstimate]:
+        """The engine class that the job asks for comes first, then the operator's others."""
+
+    def __init__(
+        self,
+        *,
+        examples: builtins.int = ...,
+        n_epochs: builtins.int = ...,
+        batch_size: builtins.int = ...,
+        steps: builtins.int = ...,
+        tokens_per_epoch: builtins.int = ...,
+        tokens: builtins.int = ...,
+        trained_tokens: builtins.int = ...,
+        validation_tokens: builtins.int = ...,
+        engines: abc.Iterable[EngineEstimate] | None = ...,
+        currency: builtins.str = ...,
+        hosting_price_per_hour: builtins.float | None = ...,
+        hosting_price_per_month: builtins.float | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = typing.Literal["_hosting_price_per_hour", b"_hosting_price_per_hour", "_hosting_price_per_month", b"_hosting_price_per_month", "hosting_price_per_hour", b"hosting_price_per_hour", "hosting_price_per_month", b"hosting_price_per_month"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["_hosting_price_per_hour", b"_hosting_price_per_hour", "_hosting_price_per_month", b"_hosting_price_per_month", "batch_size", b"batch_size", "currency", b"currency", "engines", b"engines", "examples", b"examples", "hosting_price_per_hour", b"hosting_price_per_hour", "hosting_price_per_month", b"hosting_price_per_month", "n_epochs", b"n_epochs", "steps", b"steps", "tokens", b"tokens", "tokens_per_epoch", b"tokens_per_epoch", "trained_tokens", b"trained_tokens", "validation_tokens", b"validation_tokens"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__hosting_price_per_hour: _TypeAlias = typing.Literal["hosting_price_per_hour"]  # noqa: Y015
+    _WhichOneofArgType__hosting_price_per_hour: _TypeAlias = typing.Literal["_hosting_price_per_hour", b"_hosting_price_per_hour"]  # noqa: Y015
+    _WhichOneofReturnType__hosting_price_per_month: _TypeAlias = typing.Literal["hosting_price_per_month"]  # noqa: Y015
+    _WhichOneofArgType__hosting_price_per_month: _TypeAlias = typing.Literal["_hosting_price_per_month", b"_hosting_price_per_month"]  # noqa: Y015
+    @typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__hosting_price_per_hour) -> _WhichOneofReturnType__hosting_price_per_hour | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__hosting_price_per_month) -> _WhichOneofReturnType__hosting_price_per_month | None: ...
+
+@typing.final
+class EngineEstimate(message.Message):
+    """On the engines of one class."""
+
+    DESCRIPTOR: descriptor.Descriptor
+
+    ENGINE_CLASS_FIELD_NUMBER: builtins.int
+    DEVICE_FIELD_NUMBER: builtins.int
+    WORKERS_FIELD_NUMBER: builtins.int
+    SECONDS_FIELD_NUMBER: builtins.int
+    MEMORY_BYTES_FIELD_NUMBER: builtins.int
+    QUEUE_SECONDS_FIELD_NUMBER: builtins.int
+    PRICE_FIELD_NUMBER: builtins.int
+    TOKENS_PER_SECOND_FIELD_NUMBER: builtins.int
+    engine_class: builtins.str
+    device: builtins.str
+    """cpu or cuda; empty while no engine of the class has trained or registered."""
+    workers: builtins.int
+    queue_seconds: builtins.float
+    """Until an engine takes it; unset where that is not known."""
+    tokens_per_second: builtins.float
+    """Tokens a second that `seconds` counts with."""
+    @builtins.property
+    def seconds(self) -> EstimateRange:
+        """From its first step to its last, with validations."""
+
+    @builtins.property
+    def memory_bytes(self) -> EstimateRange:
+        """Of all workers' largest: the weights and the heaviest slice."""
+
+    @builtins.property
+    def price(self) -> EstimateRange:
+        """Of the training, in the currency; unset where the operator has set no price for the class."""
+
+    def __init__(
+        self,
+        *,
+        engine_class: builtins.str = ...,
+        device: builtins.str = ...,
+        workers: builtins.int = ...,
+        seconds: EstimateRange | None = ...,
+        memory_bytes: EstimateRange | None = ...,
+        queue_seconds: builtins.float | None = ...,
+        price: EstimateRange | None = ...,
+        tokens_per_second: builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = typing.Literal["_queue_seconds", b"_queue_seconds", "memory_bytes", b"memory_bytes", "price", b"price", "queue_seconds", b"queue_seconds", "seconds", b"seconds"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["_queue_seconds", b"_queue_seconds", "device", b"device", "engine_class", b"engine_class", "memory_bytes", b"memory_bytes", "price", b"price", "queue_seconds", b"queue_seconds", "seconds", b"seconds", "tokens_per_second", b"tokens_per_second", "workers", b"workers"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__queue_seconds: _TypeAlias = typing.Literal["queue_seconds"]  # noqa: Y015
+    _WhichOneofArgType__queue_seconds: _TypeAlias = typing.Literal["_queue_seconds", b"_queue_seconds"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__queue_seconds) -> _WhichOneofReturnType__queue_seconds | None: ...
+
+@typing.final
+class EstimateRange(message.Message):
+    DESCRIPTOR: descriptor.Descriptor
+
+    LOW_FIELD_NUMBER: builtins.int
+    LIKELY_FIELD_NUMBER: builtins.int
+    HIGH_FIELD_NUMBER: builtins.int
+    BASIS_FIELD_NUMBER: builtins.int
+    low: builtins.float
+    likely: builtins.float
+    high: builtins.float
+    basis: EstimateBasis.ValueType
+    def __init__(
+        self,
+        *,
+        low: builtins.float = ...,
+        likely: builtins.float = ...,
+        high: builtins.float = ...,
+        basis: EstimateBasis.ValueType = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["basis", b"basis", "high", b"high", "likely", b"likely", "low", b"low"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class ReplacedPrompt(message.Message):
+    """The prompt that the tuned model makes unnecessary, such as examples in it."""
+
+    DESCRIPTOR: descriptor.Descriptor
+
+    PROMPT_TOKENS_SAVED_FIELD_NUMBER: builtins.int
+    PRICE_PER_MILLION_TOKENS_FIELD_NUMBER: builtins.int
+    SECONDS_SAVED_FIELD_NUMBER: builtins.int
+    REQUESTS_PER_HOUR_FIELD_NUMBER: builtins.int
+    prompt_tokens_saved: builtins.float
+    """Fewer tokens of a request's prompt."""
+    price_per_million_tokens: builtins.float
+    """What a million tokens of that prompt cost, in the operator's currency."""
+    seconds_saved: builtins.float
+    """How much sooner a request is answered, in seconds of an engine."""
+    requests_per_hour: builtins.float
+    """How many requests come an hour; hosting is shared among them. 0 when unknown."""
+    def __init__(
+        self,
+        *,
+        prompt_tokens_saved: builtins.float = ...,
+        price_per_million_tokens: builtins.float = ...,
+        seconds_saved: builtins.float = ...,
+        requests_per_hour: builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = typing.Literal["price_per_million_tokens", b"price_per_million_tokens", "saving", b"saving", "seconds_saved", b"seconds_saved"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["price_per_million_tokens", b"price_per_million_tokens", "prompt_tokens_saved", b"prompt_tokens_saved", "requests_per_hour", b"requests_per_hour", "saving", b"saving", "seconds_saved", b"seconds_saved"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_saving: _TypeAlias = typing.Literal["price_per_million_tokens", "seconds_saved"]  # noqa: Y015
+    _WhichOneofArgType_saving: _TypeAlias = typing.Literal["saving", b"saving"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_saving) -> _WhichOneofReturnType_saving | None: ...
+
+@typing.final
+class BreakEven(message.Message):
+    """From how many requests on tuning has paid for itself."""
+
+    DESCRIPTOR: descriptor.Descriptor
+
+    REQUESTS_FIELD_NUMBER: builtins.int
+    REASON_FIELD_NUMBER: builtins.int
+    BY_SECONDS_FIELD_NUMBER: builtins.int
+    SAVED_PER_REQUEST_FIELD_NUMBER: builtins.int
+    NET_SAVED_PER_REQUEST_FIELD_NUMBER: builtins.int
+    HOSTING_REQUESTS_PER_HOUR_FIELD_NUMBER: builtins.int
+    requests: builtins.float
+    """Unset where it never does, or where a price is missing; `reason` says which."""
+    reason: builtins.str
+    by_seconds: builtins.bool
+    """By money, or by seconds of an engine where the operator has set no price."""
+    saved_per_request: builtins.float
+    """What a request saves, in the currency or in seconds, before and after its share of hosting."""
+    net_saved_per_request: builtins.float
+    hosting_requests_per_hour: builtins.float
+    """How many requests an hour pay for hosting alone; unset without a hosting price."""
+    def __init__(
+        self,
+        *,
+        requests: builtins.float | None = ...,
+        reason: builtins.str = ...,
+        by_seconds: builtins.bool = ...,
+        saved_per_request: builtins.float = ...,
+        net_saved_per_request: builtins.float = ...,
+        hosting_requests_per_hour: builtins.float | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = typing.Literal["_hosting_requests_per_hour", b"_hosting_requests_per_hour", "_requests", b"_requests", "hosting_requests_per_hour", b"hosting_requests_per_hour", "requests", b"requests"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["_hosting_requests_per_hour", b"_hosting_requests_per_hour", "_requests", b"_requests", "by_seconds", b"by_seconds", "hosting_requests_per_hour", b"hosting_requests_per_hour", "net_saved_per_request", b"net_saved_per_request", "reason", b"reason", "requests", b"requests", "saved_per_request", b"saved_per_request"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__hosting_requests_per_hour: _TypeAlias = typing.Literal["hosting_requests_per_hour"]  # noqa: Y015
+    _WhichOneofArgType__hosting_requests_per_hour: _TypeAlias = typing.Literal["_hosting_requests_per_hour", b"_hosting_requests_per_hour"]  # noqa: Y015
+    _WhichOneofReturnType__requests: _TypeAlias = typing.Literal["requests"]  # noqa: Y015
+    _WhichOneofArgType__requests: _TypeAlias = typing.Literal["_requests", b"_requests"]  # noqa: Y015
+    @typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__hosting_requests_per_hour) -> _WhichOneofReturnType__hosting_requests_per_hour | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__requests) -> _WhichOneofReturnType__requests | None: ...
 
 @typing.final
 class ComputeSpec(message.Message):
@@ -1026,6 +1284,62 @@ class CreateJobRequest(message.Message):
     _HasFieldArgType: _TypeAlias = typing.Literal["job", b"job"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
     _ClearFieldArgType: _TypeAlias = typing.Literal["job", b"job", "parent", b"parent", "request_id", b"request_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class EstimateJobRequest(message.Message):
+    DESCRIPTOR: descriptor.Descriptor
+
+    PARENT_FIELD_NUMBER: builtins.int
+    JOB_FIELD_NUMBER: builtins.int
+    REPLACES_FIELD_NUMBER: builtins.int
+    parent: builtins.str
+    """projects/{project}"""
+    @builtins.property
+    def job(self) -> Job:
+        """As in CreateJob."""
+
+    @builtins.property
+    def replaces(self) -> ReplacedPrompt:
+        """When given, the answer has a break-even."""
+
+    def __init__(
+        self,
+        *,
+        parent: builtins.str = ...,
+        job: Job | None = ...,
+        replaces: ReplacedPrompt | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = typing.Literal["job", b"job", "replaces", b"replaces"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["job", b"job", "parent", b"parent", "replaces", b"replaces"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class EstimateJobResponse(message.Message):
+    DESCRIPTOR: descriptor.Descriptor
+
+    PENDING_FIELD_NUMBER: builtins.int
+    ESTIMATE_FIELD_NUMBER: builtins.int
+    BREAK_EVEN_FIELD_NUMBER: builtins.int
+    pending: builtins.bool
+    """The files are still being audited; ask again."""
+    @builtins.property
+    def estimate(self) -> JobEstimate: ...
+    @builtins.property
+    def break_even(self) -> BreakEven: ...
+    def __init__(
+        self,
+        *,
+        pending: builtins.bool = ...,
+        estimate: JobEstimate | None = ...,
+        break_even: BreakEven | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = typing.Literal["break_even", b"break_even", "estimate", b"estimate"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["break_even", b"break_even", "estimate", b"estimate", "pending", b"pending"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

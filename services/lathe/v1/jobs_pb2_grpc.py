@@ -40,6 +40,11 @@ class JobsServiceStub:
                 request_serializer=lathe_dot_v1_dot_jobs__pb2.CreateJobRequest.SerializeToString,
                 response_deserializer=lathe_dot_v1_dot_jobs__pb2.Job.FromString,
                 _registered_method=True)
+        self.EstimateJob = channel.unary_unary(
+                '/lathe.v1.JobsService/EstimateJob',
+                request_serializer=lathe_dot_v1_dot_jobs__pb2.EstimateJobRequest.SerializeToString,
+                response_deserializer=lathe_dot_v1_dot_jobs__pb2.EstimateJobResponse.FromString,
+                _registered_method=True)
         self.GetJob = channel.unary_unary(
                 '/lathe.v1.JobsService/GetJob',
                 request_serializer=lathe_dot_v1_dot_jobs__pb2.GetJobRequest.SerializeToString,
@@ -88,6 +93,15 @@ class JobsServiceServicer:
 
     def CreateJob(self, request, context):
         """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def EstimateJob(self, request, context):
+        """What CreateJob with the same job would take: tokens, time, memory and money. Nothing is made but the audit of the
+        files, which takes a moment: the answer is pending until it is there. Refuses what CreateJob refuses, and files that
+        cannot be trained on.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
@@ -151,6 +165,11 @@ def add_JobsServiceServicer_to_server(servicer, server):
                     servicer.CreateJob,
                     request_deserializer=lathe_dot_v1_dot_jobs__pb2.CreateJobRequest.FromString,
                     response_serializer=lathe_dot_v1_dot_jobs__pb2.Job.SerializeToString,
+            ),
+            'EstimateJob': grpc.unary_unary_rpc_method_handler(
+                    servicer.EstimateJob,
+                    request_deserializer=lathe_dot_v1_dot_jobs__pb2.EstimateJobRequest.FromString,
+                    response_serializer=lathe_dot_v1_dot_jobs__pb2.EstimateJobResponse.SerializeToString,
             ),
             'GetJob': grpc.unary_unary_rpc_method_handler(
                     servicer.GetJob,
@@ -221,6 +240,33 @@ class JobsService:
             '/lathe.v1.JobsService/CreateJob',
             lathe_dot_v1_dot_jobs__pb2.CreateJobRequest.SerializeToString,
             lathe_dot_v1_dot_jobs__pb2.Job.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def EstimateJob(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/lathe.v1.JobsService/EstimateJob',
+            lathe_dot_v1_dot_jobs__pb2.EstimateJobRequest.SerializeToString,
+            lathe_dot_v1_dot_jobs__pb2.EstimateJobResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -34,6 +34,11 @@ class JobsServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> JobsServiceAsyncStub: ...
     CreateJob: _grpc.UnaryUnaryMultiCallable[_jobs_pb2.CreateJobRequest, _jobs_pb2.Job]
+    EstimateJob: _grpc.UnaryUnaryMultiCallable[_jobs_pb2.EstimateJobRequest, _jobs_pb2.EstimateJobResponse]
+    """What CreateJob with the same job would take: tokens, time, memory and money. Nothing is made but the audit of the
+    files, which takes a moment: the answer is pending until it is there. Refuses what CreateJob refuses, and files that
+    cannot be trained on.
+    """
     GetJob: _grpc.UnaryUnaryMultiCallable[_jobs_pb2.GetJobRequest, _jobs_pb2.Job]
     ListJobs: _grpc.UnaryUnaryMultiCallable[_jobs_pb2.ListJobsRequest, _jobs_pb2.ListJobsResponse]
     CancelJob: _grpc.UnaryUnaryMultiCallable[_jobs_pb2.CancelJobRequest, _jobs_pb2.Job]
@@ -53,6 +58,11 @@ class JobsServiceAsyncStub(JobsServiceStub):
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     CreateJob: _aio.UnaryUnaryMultiCallable[_jobs_pb2.CreateJobRequest, _jobs_pb2.Job]  # type: ignore[assignment]
+    EstimateJob: _aio.UnaryUnaryMultiCallable[_jobs_pb2.EstimateJobRequest, _jobs_pb2.EstimateJobResponse]  # type: ignore[assignment]
+    """What CreateJob with the same job would take: tokens, time, memory and money. Nothing is made but the audit of the
+    files, which takes a moment: the answer is pending until it is there. Refuses what CreateJob refuses, and files that
+    cannot be trained on.
+    """
     GetJob: _aio.UnaryUnaryMultiCallable[_jobs_pb2.GetJobRequest, _jobs_pb2.Job]  # type: ignore[assignment]
     ListJobs: _aio.UnaryUnaryMultiCallable[_jobs_pb2.ListJobsRequest, _jobs_pb2.ListJobsResponse]  # type: ignore[assignment]
     CancelJob: _aio.UnaryUnaryMultiCallable[_jobs_pb2.CancelJobRequest, _jobs_pb2.Job]  # type: ignore[assignment]
@@ -75,6 +85,17 @@ class JobsServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _jobs_pb2.CreateJobRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_jobs_pb2.Job, _abc.Awaitable[_jobs_pb2.Job]]: ...
+
+    @_abc_1.abstractmethod
+    def EstimateJob(
+        self,
+        request: _jobs_pb2.EstimateJobRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_jobs_pb2.EstimateJobResponse, _abc.Awaitable[_jobs_pb2.EstimateJobResponse]]:
+        """What CreateJob with the same job would take: tokens, time, memory and money. Nothing is made but the audit of the
+        files, which takes a moment: the answer is pending until it is there. Refuses what CreateJob refuses, and files that
+        cannot be trained on.
+        """
 
     @_abc_1.abstractmethod
     def GetJob(

@@ -16,6 +16,7 @@ from sqlalchemy import select, text, update
 from lathe.common.clock import SystemClock
 from lathe.common.db import Database, migrate, schema_state
 from lathe.common.errors import Aborted, AlreadyExists, Unavailable
+from lathe.jobs.figures import EngineEstimate, JobEstimate, Range, Speed, Work
 from lathe.jobs.model import (
     DEFAULT_CLASS,
     AdapterObject,
@@ -93,6 +94,9 @@ def full_job(now: FakeClock) -> Job:
         rerun_of="ftjob-first",
         halvings=((3, 1), (7, 2)),
         compare_with=AdapterObject("q", "9" * 64),
+        estimate=JobEstimate(
+            1, 2, 3, 4, 5, 6, 7, 8, (EngineEstimate("gpu", seconds=Range(1, 2, 3)),), "EUR", 0.5
+        ),
         comparison=WeightComparison(False, 1e-7, "lora_A"),
         state=JobState.RUNNING,
         state_reason="r",
@@ -159,7 +163,7 @@ async def test_the_version_before_finds_what_it_knows(world: World, db: Database
         *("n_epochs", "batch_size", "learning_rate_multiplier", "lora_r", "lora_alpha", "target_modules")
     }
     assert set(body["compute"]) == {"engine_class", "dedicated"}
-    assert not {"parent_model", "rerun_of", "halvings", "compare_with", "comparison"} & set(body)
+    assert not {"parent_model", "rerun_of", "halvings", "compare_with", "comparison", "estimate"} & set(body)
     async with world.store.read() as session:
         found = await session.job(job.id)
     assert found is not None and found.hyperparameters is not None
@@ -268,6 +272,21 @@ async def test_an_attempt_ends_once(world: World) -> None:
         assert not await session.end_attempt(replace(done, outcome=Outcome.LOST))
         assert not await session.renew("att-1", "token", later)
         assert await session.attempt("att-1") == replace(done, lease_expire_time=later)
+
+
+async def test_what_attempts_did_is_kept_the_newest_first(world: World) -> None:
+    first = Speed(
+        "att-1", Work("d" * 64, 7, "dpo", True, 2), "gpu", "cuda", 4, 10.5, 2.5, 3, world.clock.now()
+    )
+    later = world.clock.now() + timedelta(seconds=1)
+    async with world.store.write() as session:
+        await session.put_speed(first)
+        await session.put_speed(replace(first, attempt_id="att-2", update_time=later))
+        assert [one.attempt_id for one in await session.speeds(5)] == ["att-2", "att-1"]
+        grown = replace(first, tokens=20.0, held_bytes=2**40, update_time=later + timedelta(seconds=1))
+        await session.put_speed(grown)
+        assert list(await session.speeds(1)) == [grown] == [await session.speed("att-1")]
+        assert await session.speed("att-9") is None
 
 
 async def test_engines_and_pools(world: World) -> None:

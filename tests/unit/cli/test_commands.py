@@ -7,6 +7,7 @@ import socket
 import stat
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from lathe.cli import exits, main
 from lathe.cli.compare import ResultCache, report, table
 from lathe.cli.connection import Connection, Target
 from lathe.cli.contexts import Contexts, PlatformContext, write_contexts
+from lathe.cli.estimates import answer_lines, confirm, replaced_of
 from lathe.cli.jobview import JobView, metrics_line, sparkline
 from lathe.cli.output import plain, size
 from lathe.client.compare import ArmResult
@@ -232,6 +234,60 @@ def test_a_job_is_shown_on_a_terminal_and_off_it(terminal: bool) -> None:
     assert ("2.500 → 1.250" in text) is terminal
     assert ("step 2/4, loss 1.250" in text) is not terminal
     assert "1,234 tokens/s" in text
+
+
+def test_an_estimate_is_shown_with_where_its_numbers_come_from() -> None:
+    second, byte = jobs_pb2.EstimateRange, jobs_pb2.EstimateRange
+    engine = jobs_pb2.EngineEstimate(
+        engine_class="gpu",
+        device="cuda",
+        tokens_per_second=1234,
+        seconds=second(low=120, likely=300, high=7200, basis=jobs_pb2.ESTIMATE_BASIS_MEASURED),
+        memory_bytes=byte(low=1e9, likely=2e9, high=4e9, basis=jobs_pb2.ESTIMATE_BASIS_RULE),
+        queue_seconds=0,
+        price=second(low=0.02, likely=1.5, high=12, basis=jobs_pb2.ESTIMATE_BASIS_MEASURED),
+    )
+    estimate = jobs_pb2.JobEstimate(
+        examples=100,
+        n_epochs=1,
+        batch_size=8,
+        steps=13,
+        tokens=5000,
+        trained_tokens=700,
+        engines=[engine],
+        currency="EUR",
+    )
+    pays = jobs_pb2.BreakEven(requests=1500, net_saved_per_request=0.001)
+    found = jobs_pb2.EstimateJobResponse(estimate=estimate, break_even=pays)
+    assert list(answer_lines(found)) == [
+        "13 steps: 1 epoch of 100 examples, 8 at a time; 5,000 tokens, 700 of them trained.",
+        "  gpu (cuda): about 5 min (2 min to 2.0 h, measured), 1,234 tokens/s, memory about 2.0 GB (1.0 GB to 4.0 GB, "
+        "by rule), no wait, price about 1.50 EUR (0.02 EUR to 12.00 EUR, measured).",
+        "It pays for itself after 1,500 requests, each of which saves 0.001 EUR.",
+    ]
+
+
+def test_what_is_saved_is_read_from_a_comparison() -> None:
+    compared = report(
+        [RESULTS[1], replace(RESULTS[0], arm="few-shot", prompt_tokens=474.0, seconds=77.8)], "json"
+    )
+    tokens = replaced_of(compared, "few-shot", 2.0)
+    assert (tokens.prompt_tokens_saved, tokens.price_per_million_tokens) == (400, 2)
+    assert replaced_of(compared, "few-shot", None).seconds_saved == pytest.approx(1.0)
+    with pytest.raises(errors.InvalidArgument, match="no arm 'base'"):
+        replaced_of(compared, "base", None)
+
+
+def test_who_cannot_be_asked_is_not_kept_waiting() -> None:
+    asked: list[float] = []
+
+    def ask(timeout: float) -> jobs_pb2.EstimateJobResponse:
+        asked.append(timeout)
+        raise errors.NotFound("x")
+
+    confirm(ask, yes=False, quiet=True)
+    confirm(ask, yes=True, quiet=False)
+    assert asked == [0.0, 0.0]
 
 
 def test_a_preference_step_shows_its_margin() -> None:

@@ -66,6 +66,7 @@ def job_json(job: pb.Job) -> Json:
             "parent_model": job.parent_model or None,
             "rerun_of": last_id(job.rerun_of) or None,
             "comparison": _comparison(job.comparison) if job.HasField("comparison") else None,
+            "estimate": _estimate(job.estimate) if job.HasField("estimate") else None,
         },
     }
 
@@ -92,6 +93,27 @@ def _comparison(given: pb.WeightComparison) -> Json:
         "tensor": given.tensor or None,
         "not_compared_reason": given.not_compared_reason or None,
     }
+
+
+def _estimate(given: pb.JobEstimate) -> Json:
+    engine = given.engines[0] if given.engines else pb.EngineEstimate()
+    return {
+        "tokens": given.tokens,
+        "trained_tokens": given.trained_tokens,
+        "steps": given.steps,
+        "seconds": _range(engine, "seconds"),
+        "memory_bytes": _range(engine, "memory_bytes"),
+        "price": _range(engine, "price"),
+        "currency": given.currency or None,
+    }
+
+
+def _range(engine: pb.EngineEstimate, name: str) -> Json | None:
+    if not engine.HasField(name):  # type: ignore[arg-type]
+        return None
+    found: pb.EstimateRange = getattr(engine, name)
+    basis = pb.EstimateBasis.Name(found.basis).removeprefix("ESTIMATE_BASIS_").lower()
+    return {"low": found.low, "likely": found.likely, "high": found.high, "basis": basis}
 
 
 def _error(error: pb.JobError) -> Json:

@@ -10,6 +10,7 @@ from typing import Any
 
 from lathe.common.errors import Unavailable
 from lathe.jobs import model
+from lathe.jobs.figures import Basis, EngineEstimate, JobEstimate, Range, Speed, Work
 from lathe.jobs.model import (
     AdapterObject,
     Attempt,
@@ -46,7 +47,7 @@ _JOB_COLUMNS = frozenset(
 JOB_FORMAT = 1
 # What version 0.1 knows of a job is in `body`, all else in `extra`: it reads a member of a member that it does not know
 # as an error, and drops a member that it does not know when it writes the body.
-_EXTRA = frozenset({"parent_model", "rerun_of", "halvings", "compare_with", "comparison"})
+_EXTRA = frozenset({"parent_model", "rerun_of", "halvings", "compare_with", "comparison", "estimate"})
 _BODY_OF = {
     "spec": frozenset(
         {"n_epochs", "batch_size", "learning_rate_multiplier", "lora_r", "lora_alpha", "target_modules"}
@@ -90,6 +91,19 @@ def _halvings(value: list[list[int]]) -> tuple[tuple[int, int], ...]:
     return tuple((step, times) for step, times in value)
 
 
+def _range(value: Mapping[str, Any] | None) -> Range | None:
+    return Range(**{**value, "basis": Basis(value["basis"])}) if value else None
+
+
+def _engine_estimate(value: Mapping[str, Any]) -> EngineEstimate:
+    ranges = {name: _range(value[name]) for name in ("seconds", "memory_bytes", "price")}
+    return EngineEstimate(**{**value, **ranges})
+
+
+def _estimate(value: Mapping[str, Any]) -> JobEstimate:
+    return JobEstimate(**{**value, "engines": tuple(map(_engine_estimate, value["engines"]))})
+
+
 # How a member of the body is read again; what is not named here is a plain value.
 _READERS: dict[str, Callable[[Any], Any]] = {
     "base": lambda v: BaseRef(**_lists_to_tuples(v)),
@@ -101,6 +115,7 @@ _READERS: dict[str, Callable[[Any], Any]] = {
     "halvings": _halvings,
     "compare_with": lambda v: AdapterObject(**v),
     "comparison": lambda v: WeightComparison(**v),
+    "estimate": _estimate,
     "initial_adapter": lambda v: AdapterObject(**v),
     "training_tokens": lambda v: TokenObject(**v),
     "validation_tokens": lambda v: TokenObject(**v),
@@ -291,6 +306,19 @@ def checkpoint_values(item: Checkpoint) -> dict[str, Any]:
         "prefix": item.object.prefix,
         "manifest_sha256": item.object.manifest_sha256,
     }
+
+
+_WORK = tuple(item.name for item in fields(Work))
+
+
+def speed(row: Row) -> Speed:
+    names = [item.name for item in fields(Speed) if item.name != "work"]
+    return Speed(work=Work(**{name: row[name] for name in _WORK}), **{name: row[name] for name in names})
+
+
+def speed_values(item: Speed) -> dict[str, Any]:
+    values = asdict(item)
+    return {**values.pop("work"), **values}
 
 
 def engine(row: Row) -> EngineRecord:

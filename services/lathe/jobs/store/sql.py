@@ -16,6 +16,7 @@ from lathe.common.clock import Clock
 from lathe.common.db import Database, is_unique_violation
 from lathe.common.errors import Aborted, AlreadyExists
 from lathe.common.ids import IdFactory
+from lathe.jobs.figures import Speed
 from lathe.jobs.model import (
     Attempt,
     Checkpoint,
@@ -327,6 +328,22 @@ class _Progress(_Base):
 
 
 class _Engines(_Base):
+    async def put_speed(self, speed: Speed) -> None:
+        values = rows.speed_values(speed)
+        result = await self._connection.execute(
+            update(t.speeds).where(t.speeds.c.attempt_id == speed.attempt_id).values(values)
+        )
+        if result.rowcount == 0:
+            await self._connection.execute(insert(t.speeds), values)
+
+    async def speed(self, attempt_id: str) -> Speed | None:
+        row = await self._first(select(t.speeds).where(t.speeds.c.attempt_id == attempt_id))
+        return rows.speed(row) if row is not None else None
+
+    async def speeds(self, limit: int) -> Sequence[Speed]:
+        query = select(t.speeds).order_by(t.speeds.c.update_time.desc(), t.speeds.c.attempt_id).limit(limit)
+        return [rows.speed(row) for row in await self._all(query)]
+
     async def put_engine(self, engine: EngineRecord) -> None:
         values = rows.engine_values(engine)
         result = await self._connection.execute(

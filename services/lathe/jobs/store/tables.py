@@ -164,6 +164,29 @@ engines = Table(
     Column("waiting_time", UtcDateTime),
 )
 
+# What each attempt did, summed over its steps: what later jobs are estimated by.
+speeds = Table(
+    "speeds",
+    metadata,
+    Column("attempt_id", String(64), primary_key=True),
+    Column("base_digest", String(64), nullable=False),
+    Column("parameters", BigInteger, nullable=False),
+    Column("method", String(32), nullable=False),
+    Column("full_parameter", Boolean, nullable=False),
+    Column("workers", Integer, nullable=False),
+    Column("engine_class", String(64), nullable=False),
+    Column("device", String(32), nullable=False),
+    Column("threads", Integer, nullable=False),
+    Column("tokens", Float(53), nullable=False),
+    Column("seconds", Float(53), nullable=False),
+    Column("steps", Integer, nullable=False),
+    Column("update_time", UtcDateTime, nullable=False),
+    Column("held_bytes", BigInteger, nullable=False),
+    Column("pass_bytes", BigInteger, nullable=False),
+    Column("pass_tokens", Integer, nullable=False),
+)
+Index("speeds_by_time", speeds.c.update_time)
+
 lost_engines = Table(
     "lost_engines",
     metadata,
