@@ -29,7 +29,7 @@ from lathe.common.rpc.tokens import read_token
 from lathe.common.service import metrics_endpoint
 from lathe.common.settings import DatabaseSettings, MetricsSettings, RpcSettings, StoreSettings
 from lathe.datafolder import DataFolder, write_endpoint
-from lathe.datasets.settings import DatasetsSettings
+from lathe.datasets.settings import DatasetsSettings, ImportSettings
 from lathe.gateway.settings import GatewaySettings
 from lathe.jobs.settings import JobsSettings, LauncherSettings
 from lathe.models.settings import ModelsSettings
@@ -88,6 +88,7 @@ async def running(folder: DataFolder, options: UpOptions) -> AsyncIterator[Endpo
                 store=_store(folder),
                 cache_folder=folder.root / "cache",
                 models_address=addresses["models_address"],
+                imports=ImportSettings(enabled=True),
             )
             service = await stack.enter_async_context(lathe.datasets.main.running(datasets, metrics))
             addresses["datasets_address"] = f"127.0.0.1:{service.port}"

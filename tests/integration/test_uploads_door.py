@@ -21,7 +21,7 @@ from lathe.common.objectstore.folder import FolderStore
 from lathe.common.rpc.principal import Principal
 from lathe.common.settings import DatabaseSettings, MetricsSettings, RpcSettings, StoreSettings
 from lathe.datasets import main as datasets_main
-from lathe.datasets.settings import DatasetsSettings
+from lathe.datasets.settings import DatasetsSettings, ImportSettings
 from lathe.gateway import main as gateway_main
 from lathe.gateway.settings import GatewaySettings
 from lathe.text.tokenizer import Tokenizer
@@ -74,6 +74,12 @@ class Door:
                 await asyncio.sleep(0.02)
         return file
 
+    async def until(self, file_id: str, status: str) -> Any:
+        async with asyncio.timeout(10):
+            while (file := await self.sdk.files.retrieve(file_id)).status != status:  # noqa: ASYNC110
+                await asyncio.sleep(0.02)
+        return file
+
     async def close(self) -> None:
         for client in (self.sdk, self.eve, self.azure):
             await client.close()
@@ -98,7 +104,11 @@ async def door(tmp_path: Path) -> AsyncIterator[Door]:
     (tmp_path / "token").write_text(TOKEN)
     rpc = RpcSettings(port=0, health_port=None, service_token_file=tmp_path / "token", grace_s=1)
     its = DatasetsSettings(
-        rpc=rpc, db=await migrated(tmp_path, "datasets"), store=store, models_address=owners.address
+        rpc=rpc,
+        db=await migrated(tmp_path, "datasets"),
+        store=store,
+        models_address=owners.address,
+        imports=ImportSettings(enabled=True, allow_networks=("127.0.0.0/8",)),
     )
     async with datasets_main.running(its, Metrics(), clock=clock) as datasets:
         settings = GatewaySettings(
@@ -250,3 +260,38 @@ async def test_a_retried_create_joins_the_first(door: Door) -> None:
     first = await door.begin()
     assert await door.begin(**retry) == first
     assert await door.begin() != first
+
+
+async def test_azures_import(door: Door) -> None:
+    async def site(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        path = (await reader.readuntil(b"\r\n\r\n")).split()[1]
+        body = CSV if path == b"/train.csv?sig=secret" else b""
+        status = b"200 OK" if body else b"404 Not Found"
+        writer.write(b"HTTP/1.1 %s\r\nContent-Length: %d\r\n\r\n%s" % (status, len(body), body))
+        await writer.drain()
+        writer.close()
+
+    rows = "".join(f"question {n},answer {n}\n" for n in range(12))
+    CSV = f"prompt,completion\n{rows}".encode()
+    server = await asyncio.start_server(site, "127.0.0.1", 0)
+    here = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    async with server, httpx.AsyncClient(base_url=door.base, headers={"api-key": "sk-alice"}) as http:
+
+        async def begun(url: str, **more: str) -> httpx.Response:
+            body = {"purpose": "fine-tune", "filename": "train.csv", "content_url": url, **more}
+            return await http.post("/openai/files/import?api-version=2024-10-21", json=body)
+
+        made = await begun(f"{here}/train.csv?sig=secret")
+        assert (made.status_code, made.json()["status"]) == (201, "pending")
+        assert made.headers["operation-location"] == made.headers["location"]
+        await door.until(made.json()["id"], "processed")
+        answer = await http.get(made.headers["location"])
+        assert answer.json()["id"] == made.json()["id"]
+        gone = await begun(f"{here}/none")
+        file = await door.until(gone.json()["id"], "error")
+        assert "404" in (file.status_details or "") and "sig=" not in str(file)
+        refused = await begun("ftp://x/y")
+        assert (refused.status_code, refused.json()["error"]["param"]) == (400, "content_url")
+        metadata = await begun("http://169.254.169.254/latest/meta-data")
+        file = await door.until(metadata.json()["id"], "error")
+        assert "may not reach" in (file.status_details or "")

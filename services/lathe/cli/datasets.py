@@ -26,6 +26,14 @@ from lathe.v1 import datasets_pb2 as pb
 
 app = typer.Typer(no_args_is_help=True, help="Files of examples to tune on.")
 DATASET = Annotated[str, typer.Argument(help="file-…")]
+FILE_TYPE = Annotated[str, typer.Option(help="jsonl, json, csv or parquet; by the file's name if not given.")]
+COLUMN = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="KEY=COLUMN, once for each: which column is which key of an example, such as prompt=question."
+    ),
+]
+WAIT = Annotated[bool, typer.Option(help="Wait until it is validated.")]
 
 
 @app.command()
@@ -38,16 +46,9 @@ def upload(
         ),
     ],
     purpose: Annotated[str, typer.Option(help="What it is for.")] = "fine-tune",
-    file_type: Annotated[
-        str, typer.Option(help="jsonl, json, csv or parquet; by the file's name if not given.")
-    ] = "",
-    column: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="KEY=COLUMN, once for each: which column is which key of an example, such as prompt=question."
-        ),
-    ] = None,
-    wait: Annotated[bool, typer.Option(help="Wait until it is validated.")] = True,
+    file_type: FILE_TYPE = "",
+    column: COLUMN = None,
+    wait: WAIT = True,
     as_json: JSON = False,
 ) -> None:
     """Upload a file and have it validated; a broken connection goes on where it was."""
@@ -58,6 +59,33 @@ def upload(
             )
         if wait:
             dataset = client.datasets.wait(dataset.name)
+    _say(dataset, as_json)
+
+
+@app.command(name="import")
+def import_(
+    context: typer.Context,
+    source: Annotated[
+        str,
+        typer.Argument(help="https://…, s3://bucket/key, or hf:owner/name[:config/split]."),
+    ],
+    purpose: Annotated[str, typer.Option(help="What it is for.")] = "fine-tune",
+    file_type: FILE_TYPE = "",
+    column: COLUMN = None,
+    wait: WAIT = True,
+    as_json: JSON = False,
+) -> None:
+    """Have the platform fetch a file and validate it."""
+    with client_of(context) as client:
+        dataset = client.datasets.import_from(
+            source, purpose, file_type=file_type, columns=_columns(column or [])
+        )
+        if wait:
+            dataset = client.datasets.wait(dataset.name, timeout=3600)
+    _say(dataset, as_json)
+
+
+def _say(dataset: pb.Dataset, as_json: bool) -> None:
     if as_json:
         print_json(dataset)
     else:

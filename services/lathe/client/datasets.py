@@ -70,6 +70,28 @@ class Datasets(Rows, Audits):
         created = self._create(new)
         return _Upload(self._transport, self._stub, created.name, content, progress).run()
 
+    def import_from(
+        self,
+        source: str,
+        purpose: str = "fine-tune",
+        *,
+        display_name: str = "",
+        file_type: str = "",
+        columns: Mapping[str, str] | None = None,
+    ) -> pb.Dataset:
+        """Have the platform fetch a file; the answer is UPLOADING, see `wait`.
+
+        source: an https:// or http:// URL, s3://bucket/key, or hf:owner/name[:config/split]. file_type, columns: as in
+        `upload`. Raises InvalidArgument, FailedPrecondition where imports are switched off.
+        """
+        new = pb.Dataset(display_name=display_name, purpose=purpose)
+        if file_type or columns:
+            new.import_options.CopyFrom(pb.ImportOptions(file_type=file_type, columns=columns))
+        request = pb.ImportDatasetRequest(
+            parent=self._project, dataset=new, source=source, request_id=new_request_id()
+        )
+        return self._transport.call(self._stub.ImportDataset, request)
+
     def _in_parts(self, content: _Content, new: pb.Dataset, progress: Progress | None) -> pb.Dataset | None:
         """Straight to the object store; None where that is not offered, or the store is out of this client's reach."""
         announced = pb.PartsAnnouncement(size_bytes=content.size, sha256=content.sha256, presigned=True)

@@ -22,9 +22,13 @@ from lathe.common.rpc.diagnosis import diagnosis
 from lathe.common.rpc.dialer import Dialer
 from lathe.common.rpc.server import Registration, build_server
 from lathe.common.service import RunningService, run_service, serving
+from lathe.datasets.addresses import networks
 from lathe.datasets.auditing import Auditor
 from lathe.datasets.blobs import Blobs
 from lathe.datasets.cleaner import Cleaner
+from lathe.datasets.fetching import Fetcher
+from lathe.datasets.import_store import SqlImportStore
+from lathe.datasets.importing import Importing
 from lathe.datasets.peers import RpcBaseModels
 from lathe.datasets.preparation import PreparationService
 from lathe.datasets.preparing import Preparing
@@ -33,6 +37,7 @@ from lathe.datasets.rowindexes import RowIndexes
 from lathe.datasets.service import DatasetsService
 from lathe.datasets.servicer import DatasetsInternalServicer, DatasetsServicer
 from lathe.datasets.settings import DatasetsSettings
+from lathe.datasets.sources import Sources
 from lathe.datasets.store import SqlDatasetStore
 from lathe.datasets.tokenizers import TokenizerCache
 from lathe.datasets.upload_service import UploadService
@@ -49,6 +54,7 @@ PACKAGE = "lathe.datasets"
 # What was left by a process that died is found at its start; this is for what another replica left.
 _LOOK_EVERY_S = 30.0
 _COUNT_EVERY_S = 15.0
+_IMPORTS_EVERY_S = 5.0
 # It lists the whole store.
 _ORPHANS_EVERY_S = 6 * 3600.0
 
@@ -71,6 +77,7 @@ async def running(
         service = DatasetsService(store, objects, base_models, clock, ids)
         session_store = SqlUploadStore(db)
         uploads = UploadService(service, session_store)
+        imports = Importing(service, SqlImportStore(db), _sources(settings))
         folder = files.enter_context(_folder(settings.cache_folder))
         indexes = RowIndexes(store, objects, folder / "rows", clock, service.preparing)
         await indexes.start()
@@ -86,7 +93,7 @@ async def running(
         registrations = [
             Registration(
                 add_DatasetsServiceServicer_to_server,
-                DatasetsServicer(service, uploads, preparation, previews),
+                DatasetsServicer(service, uploads, imports, preparation, previews),
                 "lathe.v1.DatasetsService",
             ),
             Registration(
@@ -117,6 +124,7 @@ async def running(
             preparing=preparing,
             auditor=auditor,
             cleaner=cleaner,
+            imports=imports,
         )
         checks = {"database": db.check, "store": objects.check}
         work.append(watch_dependencies("datasets", checks, metrics, clock))
@@ -139,6 +147,7 @@ def _loops(
     preparing: Preparing,
     auditor: Auditor,
     cleaner: Cleaner,
+    imports: Importing,
 ) -> list[Coroutine[Any, Any, None]]:
     """What runs beside the server."""
 
@@ -166,10 +175,28 @@ def _loops(
         *validations,
         loop("Preparation", preparing.step, service.preparing, _LOOK_EVERY_S),
         loop("The audit", auditor.step, service.auditing, _LOOK_EVERY_S),
+        *(
+            loop("An import", imports.step, imports.due, _IMPORTS_EVERY_S)
+            for _ in range(settings.imports.workers if settings.imports.enabled else 0)
+        ),
         loop("The sweep", cleaner.sweep, service.cleanup, settings.sweep_interval_s),
         loop("The sweep of orphans", cleaner.sweep_orphans, Wakeup(), _ORPHANS_EVERY_S),
         loop("Counting", count, Wakeup(), _COUNT_EVERY_S),
     ]
+
+
+def _sources(settings: DatasetsSettings) -> Sources | None:
+    """What may be imported; None where nothing is."""
+    given = settings.imports
+    if not given.enabled:
+        return None
+    buckets = {}
+    if given.s3 is not None:
+        buckets = {
+            name: open_store(given.s3.model_copy(update={"bucket": name})) for name in given.s3_buckets
+        }
+    fetcher = Fetcher(networks(given.allow_networks), given.max_bytes, given.max_seconds)
+    return Sources(fetcher, given.hub, buckets)
 
 
 @contextmanager

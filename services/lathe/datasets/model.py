@@ -140,7 +140,8 @@ class ImportOptions:
 class Dataset:
     """One immutable file, uploaded or made from others. staging_key: where its bytes came or come in; empty once
     nothing is there. preparation: how it was made; None for an upload. frozen_as: its name as a held-out set.
-    import_options: how it is converted before it is stored; None where it is stored as it is uploaded. source_sha256,
+    source: where it was imported from, as it may be shown. import_options: how it is converted before it is stored;
+    None where it is stored as it is uploaded. source_sha256,
     source_size_bytes: of what was uploaded, once it is converted."""
 
     project: str
@@ -159,6 +160,7 @@ class Dataset:
     import_options: ImportOptions | None = None
     source_sha256: str = ""
     source_size_bytes: int = 0
+    source: str = ""
 
     @property
     def name(self) -> str:

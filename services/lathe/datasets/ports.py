@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from datetime import datetime
 from typing import Protocol
 
@@ -250,6 +251,40 @@ class UploadStore(Protocol):
 
     async def forget_uploads(self, expired_before: datetime) -> None:
         """Remove those whose time came before then and that no validation needs any more."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Import:
+    """A dataset that is to be fetched. tries: those that broke."""
+
+    project: str
+    dataset_id: str
+    source: str
+    tries: int
+
+
+class ImportStore(Protocol):
+    """The imports of datasets that are UPLOADING."""
+
+    async def begin(self, project: str, dataset_id: str, source: str, now: datetime) -> None:
+        """Keep one, due now; nothing happens if there is one of that dataset."""
+        ...
+
+    async def due(self, now: datetime) -> Sequence[Import]:
+        """Oldest first."""
+        ...
+
+    async def again(self, dataset_id: str, tries: int, next_time: datetime) -> None:
+        """It broke; when the next try is due."""
+        ...
+
+    async def fail(self, project: str, dataset_id: str, report: Report) -> None:
+        """The dataset UPLOADING -> ERROR; nothing happens in another state."""
+        ...
+
+    async def forget_ended(self) -> None:
+        """Remove those whose dataset is UPLOADING no more."""
         ...
 
 

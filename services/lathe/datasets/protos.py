@@ -63,13 +63,13 @@ def expire_time(message: pb.Dataset) -> datetime | None:
     return message.expire_time.ToDatetime(UTC) if message.HasField("expire_time") else None
 
 
-def import_options(message: pb.Dataset) -> ImportOptions | None:
-    """Raises InvalidArgument for a type that there is not."""
+def import_options(message: pb.Dataset, name: str = "") -> ImportOptions | None:
+    """name: of the file, if it has none of its own. Raises InvalidArgument for a type that there is not."""
     if not message.HasField("import_options"):
         return None
     given = message.import_options
     try:
-        file_type = FileType(given.file_type or file_type_of(message.display_name))
+        file_type = FileType(given.file_type or file_type_of(message.display_name or name))
     except ValueError:
         known = ", ".join(FileType)
         raise invalid(
@@ -151,6 +151,7 @@ def dataset_pb(dataset: Dataset) -> pb.Dataset:
         size_bytes=dataset.size_bytes,
         sha256=dataset.sha256,
         import_options=_import_options_pb(dataset.import_options),
+        source=dataset.source,
         source_sha256=dataset.source_sha256,
         source_size_bytes=dataset.source_size_bytes,
         report=report_pb(dataset.report) if dataset.report is not None else None,

@@ -56,9 +56,10 @@ class DatasetsService:
         request_id: str,
         *,
         import_options: ImportOptions | None = None,
+        source: str = "",
     ) -> Dataset:
         """A new dataset, UPLOADING; the same request_id again answers with the first. import_options: how it is
-        converted; None to go by its name. Raises InvalidArgument."""
+        converted; None to go by its name. source: where it is imported from. Raises InvalidArgument."""
         now = self.clock.now()
         key = rules.request_key("create", request_id)
         earlier = await self.store.find_by_request(project, key) if key else None
@@ -75,6 +76,7 @@ class DatasetsService:
             expire_time=expire_time,
             staging_key=f"staging/{self.ids.token(24)}",
             import_options=rules.resolve_import(display_name, purpose, import_options),
+            source=source,
         )
         return await self.store.add(dataset, key)
 

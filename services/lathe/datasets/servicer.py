@@ -13,10 +13,12 @@ from lathe.common.pages import coerce_page_size, decode_page_token, encode_page_
 from lathe.common.rpc.context import ServicerContext
 from lathe.common.rpc.principal import require_project, require_role
 from lathe.datasets import protos
+from lathe.datasets.importing import Importing
 from lathe.datasets.preparation import PreparationService
 from lathe.datasets.preparation_servicer import PreparationMethods
 from lathe.datasets.preview import Previews
 from lathe.datasets.service import DatasetsService
+from lathe.datasets.sources import check_source, shown_source
 from lathe.datasets.upload_service import UploadService
 from lathe.v1 import datasets_pb2 as pb
 from lathe.v1 import datasets_pb2_grpc as pb_grpc
@@ -32,6 +34,7 @@ class DatasetsServicer(PreparationMethods):
         self,
         service: DatasetsService,
         uploads: UploadService,
+        imports: Importing,
         preparation: PreparationService,
         previews: Previews,
     ) -> None:
@@ -39,6 +42,7 @@ class DatasetsServicer(PreparationMethods):
         self._service = service
         self._previews = previews
         self._uploads = uploads
+        self._imports = imports
 
     async def CreateDataset(self, request: pb.CreateDatasetRequest, context: ServicerContext) -> pb.Dataset:
         (project,) = names.PROJECT.parse(request.parent, field="parent")
@@ -58,6 +62,24 @@ class DatasetsServicer(PreparationMethods):
         )
         if in_parts:
             await self._uploads.open(dataset, *announced, presigned=request.in_parts.presigned)
+        return protos.dataset_pb(dataset)
+
+    async def ImportDataset(self, request: pb.ImportDatasetRequest, context: ServicerContext) -> pb.Dataset:
+        (project,) = names.PROJECT.parse(request.parent, field="parent")
+        require_project(request.parent, field="parent")
+        require_role("member")
+        self._imports.check_offered()
+        new, name = request.dataset, check_source(request.source)
+        dataset = await self._service.create(
+            project,
+            new.display_name or name,
+            new.purpose or "fine-tune",
+            protos.expire_time(new),
+            request.request_id,
+            import_options=protos.import_options(new, name),
+            source=shown_source(request.source),
+        )
+        await self._imports.begin(dataset, request.source)
         return protos.dataset_pb(dataset)
 
     async def UploadDataset(
@@ -179,7 +201,8 @@ class DatasetsInternalServicer(pb_grpc.DatasetsInternalServiceServicer):
 
     async def GetUpload(self, request: pb.GetUploadRequest, context: ServicerContext) -> pb.Upload:
         dataset = await self._service.get(*_ids(request.name))
-        return protos.upload_pb(dataset, in_parts=await self._uploads.is_in_parts(dataset))
+        in_parts = bool(dataset.source) or await self._uploads.is_in_parts(dataset)
+        return protos.upload_pb(dataset, in_parts=in_parts)
 
     async def OpenUploadPart(
         self, request: pb.OpenUploadPartRequest, context: ServicerContext

@@ -1,11 +1,36 @@
 """The settings of datasets."""
 
 from pathlib import Path
+from typing import Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from lathe.common.service import ProcessSettings
-from lathe.common.settings import DatabaseSettings, RpcSettings, StoreSettings
+from lathe.common.settings import DatabaseSettings, RpcSettings, SettingsGroup, StoreSettings
+from lathe.datasets.addresses import networks
+
+
+class ImportSettings(SettingsGroup):
+    """What users may have fetched. Addresses that are not public are refused, but for `allow_networks`."""
+
+    enabled: bool = Field(False, description="whether datasets may be imported from URLs; needs a way out")
+    allow_networks: tuple[str, ...] = Field(
+        (), description="networks inside that imports may reach, such as 10.2.0.0/16"
+    )
+    max_bytes: int = Field(8 << 30, ge=1, le=8 << 30, description="the largest file")
+    max_seconds: float = Field(3600.0, gt=0, description="the longest that one fetch may take")
+    workers: int = Field(2, ge=1, le=16, description="imports that are fetched beside each other")
+    hub: str = Field("https://huggingface.co", description="what hf: means")
+    s3: StoreSettings | None = Field(
+        None,
+        description="the S3 service of s3:// sources (its bucket is not read unless s3_buckets names it)",
+    )
+    s3_buckets: tuple[str, ...] = Field((), description="buckets there that every project may read")
+
+    @model_validator(mode="after")
+    def _networks(self) -> Self:
+        networks(self.allow_networks)
+        return self
 
 
 class DatasetsSettings(ProcessSettings, service="datasets"):
@@ -18,6 +43,7 @@ class DatasetsSettings(ProcessSettings, service="datasets"):
     cache_folder: Path | None = Field(
         None, description="tokenizers and unfinished token objects; a temporary folder if not given"
     )
+    imports: ImportSettings = ImportSettings()
     validation_workers: int = Field(2, ge=1, le=32, description="files that are validated beside each other")
     audit_workers: int = Field(
         0,
@@ -28,3 +54,13 @@ class DatasetsSettings(ProcessSettings, service="datasets"):
     sweep_interval_s: float = Field(
         300.0, gt=0, description="how often deleted and expired files are looked for"
     )
+
+    @model_validator(mode="after")
+    def _not_our_own_bucket(self) -> Self:
+        theirs = self.imports.s3
+        ours = theirs is not None and theirs.endpoint == self.store.endpoint
+        if ours and self.store.bucket in self.imports.s3_buckets:
+            raise ValueError(
+                f"imports.s3_buckets may not name {self.store.bucket!r}: it holds everybody's data"
+            )
+        return self

@@ -55,6 +55,7 @@ datasets = sa.Table(
     sa.Column("index_version", sa.Integer, default=0),
     sa.Column("frozen_as", sa.String),
     sa.Column("import_options", sa.JSON(none_as_null=True)),
+    sa.Column("source", sa.String, default=""),
     sa.Column("source_sha256", sa.String),
     sa.Column("source_size_bytes", sa.BigInteger),
 )
@@ -95,6 +96,15 @@ uploads = sa.Table(
     sa.Column("parts", sa.JSON),
     sa.Column("create_time", UtcDateTime()),
     sa.Column("expire_time", UtcDateTime()),
+)
+imports = sa.Table(
+    "imports",
+    metadata,
+    sa.Column("dataset_id", sa.String, primary_key=True),
+    sa.Column("project", sa.String),
+    sa.Column("source", sa.String),
+    sa.Column("tries", sa.Integer),
+    sa.Column("next_time", UtcDateTime()),
 )
 claims = sa.Table(
     "claims",
@@ -528,7 +538,8 @@ class SqlDatasetStore:
 
 
 _PLAIN = (
-    "id", "project", "display_name", "purpose", "create_time", "expire_time", "size_bytes", "sha256", "staging_key"
+    "id", "project", "display_name", "purpose", "create_time", "expire_time", "size_bytes", "sha256", "staging_key",
+    "source",
 )  # fmt: skip
 
 

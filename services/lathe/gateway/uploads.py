@@ -238,7 +238,7 @@ class DatasetUploads(Generic[Committed]):
             )
         if target.in_parts:
             raise FailedPrecondition(
-                f"{dataset_name} was created for an upload in parts; create another dataset to send a stream.",
+                f"{dataset_name} was created for parts or an import; create another dataset to send a stream.",
                 reason="UPLOAD_IN_PARTS",
             )
         return target.staging_key

@@ -110,6 +110,15 @@ _ERRORS = {
     ),
     "parent_deleted": ("the dataset that it is made from is gone", "Make it from another dataset."),
     "digest_mismatch": ("the bytes are not those that were announced", "Upload the file again."),
+    "import_refused": (
+        "what it is to be imported from may not be fetched",
+        "Use a public address, or upload the file.",
+    ),
+    "import_too_large": (
+        "what is imported is too large, or takes too long",
+        "Upload the file, or import it in pieces.",
+    ),
+    "import_failed": ("what is imported cannot be fetched", "Look whether the source is there, then import it again."),
     "upload_lost": ("the uploaded bytes are gone", "Upload the file again."),
     "server_error": ("Lathe itself failed", "Try again; if it stays, tell your operator the words of the message."),
     "nothing_trained": (

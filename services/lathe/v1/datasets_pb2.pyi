@@ -121,6 +121,7 @@ class Dataset(message.Message):
     IMPORT_OPTIONS_FIELD_NUMBER: builtins.int
     SOURCE_SHA256_FIELD_NUMBER: builtins.int
     SOURCE_SIZE_BYTES_FIELD_NUMBER: builtins.int
+    SOURCE_FIELD_NUMBER: builtins.int
     PREPARATION_FIELD_NUMBER: builtins.int
     FROZEN_AS_FIELD_NUMBER: builtins.int
     name: builtins.str
@@ -137,6 +138,8 @@ class Dataset(message.Message):
     source_sha256: builtins.str
     """Of the bytes that were uploaded, once they are converted."""
     source_size_bytes: builtins.int
+    source: builtins.str
+    """Where its bytes were imported from, without the query of a URL. Empty for an upload."""
     frozen_as: builtins.str
     """The name under which it is a held-out set; empty when it is none."""
     @builtins.property
@@ -174,12 +177,13 @@ class Dataset(message.Message):
         import_options: ImportOptions | None = ...,
         source_sha256: builtins.str = ...,
         source_size_bytes: builtins.int = ...,
+        source: builtins.str = ...,
         preparation: DatasetPreparation | None = ...,
         frozen_as: builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = typing.Literal["create_time", b"create_time", "expire_time", b"expire_time", "import_options", b"import_options", "preparation", b"preparation", "report", b"report"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["create_time", b"create_time", "display_name", b"display_name", "expire_time", b"expire_time", "frozen_as", b"frozen_as", "import_options", b"import_options", "name", b"name", "preparation", b"preparation", "purpose", b"purpose", "report", b"report", "sha256", b"sha256", "size_bytes", b"size_bytes", "source_sha256", b"source_sha256", "source_size_bytes", b"source_size_bytes", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["create_time", b"create_time", "display_name", b"display_name", "expire_time", b"expire_time", "frozen_as", b"frozen_as", "import_options", b"import_options", "name", b"name", "preparation", b"preparation", "purpose", b"purpose", "report", b"report", "sha256", b"sha256", "size_bytes", b"size_bytes", "source", b"source", "source_sha256", b"source_sha256", "source_size_bytes", b"source_size_bytes", "state", b"state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -704,6 +708,39 @@ class CreateDatasetRequest(message.Message):
     _HasFieldArgType: _TypeAlias = typing.Literal["dataset", b"dataset", "in_parts", b"in_parts"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
     _ClearFieldArgType: _TypeAlias = typing.Literal["dataset", b"dataset", "in_parts", b"in_parts", "parent", b"parent", "request_id", b"request_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class ImportDatasetRequest(message.Message):
+    DESCRIPTOR: descriptor.Descriptor
+
+    PARENT_FIELD_NUMBER: builtins.int
+    DATASET_FIELD_NUMBER: builtins.int
+    SOURCE_FIELD_NUMBER: builtins.int
+    REQUEST_ID_FIELD_NUMBER: builtins.int
+    parent: builtins.str
+    """projects/{project}"""
+    source: builtins.str
+    """An https:// or http:// URL, s3://bucket/key of a bucket that the operator lists, or hf:owner/name[:config/split]."""
+    request_id: builtins.str
+    @builtins.property
+    def dataset(self) -> Dataset:
+        """display_name (the URL's last segment if empty), purpose (fine-tune if empty), expire_time and import_options are
+        read.
+        """
+
+    def __init__(
+        self,
+        *,
+        parent: builtins.str = ...,
+        dataset: Dataset | None = ...,
+        source: builtins.str = ...,
+        request_id: builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = typing.Literal["dataset", b"dataset"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["dataset", b"dataset", "parent", b"parent", "request_id", b"request_id", "source", b"source"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -41,6 +41,11 @@ class DatasetsServiceStub:
                 request_serializer=lathe_dot_v1_dot_datasets__pb2.CreateDatasetRequest.SerializeToString,
                 response_deserializer=lathe_dot_v1_dot_datasets__pb2.Dataset.FromString,
                 _registered_method=True)
+        self.ImportDataset = channel.unary_unary(
+                '/lathe.v1.DatasetsService/ImportDataset',
+                request_serializer=lathe_dot_v1_dot_datasets__pb2.ImportDatasetRequest.SerializeToString,
+                response_deserializer=lathe_dot_v1_dot_datasets__pb2.Dataset.FromString,
+                _registered_method=True)
         self.UploadDataset = channel.stream_unary(
                 '/lathe.v1.DatasetsService/UploadDataset',
                 request_serializer=lathe_dot_v1_dot_datasets__pb2.UploadDatasetRequest.SerializeToString,
@@ -139,6 +144,15 @@ class DatasetsServiceServicer:
 
     def CreateDataset(self, request, context):
         """Makes a dataset in UPLOADING, ready for UploadDataset; with in_parts, for parts instead.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ImportDataset(self, request, context):
+        """Makes a dataset whose bytes the platform fetches by itself: UPLOADING while it does, then VALIDATING; ERROR with the
+        finding import_refused, import_too_large or import_failed. FAILED_PRECONDITION with the reason
+        IMPORTS_OFF where the operator has not switched it on.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -281,6 +295,11 @@ def add_DatasetsServiceServicer_to_server(servicer, server):
                     request_deserializer=lathe_dot_v1_dot_datasets__pb2.CreateDatasetRequest.FromString,
                     response_serializer=lathe_dot_v1_dot_datasets__pb2.Dataset.SerializeToString,
             ),
+            'ImportDataset': grpc.unary_unary_rpc_method_handler(
+                    servicer.ImportDataset,
+                    request_deserializer=lathe_dot_v1_dot_datasets__pb2.ImportDatasetRequest.FromString,
+                    response_serializer=lathe_dot_v1_dot_datasets__pb2.Dataset.SerializeToString,
+            ),
             'UploadDataset': grpc.stream_unary_rpc_method_handler(
                     servicer.UploadDataset,
                     request_deserializer=lathe_dot_v1_dot_datasets__pb2.UploadDatasetRequest.FromString,
@@ -399,6 +418,33 @@ class DatasetsService:
             target,
             '/lathe.v1.DatasetsService/CreateDataset',
             lathe_dot_v1_dot_datasets__pb2.CreateDatasetRequest.SerializeToString,
+            lathe_dot_v1_dot_datasets__pb2.Dataset.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ImportDataset(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/lathe.v1.DatasetsService/ImportDataset',
+            lathe_dot_v1_dot_datasets__pb2.ImportDatasetRequest.SerializeToString,
             lathe_dot_v1_dot_datasets__pb2.Dataset.FromString,
             options,
             channel_credentials,

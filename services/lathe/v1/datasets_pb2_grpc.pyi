@@ -36,6 +36,11 @@ class DatasetsServiceStub:
     def __new__(cls, channel: _aio.Channel) -> DatasetsServiceAsyncStub: ...
     CreateDataset: _grpc.UnaryUnaryMultiCallable[_datasets_pb2.CreateDatasetRequest, _datasets_pb2.Dataset]
     """Makes a dataset in UPLOADING, ready for UploadDataset; with in_parts, for parts instead."""
+    ImportDataset: _grpc.UnaryUnaryMultiCallable[_datasets_pb2.ImportDatasetRequest, _datasets_pb2.Dataset]
+    """Makes a dataset whose bytes the platform fetches by itself: UPLOADING while it does, then VALIDATING; ERROR with the
+    finding import_refused, import_too_large or import_failed. FAILED_PRECONDITION with the reason
+    IMPORTS_OFF where the operator has not switched it on.
+    """
     UploadDataset: _grpc.StreamUnaryMultiCallable[_datasets_pb2.UploadDatasetRequest, _datasets_pb2.Dataset]
     """Resumable: ask GetDatasetUpload for the offset and go on from there. Ends in the gateway."""
     GetDatasetUpload: _grpc.UnaryUnaryMultiCallable[_datasets_pb2.GetDatasetUploadRequest, _datasets_pb2.DatasetUpload]
@@ -87,6 +92,11 @@ class DatasetsServiceAsyncStub(DatasetsServiceStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     CreateDataset: _aio.UnaryUnaryMultiCallable[_datasets_pb2.CreateDatasetRequest, _datasets_pb2.Dataset]  # type: ignore[assignment]
     """Makes a dataset in UPLOADING, ready for UploadDataset; with in_parts, for parts instead."""
+    ImportDataset: _aio.UnaryUnaryMultiCallable[_datasets_pb2.ImportDatasetRequest, _datasets_pb2.Dataset]  # type: ignore[assignment]
+    """Makes a dataset whose bytes the platform fetches by itself: UPLOADING while it does, then VALIDATING; ERROR with the
+    finding import_refused, import_too_large or import_failed. FAILED_PRECONDITION with the reason
+    IMPORTS_OFF where the operator has not switched it on.
+    """
     UploadDataset: _aio.StreamUnaryMultiCallable[_datasets_pb2.UploadDatasetRequest, _datasets_pb2.Dataset]  # type: ignore[assignment]
     """Resumable: ask GetDatasetUpload for the offset and go on from there. Ends in the gateway."""
     GetDatasetUpload: _aio.UnaryUnaryMultiCallable[_datasets_pb2.GetDatasetUploadRequest, _datasets_pb2.DatasetUpload]  # type: ignore[assignment]
@@ -141,6 +151,17 @@ class DatasetsServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_datasets_pb2.Dataset, _abc.Awaitable[_datasets_pb2.Dataset]]:
         """Makes a dataset in UPLOADING, ready for UploadDataset; with in_parts, for parts instead."""
+
+    @_abc_1.abstractmethod
+    def ImportDataset(
+        self,
+        request: _datasets_pb2.ImportDatasetRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_datasets_pb2.Dataset, _abc.Awaitable[_datasets_pb2.Dataset]]:
+        """Makes a dataset whose bytes the platform fetches by itself: UPLOADING while it does, then VALIDATING; ERROR with the
+        finding import_refused, import_too_large or import_failed. FAILED_PRECONDITION with the reason
+        IMPORTS_OFF where the operator has not switched it on.
+        """
 
     @_abc_1.abstractmethod
     def UploadDataset(

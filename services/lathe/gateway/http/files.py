@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from datetime import timedelta
 
 from fastapi import APIRouter, Request
+from pydantic import Field
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from lathe.common.errors import Aborted, LatheError, NotFound
@@ -21,12 +22,15 @@ from lathe.gateway.http.idempotency import Begun, Creates, is_retry
 from lathe.gateway.http.multipart import Event, FileForm, file_bytes, parts, read_head
 from lathe.gateway.http.requests import (
     GatewayDep,
+    Model,
     PrincipalDep,
     json_digest,
     list_body,
     page_of,
     path_id,
+    read_json,
     resource,
+    validated,
 )
 from lathe.v1 import datasets_pb2 as pb
 
@@ -101,6 +105,40 @@ async def _upload(gateway: Gateway, principal: Principal, head: FileForm, incomi
     return body
 
 
+class ImportBody(Model):
+    """Azure's files/import."""
+
+    purpose: str
+    filename: str = Field(min_length=1, max_length=255)
+    content_url: str = Field(min_length=1)
+
+
+@router.post("/v1/files/import", status_code=201)
+async def import_file(request: Request, gateway: GatewayDep, principal: PrincipalDep) -> Response:
+    """Azure's: the platform fetches the file. The answer says `pending` until it is here."""
+    data = await read_json(request)
+    body = validated(ImportBody, data)
+
+    async def work(request_id: str) -> bytes:
+        wanted = pb.ImportDatasetRequest(
+            parent=PROJECT.format(principal.project),
+            dataset=pb.Dataset(display_name=body.filename, purpose=body.purpose),
+            source=body.content_url,
+            request_id=request_id,
+        )
+        with door_words((("source", "content_url"), ("dataset.display_name", "filename"), *FIELDS)):
+            made = await gateway.peers.call(gateway.peers.datasets.ImportDataset, wanted, principal=principal)
+        return json.dumps(file_json(made)).encode()
+
+    creates = Creates(
+        gateway.idempotency, gateway.clock, principal, "/v1/files/import", is_retry(request.headers)
+    )
+    answer = await creates.once(json_digest(data), work)
+    here = f"{str(request.base_url).rstrip('/')}/openai/files/{json.loads(answer)['id']}"
+    headers = {"location": here, "operation-location": here}
+    return Response(answer, 201, headers, media_type="application/json")
+
+
 async def _forget(gateway: Gateway, principal: Principal, name: str) -> None:
     """Remove a dataset that got no bytes; when its owner is away it sweeps it by itself, later."""
     try:
@@ -142,7 +180,9 @@ async def list_files(request: Request, gateway: GatewayDep, principal: Principal
 
 
 def _is_file(dataset: pb.Dataset) -> bool:
-    return dataset.state not in (pb.DATASET_STATE_UPLOADING, pb.DATASET_STATE_DELETING)
+    if dataset.state == pb.DATASET_STATE_UPLOADING:
+        return bool(dataset.source)  # the platform fetches it by itself
+    return dataset.state != pb.DATASET_STATE_DELETING
 
 
 @router.get("/v1/files/{file_id}")

@@ -18,7 +18,8 @@ FIELDS = (
     ("page_size", "limit"),
 )
 _STATUS = {
-    pb.DATASET_STATE_UPLOADING: "uploaded",
+    # Azure's word for an import that is under way; what is uploaded is no file before it is whole.
+    pb.DATASET_STATE_UPLOADING: "pending",
     pb.DATASET_STATE_VALIDATING: "uploaded",
     pb.DATASET_STATE_READY: "processed",
     pb.DATASET_STATE_ERROR: "error",
