@@ -224,6 +224,11 @@ STORE: dict[str, Case] = {
         "s3-keys/access-key",
     ),
     "store.region": (at("store.region", "eu-1"), env("models", "LATHE_STORE__REGION"), "eu-1"),
+    "imports.enabled": (
+        at("imports.enabled", True),
+        env("datasets", "LATHE_DATASETS_IMPORTS__ENABLED"),
+        "true",
+    ),
     "store.publicEndpoint": (
         merged(EXTERNAL, at("store.publicEndpoint", "https://files.example.com")),
         env("datasets", "LATHE_DATASETS_STORE__PUBLIC_ENDPOINT"),

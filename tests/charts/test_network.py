@@ -119,6 +119,20 @@ def test_without_the_tryout_the_database_and_the_store_are_outside() -> None:
     assert outside("migrate") == {database}
 
 
+def test_imports_open_the_way_out_for_datasets_alone() -> None:
+    egress = {"cidrs": ["203.0.113.0/24"], "ports": [443]}
+    way = ("203.0.113.0/24", 443)
+    for enabled in (True, False):
+        rendered = render({"imports": {"enabled": enabled, "egress": egress}})
+        for one in SCRAPED:
+            found = {
+                (peer["ipBlock"]["cidr"], port)
+                for peer, port in opened(rendered, "egress", one)
+                if isinstance(peer, Mapping) and "ipBlock" in peer
+            }
+            assert (way in found) == (enabled and one == "datasets")
+
+
 def test_everything_is_closed_first() -> None:
     policy = render().one("NetworkPolicy", "default-deny")["spec"]
     assert policy["podSelector"]["matchLabels"] == {

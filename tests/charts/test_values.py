@@ -41,7 +41,11 @@ def test_no_value_is_without_a_case() -> None:
     schema = json.loads((CHART / "values.schema.json").read_text())
     elsewhere = {
         # tests/charts/test_network.py, and what the certificates hold in test_secrets.py.
-        *(path for path in leaves(schema, schema["$defs"]) if path.startswith("networkPolicy.")),
+        *(
+            path
+            for path in leaves(schema, schema["$defs"])
+            if path.startswith(("networkPolicy.", "imports.egress."))
+        ),
         "tls.validityDays",
     }
     named = [name.split(":")[0] for name in CASES]

@@ -129,6 +129,17 @@ egress:
     {{- include "lathe.blocks" $policy.store.cidrs | nindent 4 }}
 {{- end }}
 {{- end }}
+{{- with .root.Values.imports }}
+{{- if and .enabled (eq $.component "datasets") }}
+# What users name; the service itself refuses addresses inside.
+- ports:
+    {{- range .egress.ports }}
+    - {port: {{ . }}, protocol: TCP}
+    {{- end }}
+  to:
+    {{- include "lathe.blocks" .egress.cidrs | nindent 4 }}
+{{- end }}
+{{- end }}
 {{- if eq .component "jobs" }}
 - ports:
     {{- range $policy.kubernetesApi.ports }}

@@ -52,6 +52,9 @@ LATHE_DATASETS_DB__POOL_SIZE: {{ .root.Values.database.poolSize | int64 | quote 
 LATHE_DATASETS_CACHE_FOLDER: /var/cache/lathe
 LATHE_DATASETS_MODELS_ADDRESS: {{ include "lathe.address" (list .root "models") }}
 {{ include "lathe.settings.store" . }}
+{{- if .root.Values.imports.enabled }}
+LATHE_DATASETS_IMPORTS__ENABLED: "true"
+{{- end }}
 {{- with .root.Values.store.publicEndpoint }}
 LATHE_DATASETS_STORE__PUBLIC_ENDPOINT: {{ . | quote }}
 {{- end }}
