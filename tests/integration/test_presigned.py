@@ -183,7 +183,8 @@ async def test_the_refusal_names_the_stream(platform: Platform) -> None:
 
 def create(platform: Platform, **announced: object) -> pb.Dataset:
     datasets = platform.client.datasets
-    return datasets._create("user_data", "a.bin", pb.PartsAnnouncement(**{"size_bytes": 8, **announced}))  # type: ignore[arg-type]
+    new = pb.Dataset(display_name="a.bin", purpose="user_data")
+    return datasets._create(new, pb.PartsAnnouncement(**{"size_bytes": 8, **announced}))  # type: ignore[arg-type]
 
 
 async def test_a_missing_part_and_wrong_bytes(platform: Platform) -> None:
