@@ -10,6 +10,7 @@ import typer
 from lathe.cli import datasets_audit, datasets_rows, exits
 from lathe.cli.connection import client_of
 from lathe.cli.dataset_report import say_report
+from lathe.cli.datasets_check import check, columns_of
 from lathe.cli.output import (
     JSON,
     note,
@@ -55,7 +56,11 @@ def upload(
     with client_of(context) as client:
         with _bar("Uploading", as_json) as progress:
             dataset = client.datasets.upload(
-                path, purpose, file_type=file_type, columns=_columns(column or []), progress=progress
+                path,
+                purpose,
+                file_type=file_type,
+                columns=columns_of(column or [], "--column"),
+                progress=progress,
             )
         if wait:
             dataset = client.datasets.wait(dataset.name)
@@ -93,16 +98,6 @@ def _say(dataset: pb.Dataset, as_json: bool) -> None:
         say_report(dataset.report, dataset.state == pb.DATASET_STATE_READY)
     if dataset.state == pb.DATASET_STATE_ERROR:
         raise typer.Exit(exits.INVALID)
-
-
-def _columns(given: list[str]) -> dict[str, str]:
-    columns: dict[str, str] = {}
-    for pair in given:
-        key, equals, column = pair.partition("=")
-        if not (key and equals and column) or key in columns:
-            raise typer.BadParameter(f"{pair!r} must be KEY=COLUMN, each key once.", param_hint="--column")
-        columns[key] = column
-    return columns
 
 
 @app.command(name="list")
@@ -200,6 +195,7 @@ def delete(context: typer.Context, dataset: DATASET, as_json: JSON = False) -> N
         note(f"{dataset} is deleted.")
 
 
+app.command()(check)
 datasets_rows.register(app)
 datasets_audit.register(app)
 

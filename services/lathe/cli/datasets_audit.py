@@ -50,7 +50,7 @@ def audit(
     if as_json:
         print_json(found)
     else:
-        _print_audit(found)
+        print_audit(found)
     if found.state != pb.AUDIT_STATE_READY:
         raise typer.Exit(exits.INVALID)
 
@@ -76,7 +76,7 @@ def preview(
         print_json(found)
     else:
         for sequence in found.sequences:
-            _print_sequence(sequence)
+            print_sequence(sequence)
         if found.state != pb.AUDIT_STATE_READY:
             for text in report_lines(found.report):
                 note(text)
@@ -90,7 +90,8 @@ def stretches(sequence: pb.PreviewSequence) -> Iterator[tuple[str, bool]]:
         yield "".join(token.text for token in tokens), trained
 
 
-def _print_audit(found: pb.Audit) -> None:
+def print_audit(found: pb.Audit) -> None:
+    """Numbers and distributions on standard output, findings beside them."""
     if found.state == pb.AUDIT_STATE_READY:
         note(
             f"{found.report.example_count} examples, {found.rows} rows, {found.tokens} tokens, "
@@ -103,7 +104,8 @@ def _print_audit(found: pb.Audit) -> None:
         note(text)
 
 
-def _print_sequence(sequence: pb.PreviewSequence) -> None:
+def print_sequence(sequence: pb.PreviewSequence) -> None:
+    """One sequence, what is trained of it marked."""
     from rich.text import Text
 
     out = console()

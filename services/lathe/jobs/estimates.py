@@ -36,9 +36,10 @@ RULE_SPREAD = 4.0
 # Forward passes beside the one that is trained: DPO's reference, and for KTO its reference and its mismatched rows with
 # both models.
 _EXTRA_PASSES = {Method.SUPERVISED: 0.0, Method.ORPO: 0.0, Method.DPO: 1.0, Method.KTO: 3.0}
-# Operations a second that training sustains: of one thread of a CPU, and of a GPU (0.4 of the 312 TFLOP/s of an A100;
+# Operations a second that training sustains: of one thread of a CPU (between AVX2 in float32 and AMX in bfloat16: the
+# range spans both), and of a GPU (0.4 of the 312 TFLOP/s of an A100;
 # PaLM, arXiv:2204.02311, table 3 has 0.2 to 0.46 for large models).
-_CPU_THREAD_FLOPS = 2e10
+_CPU_THREAD_FLOPS = 5e10
 _GPU_FLOPS = 1.25e14
 # Bytes a parameter: bfloat16; gradient and AdamW in mixed precision (ZeRO, arXiv:1910.02054, section 3.1).
 _WEIGHT_BYTES = 2
@@ -50,8 +51,8 @@ _ADAPTER_SHARE = 0.01
 _ACTIVATION_BYTES = 34
 # N = 12 L h^2 with h = 96 L (Kaplan et al., eq. 2.2, and a usual shape).
 _ASPECT = 96
-# The heaviest slice where nobody has planned one: the engines' own default for a GPU.
-_PASS_TOKENS = 8192
+# The engines' own slices (train_tokens_per_slice), by device.
+_PASS_TOKENS = {"cpu": 320, "cuda": 8192}
 HOURS_PER_MONTH = 730
 
 
@@ -200,13 +201,15 @@ def queue_seconds(engines: Engines) -> float | None:
 # --- memory -------------------------------------------------------------------------------------------------------
 
 
-def memory(tokens: Tokens, work: Work, engine_class: str, measured: Sequence[Speed]) -> Range:
+def memory(tokens: Tokens, work: Work, engines: Engines, measured: Sequence[Speed]) -> Range:
     """Bytes of the weights and the heaviest slice, on one worker.
 
     A slice's bytes are in proportion to its tokens, and a row is never cut: a longer row than was measured takes more.
     """
     same = [
-        one for one in measured if one.engine_class == engine_class and one.work == work and one.held_bytes
+        one
+        for one in measured
+        if one.engine_class == engines.engine_class and one.work == work and one.held_bytes
     ][:RECENT]
     whole = [one for one in same if one.pass_bytes and one.pass_tokens]
     if whole:
@@ -214,7 +217,7 @@ def memory(tokens: Tokens, work: Work, engine_class: str, measured: Sequence[Spe
             one.held_bytes + one.pass_bytes * max(1.0, tokens.max_row / one.pass_tokens) for one in whole
         ]
         return Range(min(found), max(found), max(found) * MEASURED_SPREAD, Basis.MEASURED)
-    rule = _weights(work) + _activations(tokens, work)
+    rule = _weights(work) + _activations(tokens, work, engines.device)
     return Range(rule / SCALED_SPREAD, rule, rule * SCALED_SPREAD, Basis.RULE)
 
 
@@ -223,10 +226,12 @@ def _weights(work: Work) -> float:
     return _WEIGHT_BYTES * work.parameters + _TRAINED_BYTES * trained
 
 
-def _activations(tokens: Tokens, work: Work) -> float:
+def _activations(tokens: Tokens, work: Work, device: str) -> float:
     layers: float = (max(1, work.parameters) / (12 * _ASPECT**2)) ** (1 / 3)
     width = _ASPECT * layers
-    slice_tokens = max(tokens.max_row, min(_PASS_TOKENS, tokens.batch_size * tokens.max_row))
+    slice_tokens = max(
+        tokens.max_row, min(_PASS_TOKENS.get(device, 8192), tokens.batch_size * tokens.max_row)
+    )
     return _ACTIVATION_BYTES * layers * width * slice_tokens
 
 
@@ -268,7 +273,7 @@ def _on(
         device=engines.device,
         tokens_per_second=speed.likely if speed is not None else 0.0,
         seconds=taken,
-        memory_bytes=memory(tokens, work, engines.engine_class, measured),
+        memory_bytes=memory(tokens, work, engines, measured),
         queue_seconds=queue_seconds(engines),
         price=_times(taken, hour * work.workers / 3600) if taken is not None and hour is not None else None,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import sys
 from collections.abc import AsyncIterator, Coroutine, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -158,7 +159,7 @@ def _estimator(settings: JobsSettings, store: JobStore, clock: Clock) -> Estimat
         Prices(prices.currency, prices.engine_hour, prices.hosting_hour),
         settings.classes,
         device=local.get("LATHE_ENGINE_DEVICE", "cpu") if local is not None else "",
-        threads=int(local.get("LATHE_ENGINE_THREADS", "1")) if local is not None else 0,
+        threads=int(local.get("LATHE_ENGINE_THREADS", os.cpu_count() or 1)) if local is not None else 0,
     )
 
 

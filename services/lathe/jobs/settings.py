@@ -68,7 +68,7 @@ class LauncherSettings(SettingsGroup):
 class PriceSettings(SettingsGroup):
     """What estimates show as money; nothing is charged by it."""
 
-    currency: str = Field("", pattern=r"[A-Z]{3}|", description="ISO 4217, such as EUR")
+    currency: str = Field("", pattern=r"^([A-Z]{3})?$", description="ISO 4217, such as EUR")
     engine_hour: dict[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]] = Field(
         default_factory=dict, description="engine class -> price of one engine's hour"
     )

@@ -119,15 +119,15 @@ def test_the_wait_is_until_a_place_is_free(
 
 def test_memory_is_what_was_measured_and_more_for_a_longer_row() -> None:
     known = speed(held_bytes=1000, pass_bytes=100, pass_tokens=400)
-    assert estimates.memory(TOKENS, WORK, "default", [known]).likely == 1100
-    longer = estimates.memory(replace(TOKENS, max_row=800), WORK, "default", [known])
+    assert estimates.memory(TOKENS, WORK, CPU, [known]).likely == 1100
+    longer = estimates.memory(replace(TOKENS, max_row=800), WORK, CPU, [known])
     assert (longer.likely, longer.basis) == (1200, Basis.MEASURED)
-    assert estimates.memory(TOKENS, WORK, "gpu", [known]).basis is Basis.RULE
+    assert estimates.memory(TOKENS, WORK, Engines("gpu"), [known]).basis is Basis.RULE
 
 
 def test_the_rule_of_memory_holds_weights_and_what_adam_keeps() -> None:
-    full = estimates.memory(TOKENS, replace(WORK, full_parameter=True), "default", [])
-    adapter = estimates.memory(TOKENS, WORK, "default", [])
+    full = estimates.memory(TOKENS, replace(WORK, full_parameter=True), CPU, [])
+    adapter = estimates.memory(TOKENS, WORK, CPU, [])
     assert full.likely - adapter.likely == pytest.approx(16e9 * 0.99)
     assert adapter.likely > 2e9
 

@@ -10,6 +10,7 @@ from lathe.jobs.figures import Basis, Prices, ReplacedPrompt
 from lathe.jobs.model import ComputeSpec, EngineClasses, JobState, Outcome
 from lathe.jobs.ports import Audit, AuditState, FileFinding
 from lathe.jobs.requests import JobRequest
+from lathe.jobs.settings import JobsSettings
 from lathe.jobs.training import TrainingSpec
 from tests.fakes.jobs import USER, World, measured
 
@@ -97,3 +98,30 @@ async def test_what_a_job_cannot_be_made_of_cannot_be_estimated(world: World) ->
         await world.estimates.estimate(replace(REQUEST, model="gpt-9"), None, USER)
     async with world.store.read() as session:
         assert await session.count_jobs("acme", [*JobState]) == 0
+
+
+def test_prices_are_set_by_class(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LATHE_JOBS_DB__URL", "sqlite+aiosqlite://")
+    monkeypatch.setenv("LATHE_JOBS_PRICES__CURRENCY", "EUR")
+    monkeypatch.setenv("LATHE_JOBS_PRICES__ENGINE_HOUR", '{"default": 2.5}')
+    prices = JobsSettings.load().prices
+    assert (prices.engine_hour, prices.hosting_hour) == ({"default": 2.5}, None)
+
+
+@pytest.mark.parametrize(
+    ("currency", "engine_hour", "words"),
+    [
+        ("", '{"default": 1}', "need a currency"),
+        ("euro", "{}", "prices.currency"),
+        ("EUR", '{"gpu": 1}', "'gpu' is none of engine_classes: default"),
+        ("EUR", '{"default": -1}', "prices.engine_hour"),
+    ],
+)
+def test_wrong_prices_are_refused(
+    currency: str, engine_hour: str, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LATHE_JOBS_DB__URL", "sqlite+aiosqlite://")
+    monkeypatch.setenv("LATHE_JOBS_PRICES__CURRENCY", currency)
+    monkeypatch.setenv("LATHE_JOBS_PRICES__ENGINE_HOUR", engine_hour)
+    with pytest.raises(InvalidArgument, match=words):
+        JobsSettings.load()
