@@ -83,7 +83,7 @@ def import_(
     """Have the platform fetch a file and validate it."""
     with client_of(context) as client:
         dataset = client.datasets.import_from(
-            source, purpose, file_type=file_type, columns=_columns(column or [])
+            source, purpose, file_type=file_type, columns=columns_of(column or [], "--column")
         )
         if wait:
             dataset = client.datasets.wait(dataset.name, timeout=3600)
