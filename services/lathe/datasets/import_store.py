@@ -11,7 +11,7 @@ import sqlalchemy as sa
 from lathe.common.db import Database, is_unique_violation
 from lathe.datasets.model import DatasetState, Report
 from lathe.datasets.ports import Import
-from lathe.datasets.store import datasets, imports
+from lathe.datasets.tables import datasets, imports
 
 _UPLOADING = datasets.c.state == DatasetState.UPLOADING.value
 

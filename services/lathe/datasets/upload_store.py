@@ -12,7 +12,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from lathe.common.db import Database, is_unique_violation
 from lathe.common.errors import Internal
 from lathe.datasets.model import DatasetState
-from lathe.datasets.store import datasets, uploads
+from lathe.datasets.tables import datasets, uploads
 from lathe.datasets.uploads import UploadSession, UploadState
 
 _PENDING = uploads.c.state == UploadState.PENDING.value
