@@ -24,6 +24,9 @@ def _fades(passes: int) -> float:
 
 # Relative, and small beside any measurement: decides only what the passes so far leave open.
 _RIDGE = 1e-3
+# The oldest goes alone when passes of one job are less of what is remembered: what such a pass takes could else not be
+# told from what others add to it. At most each 14th pass, and none where the credit makes passes of one job anyway.
+_LEAST_ALONE = 1 / 40
 # Of the time that the promise leaves to the others, what they are given: the rest is for estimates that were wrong.
 MARGIN = 0.9
 
@@ -41,16 +44,24 @@ class PassCost:
         self._targets = [0.0] * 3
         self._coefficients: tuple[float, ...] | None = None
         self._passes = 0
+        self._weight = self._alone = 0.0
 
     @property
     def known(self) -> bool:
         """Whether any pass was measured."""
         return self._coefficients is not None
 
+    @property
+    def forgets_alone(self) -> bool:
+        """Whether passes were measured, but hardly any of one job lately."""
+        return self._alone < _LEAST_ALONE * self._weight
+
     def learn(self, tokens: int, jobs: int, seconds: float) -> None:
         """A pass of so many tokens of so many jobs took this long."""
         terms, fades = (1.0, float(tokens), float(jobs)), _fades(self._passes)
         self._passes += 1
+        self._weight = fades * self._weight + 1
+        self._alone = fades * self._alone + (jobs == 1)
         for i, left in enumerate(terms):
             self._targets[i] = fades * self._targets[i] + left * seconds
             for j, right in enumerate(terms):
@@ -138,14 +149,15 @@ def join(
     Others are taken from the fewest tokens so far on, while the joined slices stay within `room` (see `_fits`) and
     what they add to the pass within the credit; no slice is cut. The first of them is the next to be served whatever
     the others wait for: where the credit does not reach, it is saved for that one, and where the oldest leaves no
-    room for it (or its slice cannot join) the credit pays a pass of its own, without the oldest.
+    room for it (or its slice cannot join) the credit pays a pass of its own, without the oldest. The oldest is alone
+    now and then so that the promise is kept by what was measured.
     """
     oldest = min(range(len(waiting)), key=lambda index: waiting[index].order)
     others = sorted(
         (index for index in range(len(waiting)) if index != oldest),
         key=lambda index: (waiting[index].consumed, waiting[index].order),
     )
-    if not others:
+    if not others or cost.forgets_alone:
         return [oldest]
     first = others[0]
     if _fits(waiting, [oldest, first], room):

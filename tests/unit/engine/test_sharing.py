@@ -186,6 +186,7 @@ class Simulated:
 )
 @example([50, 50, 50, 50], 0.05, 1.5e-3, 0.01)
 @example([5, 193], 0.125, 1e-4, 0.0)
+@example([104, 128], 0.125, 0.001, 0.03125)
 def test_the_oldest_keeps_its_speed_and_nobody_starves(
     tokens: list[int], fixed: float, token: float, job: float
 ) -> None:
