@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 
-from lathe.jobs.model import BaseRef, EngineRecord, EngineState, Job, Place, Pool
+from lathe.jobs.model import Attempt, BaseRef, EngineRecord, EngineState, Job, Place, Pool
 
 MAX_LOST_LEASES = 100
 MAX_RETRIES = 3
@@ -44,7 +44,8 @@ class Snapshot:
     """Everything the policy looks at.
 
     running: jobs in a leased state. quotas: project -> how many may run; 0 or absent means no limit.
-    attempts: engine id -> attempts it holds. lost: engine id -> when it was given up.
+    attempts: engine id -> attempts it holds. alone: engines that run a job which must be alone. lost: engine id -> when
+    it was given up.
     """
 
     now: datetime
@@ -53,6 +54,7 @@ class Snapshot:
     engines: Sequence[EngineRecord] = ()
     pools: Sequence[Pool] = ()
     attempts: Mapping[str, int] = field(default_factory=dict)
+    alone: frozenset[str] = frozenset()
     quotas: Mapping[str, int] = field(default_factory=dict)
     lost: Mapping[str, datetime] = field(default_factory=dict)
     limits: Limits = Limits()
@@ -115,9 +117,20 @@ def next_job(
     return min(ready, key=lambda job: (counts.get(job.project, 0), *_age(job)), default=None)
 
 
-def has_room(engine: EngineRecord, job: Job, held: int) -> bool:
-    """Whether an engine that holds so many attempts may take the job besides."""
-    return held == 0 if job.alone else held < engine.max_attempts
+def alone_on(attempts: Sequence[Attempt], running: Sequence[Job]) -> frozenset[str]:
+    """The engines that run a job which must be alone. attempts: open ones."""
+    alone = {job.id for job in running if job.alone}
+    return frozenset(attempt.engine_id for attempt in attempts if attempt.job_id in alone)
+
+
+def free_places(engine: EngineRecord, held: int, *, runs_alone: bool) -> int:
+    """How many jobs the engine may take besides the attempts that it holds: none beside one that must be alone."""
+    return 0 if runs_alone else max(0, engine.max_attempts - held)
+
+
+def has_room(engine: EngineRecord, job: Job, held: int, *, runs_alone: bool) -> bool:
+    """Whether an engine that holds so many attempts may take the job besides: one that must be alone needs it empty."""
+    return free_places(engine, held, runs_alone=runs_alone) > (engine.max_attempts - 1 if job.alone else 0)
 
 
 def line(queued: Sequence[Job], running: Sequence[Job]) -> list[Job]:
@@ -245,9 +258,24 @@ def _needs_another(picture: Snapshot, place: Place) -> bool:
     serving = [engine for engine in engines if is_serving(engine, picture.now, picture.limits)]
     if not serving:
         return True
-    free = sum(max(0, engine.max_attempts - picture.attempts.get(engine.id, 0)) for engine in serving)
-    waiting = sum(job.place == place for job in picture.queued)
-    return waiting > free
+    waiting = [job for job in line(picture.queued, picture.running) if job.place == place]
+    return not _all_fit(waiting, serving, picture)
+
+
+def _all_fit(waiting: Sequence[Job], serving: Sequence[EngineRecord], picture: Snapshot) -> bool:
+    """Whether all who wait find a place now, in their order: one that must be alone needs an empty engine, the others
+    fill those first that are in use."""
+    held = {engine.id: picture.attempts.get(engine.id, 0) for engine in serving}
+    alone = set(picture.alone)
+    for job in waiting:
+        free = [e for e in serving if has_room(e, job, held[e.id], runs_alone=e.id in alone)]
+        if not free:
+            return False
+        chosen = max(free, key=lambda engine: held[engine.id])
+        held[chosen.id] += 1
+        if job.alone:
+            alone.add(chosen.id)
+    return True
 
 
 def _stops(picture: Snapshot) -> list[Decision]:
@@ -377,7 +405,7 @@ def _why(
         return "Waits a moment before it is tried again, because the last attempt met an error."
     if not serving:
         return _why_no_engine(job, picture, pool)
-    if ahead == 0 and any(has_room(engine, job, picture.attempts.get(engine.id, 0)) for engine in serving):
+    if ahead == 0 and _all_fit([job], serving, picture):
         return "An engine with room will take it within seconds."
     place = "it is next in line" if ahead == 0 else f"{ahead} before it in line"
     return f"Waits for an engine for {job.base.id} with room; {place}.{_when(job, picture, ahead)}"

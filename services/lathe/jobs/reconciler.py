@@ -133,6 +133,7 @@ class Reconciler:
             engines=loaded.engines,
             pools=loaded.pools,
             attempts=held,
+            alone=policy.alone_on(loaded.open_attempts, loaded.running),
             quotas=await self.quotas.running(job.project for job in loaded.queued),
             lost=loaded.lost,
             limits=self.limits,

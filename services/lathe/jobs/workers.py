@@ -196,14 +196,15 @@ class WorkersService:
             return None
         held = await session.open_attempts(engine_id)
         running = await _running(session)
-        ids = {attempt.id for attempt in held}
-        if len(held) >= engine.max_attempts or any(job.alone for job in running if job.attempt_id in ids):
+        runs_alone = bool(policy.alone_on(held, running))
+        if not policy.free_places(engine, len(held), runs_alone=runs_alone):
             return None
         # A project whose quota was not looked up in time waits for the next call.
         queued = [job for job in await session.jobs_in([JobState.QUEUED]) if job.project in quotas]
         chosen = policy.next_job(engine.place, queued, running, quotas, now)
-        if chosen is None or not policy.has_room(engine, chosen, len(held)):
-            # One that must be alone waits here for the others' end, and nobody passes it: it is the next in line.
+        if chosen is None or not policy.has_room(engine, chosen, len(held), runs_alone=runs_alone):
+            # One that must be alone waits here for the others' end. As long as it is the next in line nobody passes it;
+            # a job of a project that has fewer running jobs by then does.
             return None
         # Another engine may have taken a job of this project since: look again with the project locked.
         await session.lock_project(chosen.project)

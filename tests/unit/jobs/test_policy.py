@@ -6,7 +6,17 @@ from datetime import UTC, datetime, timedelta
 import pytest
 
 from lathe.jobs import hyperparameters, policy
-from lathe.jobs.model import BaseRef, DatasetRef, EngineRecord, EngineState, Job, JobState, Place, Pool
+from lathe.jobs.model import (
+    Attempt,
+    BaseRef,
+    DatasetRef,
+    EngineRecord,
+    EngineState,
+    Job,
+    JobState,
+    Place,
+    Pool,
+)
 from lathe.jobs.policy import Explain, Launch, Limits, Refuse, Snapshot, StopEngine
 from lathe.jobs.training import AUTO
 from tests.fakes.jobs import BASE, OTHER
@@ -69,10 +79,55 @@ def test_a_job_that_must_be_alone_waits_until_its_engine_is_empty() -> None:
     rerun = job("b", rerun_of="a")
     several = engine(max_attempts=4)
     assert rerun.alone
-    assert [policy.has_room(several, rerun, held) for held in (0, 1)] == [True, False]
-    assert [policy.has_room(several, job("c"), held) for held in (0, 3, 4)] == [True, True, False]
+
+    def room(waiting: Job, held: int, *, runs_alone: bool = False) -> bool:
+        return policy.has_room(several, waiting, held, runs_alone=runs_alone)
+
+    assert [room(rerun, held) for held in (0, 1)] == [True, False]
+    assert [room(job("c"), held) for held in (0, 3, 4)] == [True, True, False]
+    assert not room(job("c"), 1, runs_alone=True)
     picture = Snapshot(NOW, queued=[rerun], engines=[several], attempts={several.id: 1})
     assert "it is next in line" in reason(picture, "b")
+
+
+def test_an_engine_that_runs_a_job_alone_has_no_room_and_another_one_starts() -> None:
+    whole = job("w", rerun_of="z", state=JobState.RUNNING, attempt_id="att-1")
+    several = engine(max_attempts=4)
+    held = Attempt("att-1", "w", 1, several.id, "t", NOW, NOW)
+    picture = Snapshot(
+        NOW,
+        queued=[job("c")],
+        running=[whole],
+        engines=[several],
+        attempts={several.id: 1},
+        alone=policy.alone_on([held], [whole]),
+        limits=Limits(max_engines_per_base=2),
+    )
+    assert picture.alone == {several.id}
+    assert "it is next in line" in reason(picture, "c")
+    assert only(policy.decide(picture), Launch) == [Launch(BASE, Place(BASE.digest))]
+    assert not only(policy.decide(replace(picture, alone=frozenset())), Launch)
+
+
+def test_an_engine_starts_for_a_job_that_must_be_alone() -> None:
+    several, rerun = engine(max_attempts=4), job("b", rerun_of="a")
+    picture = Snapshot(
+        NOW,
+        queued=[rerun],
+        running=[job("r")],
+        engines=[several],
+        attempts={several.id: 1},
+        limits=Limits(max_engines_per_base=2),
+    )
+    assert only(policy.decide(picture), Launch)
+    idle = engine("eng-b", max_attempts=4)
+    # The idle one is for the rerun; the others fill the one in use, the fourth of them has no place.
+    for others, launches in ((3, 0), (4, 1)):
+        waiting = [*(job(f"c{n}", age=90) for n in range(others)), rerun]
+        crowded = replace(
+            picture, queued=waiting, engines=[several, idle], limits=Limits(max_engines_per_base=3)
+        )
+        assert len(only(policy.decide(crowded), Launch)) == launches
 
 
 def test_quota_base_and_back_off_are_kept() -> None:
