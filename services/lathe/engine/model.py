@@ -166,7 +166,7 @@ class StepMetrics:
 @dataclass(frozen=True, slots=True)
 class Note:
     """A sentence for the job's user. kind: `out_of_memory`, `early_stopping`, `generation`,
-    `checkpoint_damaged`; data: its parts."""
+    `checkpoint_damaged`, or `memory`, which `jobs` keeps for estimates; data: its parts."""
 
     step: int
     kind: str

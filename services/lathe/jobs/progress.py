@@ -21,6 +21,8 @@ from lathe.jobs.transitions import Trigger
 
 # A longer sentence is cut: an event is for reading.
 MAX_NOTE = 4000
+# The kind of the note that says what the heaviest slice takes; its data are bytes and tokens.
+MEMORY = "memory"
 _WARNINGS = frozenset({"checkpoint_damaged", "out_of_memory"})
 
 
@@ -93,8 +95,8 @@ def estimate(job: Job, metrics: Sequence[StepMetrics], now: datetime) -> datetim
 
 
 def note_events(notes: Sequence[Note]) -> list[NewEvent]:
-    """The events of sentences, each sentence of a step once."""
-    events = [_note_event(note) for note in notes]
+    """The events of sentences, each sentence of a step once. What is kept for estimates is none."""
+    events = [_note_event(note) for note in notes if note.kind != MEMORY]
     return list({(event.step, event.kind, event.message): event for event in events}.values())
 
 

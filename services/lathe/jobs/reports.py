@@ -23,8 +23,8 @@ from lathe.jobs.model import (
     WeightComparison,
 )
 from lathe.jobs.ports import JobSession, JobStore
-from lathe.jobs.progress import Progress, ReportedCheckpoint, estimate, note_events, progressed
-from lathe.jobs.speeds import begun, continued
+from lathe.jobs.progress import Note, Progress, ReportedCheckpoint, estimate, note_events, progressed
+from lathe.jobs.speeds import begun, continued, pass_memory
 from lathe.jobs.workers import LEASE_LOST, stopping
 
 log = logging.getLogger(__name__)
@@ -77,7 +77,8 @@ class ReportsService:
                 if not await session.has_event(job.id, told):
                     events.append(told)
             events.sort(key=lambda event: event.step)
-            await self._keep_speed(session, attempt, changed, [by_step[step] for step in fresh])
+            fresh_rows = [by_step[step] for step in fresh]
+            await self._keep_speed(session, attempt, changed, fresh_rows, progress.notes)
             trained = sum(by_step[step].trained_tokens for step in fresh)
             changed = replace(
                 changed,
@@ -88,14 +89,22 @@ class ReportsService:
         self.changes.ring()
 
     async def _keep_speed(
-        self, session: JobSession, attempt: Attempt, job: Job, fresh: Sequence[StepMetrics]
+        self,
+        session: JobSession,
+        attempt: Attempt,
+        job: Job,
+        fresh: Sequence[StepMetrics],
+        notes: Sequence[Note],
     ) -> None:
-        """Add the steps that were not heard of before to what the attempt has done."""
+        """Add steps that were not heard of before to what the attempt has done, and what its heaviest slice takes."""
         timed = [row for row in fresh if row.step_seconds > 0 and row.tokens_per_second > 0]
-        if not timed:
+        memory = pass_memory(notes)
+        if not timed and memory is None:
             return
         engine = await session.engine(attempt.engine_id)
         known = await session.speed(attempt.id) or begun(attempt, job, engine, self.clock.now())
+        if memory is not None:
+            known = replace(known, pass_bytes=memory[0], pass_tokens=memory[1])
         await session.put_speed(continued(known, timed, engine, self.clock.now()))
 
     def _checkpoint(self, job: Job, reported: ReportedCheckpoint) -> Checkpoint:

@@ -9,6 +9,7 @@ from datetime import datetime
 
 from lathe.jobs.figures import Speed, Work
 from lathe.jobs.model import Attempt, EngineRecord, Job, StepMetrics
+from lathe.jobs.progress import MEMORY, Note
 
 
 def begun(attempt: Attempt, job: Job, engine: EngineRecord | None, now: datetime) -> Speed:
@@ -46,3 +47,13 @@ def continued(
         update_time=now,
         held_bytes=max(known.held_bytes, held),
     )
+
+
+def pass_memory(notes: Sequence[Note]) -> tuple[int, int] | None:
+    """Bytes and tokens of the heaviest slice, if a note says them."""
+    for note in notes:
+        if note.kind == MEMORY:
+            found = note.data.get("bytes", ""), note.data.get("tokens", "")
+            if all(text.isdecimal() and len(text) <= 15 for text in found):
+                return int(found[0]), min(int(found[1]), 2**31 - 1)
+    return None

@@ -650,7 +650,9 @@ class ProgressNote(message.Message):
     DATA_FIELD_NUMBER: builtins.int
     step: builtins.int
     kind: builtins.str
-    """Such as out_of_memory, early_stopping or generation."""
+    """Such as out_of_memory, early_stopping or generation. memory is no event: its data, bytes and tokens of the heaviest
+    slice, are kept for estimates.
+    """
     message: builtins.str
     @builtins.property
     def data(self) -> containers.ScalarMap[builtins.str, builtins.str]:

@@ -73,7 +73,7 @@ def slices(events: list[Turn]) -> list[int]:
 
 
 def notes(events: list[Turn]) -> list[str]:
-    return [event.message for event in events if isinstance(event, Note)]
+    return [event.message for event in events if isinstance(event, Note) and event.kind != "memory"]
 
 
 ROWS = [row(length, line) for line, length in enumerate([8, 16, 16, 8, 30, 8, 8, 16], 1)]
@@ -87,6 +87,9 @@ def test_the_heaviest_slice_is_measured_after_an_eighth_of_it(tmp_path: Path) ->
     assert measured == ["measure a 7", "measure a 62"]
     assert slices(events) == slices(plain) and not notes(events)
     assert around.book[-1] == Measurement(Load(62, 30, 59, 90), 62_000)
+    told = [event.data for event in events if isinstance(event, Note)]
+    assert told == [{"bytes": "62000", "tokens": "62"}]
+    assert not [event for event in plain if isinstance(event, Note)]
 
 
 def test_what_was_measured_before_is_not_measured_again(tmp_path: Path) -> None:

@@ -9,9 +9,11 @@ from lathe.common.errors import InvalidArgument, NotFound
 from lathe.jobs.figures import Basis, Prices, ReplacedPrompt
 from lathe.jobs.model import ComputeSpec, EngineClasses, JobState, Outcome
 from lathe.jobs.ports import Audit, AuditState, FileFinding
+from lathe.jobs.progress import Note
 from lathe.jobs.requests import JobRequest
 from lathe.jobs.settings import JobsSettings
 from lathe.jobs.training import TrainingSpec
+from lathe.jobs.workers import Beat
 from tests.fakes.jobs import USER, World, measured
 
 REQUEST = JobRequest(project="acme", model="tiny", training="file-1", spec=TrainingSpec(n_epochs=2))
@@ -44,6 +46,32 @@ async def test_what_jobs_did_is_what_the_next_is_estimated_by(world: World) -> N
         Basis.MEASURED,
     )
     assert engine.queue_seconds == 0.0
+
+
+async def test_the_memory_that_an_engine_measured_is_kept_and_no_event(world: World) -> None:
+    lease = await world.leased()
+    await world.workers.heartbeat(
+        Beat("eng-a", [(lease.attempt.id, lease.attempt.lease_token)], memory_bytes=1000)
+    )
+    await world.report(
+        lease, notes=[Note(0, "memory", "It takes so much.", {"bytes": "50", "tokens": "320"})]
+    )
+    await world.report(lease, metrics=[replace(measured(1), tokens_per_second=100.0)])
+    assert "It takes so much." not in await world.messages(lease.job.id)
+    found = (await world.estimates.estimate(REQUEST, None, USER)).estimate
+    assert found is not None and found.engines[0].memory_bytes is not None
+    assert (found.engines[0].memory_bytes.likely, found.engines[0].memory_bytes.basis) == (
+        1050,
+        Basis.MEASURED,
+    )
+
+
+@pytest.mark.parametrize("data", [{}, {"bytes": "-1", "tokens": "2"}, {"bytes": "9" * 40, "tokens": "2"}])
+async def test_memory_that_is_no_number_is_not_kept(world: World, data: dict[str, str]) -> None:
+    lease = await world.leased()
+    await world.report(lease, notes=[Note(0, "memory", "?", data)])
+    async with world.store.read() as session:
+        assert not await session.speeds(1)
 
 
 async def test_the_job_keeps_its_estimate_and_says_when_it_will_be_done(world: World) -> None:

@@ -43,10 +43,23 @@ class Memory:
 
 @dataclass(frozen=True, slots=True)
 class Room:
-    """tokens: how many one pass may have, None for as many as the plan gives it. note: what to tell the user."""
+    """tokens: how many one pass may have, None for as many as the plan gives it. note: what to tell the user.
+
+    need: bytes of the heaviest pass, of need_tokens tokens; None where that cannot be measured.
+    """
 
     tokens: int | None = None
     note: Note | None = None
+    need: int | None = None
+    need_tokens: int = 0
+
+    @property
+    def memory_note(self) -> Note | None:
+        """What `jobs` estimates the memory of later jobs by."""
+        if self.need is None:
+            return None
+        text = f"The heaviest slice, of {self.need_tokens} tokens, takes about {_size(self.need)} beside the weights."
+        return Note(0, "memory", text, {"bytes": str(self.need), "tokens": str(self.need_tokens)})
 
 
 def find_room(
@@ -55,11 +68,14 @@ def find_room(
     """The slices that fit. Raises FailedPrecondition with reason OUT_OF_MEMORY where no plan does."""
     budget, first_need = slice_tokens, 0
     while True:
+        most: tuple[int, int] | None = None
         for slice_ in heaviest(rows, unit=unit, batch_size=batch_size, max_tokens=budget):
             need = yield from _need(memory, key, slice_)
             free = memory.free()
             if need is not None and free is not None and need > free * USABLE:
                 break
+            if need is not None:
+                most = max(most or (0, 0), (need, load_of(slice_).tokens))
         else:
             break
         first_need = first_need or need
@@ -67,15 +83,20 @@ def find_room(
             raise FailedPrecondition(_too_long(slice_, need, free, unit), reason="OUT_OF_MEMORY")
         budget = max(1, min(budget, load_of(slice_).tokens) // 2)
     if budget == slice_tokens:
-        return Room()
-    return Room(
-        budget,
-        Note(
-            0,
-            "out_of_memory",
-            f"A slice of {slice_tokens} tokens needs about {_size(first_need)}, and {_size(free or 0)} are free on "
-            f"this engine: the job is computed in slices of at most {budget} tokens. The batch stays the same.",
-        ),
+        return _room(most)
+    return replace(_room(most), tokens=budget, note=_smaller(slice_tokens, budget, first_need, free))
+
+
+def _room(most: tuple[int, int] | None) -> Room:
+    return Room(need=most[0], need_tokens=most[1]) if most is not None else Room()
+
+
+def _smaller(slice_tokens: int, budget: int, need: int | None, free: int | None) -> Note:
+    return Note(
+        0,
+        "out_of_memory",
+        f"A slice of {slice_tokens} tokens needs about {_size(need or 0)}, and {_size(free or 0)} are free on "
+        f"this engine: the job is computed in slices of at most {budget} tokens. The batch stays the same.",
     )
 
 

@@ -142,6 +142,8 @@ class Run:
             batch_size=self._config.batch_size,
             slice_tokens=self._budget,
         )
+        if self._room.memory_note is not None:
+            yield self._room.memory_note
         if self._room.note is not None and not self.step:
             yield self._room.note
 
