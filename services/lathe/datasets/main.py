@@ -86,7 +86,7 @@ async def running(
         preparation = PreparationService(service, indexes)
         busy: set[str] = set()
         preparing = Preparing(store, objects, indexes, busy, service.validation)
-        blobs = Blobs(store, objects, clock, ids.token(24))
+        blobs = Blobs(store, objects, clock, ids)
         validation = Validation(blobs, busy, folder=folder / "conversions")
         await validation.start()
         cleaner = Cleaner(blobs, session_store, busy)

@@ -35,7 +35,7 @@ RESULTS_PURPOSE = "fine-tune-results"
 MAX_BYTES = 8 << 30
 MAX_RESULT_BYTES = 3 << 20
 MAX_OVERLAP_LINES = 20
-# Far longer than deleting an object takes: a claim this old is one of a process that died.
+# Far longer than deleting an object takes: a claim this old is one of a call that broke off.
 CLAIM_LEASE = timedelta(minutes=10)
 MAX_COLUMNS = 50
 MIN_LIFE = timedelta(hours=1)

@@ -93,9 +93,9 @@ class DatasetStore(Protocol):
         ...
 
     async def claim_blob(self, sha256: str, owner: str, holder: str, now: datetime) -> bool:
-        """Announce that the process `holder` is about to delete this blob on account of `owner`.
+        """Announce that the call `holder` is about to delete this blob on account of `owner`.
 
-        False if another process is at it, or if a dataset that is not being deleted, or an audit, needs it. A claim
+        False if another call is at it, or if a dataset that is not being deleted, or an audit, needs it. A claim
         that is older than CLAIM_LEASE is taken over.
         """
         ...
@@ -105,7 +105,7 @@ class DatasetStore(Protocol):
         ...
 
     async def left_claims(self, now: datetime) -> Sequence[tuple[str, str]]:
-        """(sha256, owner) of the claims that no process works on: of removed audits, and of processes that died."""
+        """(sha256, owner) of the claims that no call works on: of removed audits, and of calls that broke off."""
         ...
 
     async def unnamed(self, digests: Sequence[str]) -> set[str]:

@@ -306,8 +306,8 @@ class SqlDatasetStore:
         except sa.exc.IntegrityError as error:
             if not is_unique_violation(error):
                 raise
-            free = sa.or_(claims.c.holder == holder, _left(now - CLAIM_LEASE))
-            if not await self._change(claims.update().where(claims.c.sha256 == sha256, free).values(mine)):
+            left = _left(now - CLAIM_LEASE)
+            if not await self._change(claims.update().where(claims.c.sha256 == sha256, left).values(mine)):
                 return False
         by_dataset = sa.select(datasets.c.id).where(_LIVE, datasets.c.sha256 == sha256).limit(1)
         of_audit = sa.or_(audits.c.sha256 == sha256, audits.c.findings_sha256 == sha256)
@@ -456,7 +456,7 @@ _PLAIN = (
 
 
 def _left(taken_before: datetime) -> sa.ColumnElement[bool]:
-    """Claims that nobody works on: whose removal is still to begin, or whose process died."""
+    """Claims that nobody works on: whose removal is still to begin, or broke off."""
     return sa.or_(claims.c.holder == "", claims.c.time < taken_before)
 
 

@@ -8,10 +8,11 @@ import logging
 import shutil
 import tempfile
 from collections.abc import Collection, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from lathe.common.errors import NotFound, RetryableError, Unavailable
+from lathe.common.errors import LatheError, NotFound, RetryableError, Unavailable
 from lathe.common.objectstore.base import ObjectStore, local_disk
 from lathe.datasets.blobs import Blobs
 from lathe.datasets.conversion import Converter, convert_apart
@@ -87,9 +88,19 @@ class Validation:
 
     async def validate(self, dataset: Dataset) -> None:
         """VALIDATING -> READY or ERROR. The blob is made only when the digest is right, and the state written last."""
+        # Of this try alone: another replica may validate the same upload, and must not write to what this one hashes.
+        frozen = f"{dataset.staging_key}.{self._blobs.ids.token(24)}"
+        try:
+            await self._validate(dataset, frozen)
+        except Exception:
+            with suppress(LatheError):
+                await self._objects.delete(frozen)
+            raise
+
+    async def _validate(self, dataset: Dataset, frozen: str) -> None:
         parts, md5 = await self._store.staged_parts(dataset.project, dataset.id)
         try:
-            source = await self._frozen(dataset, parts)
+            source = frozen if await self._freeze(dataset, parts, frozen) else None
         except NotFound:
             source = None
         if source is None and dataset.size_bytes:
@@ -155,20 +166,17 @@ class Validation:
         there = await self._objects.head(blob_key(sha256))
         return there is not None and there.size == size
 
-    async def _frozen(self, dataset: Dataset, parts: Sequence[str]) -> str | None:
-        """The upload as one object under a key that no uploader knows; None if nothing is there.
+    async def _freeze(self, dataset: Dataset, parts: Sequence[str], frozen: str) -> bool:
+        """Make the upload one object under a key that nobody else knows; False if nothing is there.
 
         What is hashed must be what is kept, and equal content is kept once for all projects: a stream or a presigned
         URL may still write to the keys in staging.
         """
         if not dataset.staging_key:
-            return None
-        frozen = frozen_key(dataset)
-        if await self._objects.head(frozen) is not None:
-            return frozen
+            return False
         if await self._objects.head(dataset.staging_key) is not None:
             await self._objects.copy(dataset.staging_key, frozen)
-            return frozen
+            return True
         prefix = f"{dataset.staging_key}/"
         sources = [prefix + part for part in parts]
         sources = sources or [info.key async for info in self._objects.list(prefix)]
@@ -176,7 +184,7 @@ class Validation:
             await self._objects.copy(sources[0], frozen)
         elif sources:
             await self._objects.compose(sources, frozen)
-        return frozen if sources else None
+        return bool(sources)
 
     async def _read(self, dataset: Dataset, source: str | None, check: RowCheck, md5: str) -> _Found | None:
         """Feed the upload to a check; None if it is not what was announced, and the dataset then an ERROR."""
@@ -242,11 +250,6 @@ def _damage(dataset: Dataset, md5: str, found: _Found) -> str:
         f"{found.size} bytes with sha256 {found.sha256} were stored, {size} with "
         f"{sha256 or 'any'} were announced: the file was damaged or stops half-way. Upload it again."
     )
-
-
-def frozen_key(dataset: Dataset) -> str:
-    """Where an upload lies while it is read."""
-    return f"{dataset.staging_key}.whole"
 
 
 async def clear_staging(dataset: Dataset, store: DatasetStore, objects: ObjectStore) -> None:

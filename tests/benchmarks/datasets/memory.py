@@ -30,6 +30,7 @@ def measure(setting: Setting) -> dict[str, float]:
 async def _validate(path: Path, size: int, digest: str, folder: Path) -> dict[str, float]:
     from lathe.common.clock import SystemClock
     from lathe.common.db import Database, migrate
+    from lathe.common.ids import RandomIds
     from lathe.common.objectstore.folder import FolderStore
     from lathe.datasets.blobs import Blobs
     from lathe.datasets.model import DatasetState
@@ -47,7 +48,7 @@ async def _validate(path: Path, size: int, digest: str, folder: Path) -> dict[st
     await objects.put_file(dataset.staging_key, path)
     await service.commit_upload("bench", dataset.id, dataset.staging_key, size, digest)
     began = time.monotonic()
-    await Validation(Blobs(store, objects, SystemClock(), "bench")).step()
+    await Validation(Blobs(store, objects, SystemClock(), RandomIds())).step()
     seconds = time.monotonic() - began
     dataset = await service.get("bench", dataset.id)
     assert dataset.state is DatasetState.READY, dataset.report

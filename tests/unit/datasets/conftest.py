@@ -74,8 +74,8 @@ class World:
     def validation(self, *, store=None, objects=None):
         return Validation(self.blobs(store=store, objects=objects), convert=converted_here)
 
-    def blobs(self, *, store=None, objects=None, holder="one"):
-        return Blobs(store or self.store, objects or self.objects, self.clock, holder)
+    def blobs(self, *, store=None, objects=None):
+        return Blobs(store or self.store, objects or self.objects, self.clock, self.ids)
 
     async def audit(self, *, store=None, objects=None):
         await Auditor(store or self.store, objects or self.objects, self.folder).step()

@@ -1,12 +1,13 @@
 """From staging to a validated, immutable blob; and what a client may ask."""
 
+import asyncio
 from contextlib import suppress
 from datetime import timedelta
 
 import pytest
 
 from lathe.common.errors import FailedPrecondition, InvalidArgument, NotFound, Unavailable
-from lathe.datasets.model import DatasetState, blob_key
+from lathe.datasets.model import CLAIM_LEASE, DatasetState, blob_key
 from tests.fixtures.worlds import Died, DyingRows, DyingStore
 from tests.unit.datasets.conftest import GOOD, jsonl, row, sha
 
@@ -217,6 +218,7 @@ async def test_a_deletion_interrupted_anywhere_goes_on(world, service, method, a
     await service.delete("acme", dataset.id)
     with suppress(Died):
         await world.sweep(store=DyingRows(world.store, method, after=after))
+    world.clock.tick((CLAIM_LEASE + timedelta(seconds=1)).total_seconds())
     await world.sweep()
     assert world.objects.keys() == ["staging/x/00000"]
     assert (await world.ready()).state is DatasetState.READY
@@ -229,7 +231,53 @@ async def test_a_new_copy_waits_while_the_old_one_is_being_deleted(world, servic
     new = await world.upload()
     with pytest.raises(Unavailable):
         await world.validate()
-    await world.sweep()
+    await world.store.release_blob(sha(GOOD), "one")
     await world.validate()
     assert (await service.get("acme", new.id)).state is DatasetState.READY
     assert await world.objects.get(blob_key(sha(GOOD))) == GOOD
+
+
+class Meeting:
+    """Objects for two replicas that validate the same upload: the second takes the bytes when the first has hashed
+    them, and in between the uploader writes others."""
+
+    def __init__(self, objects, tampered):
+        self._objects, self._tampered = objects, tampered
+        self.second_stands, self.first_has_hashed, self.second_has_copied = (
+            asyncio.Event() for _ in range(3)
+        )
+
+    def of(self, copy):
+        class Objects:
+            def __getattr__(_, name):
+                return copy if name == "copy" else getattr(self._objects, name)
+
+        return Objects()
+
+    async def first_copies(self, source, target):
+        if target.startswith("blobs/"):
+            await self._objects.put(*self._tampered)
+            self.first_has_hashed.set()
+            await self.second_has_copied.wait()
+        await self._objects.copy(source, target)
+
+    async def second_copies(self, source, target):
+        self.second_stands.set()
+        await self.first_has_hashed.wait()
+        await self._objects.copy(source, target)
+        self.second_has_copied.set()
+        await asyncio.Event().wait()
+
+
+async def test_bytes_changed_between_two_replicas_never_get_the_name_of_others(world, service):
+    dataset = await service.create("acme", "a", "user_data", None, "")
+    await world.objects.put(dataset.staging_key, b"one")
+    await service.commit_upload("acme", dataset.id, dataset.staging_key, 3, sha(b"one"))
+    meeting = Meeting(world.objects, (dataset.staging_key, b"two"))
+    second = asyncio.ensure_future(world.validate(objects=meeting.of(meeting.second_copies)))
+    await meeting.second_stands.wait()
+    await world.validate(objects=meeting.of(meeting.first_copies))
+    second.cancel()
+    assert (await service.get("acme", dataset.id)).state is DatasetState.READY
+    assert await world.objects.get(blob_key(sha(b"one"))) == b"one"
+    assert world.objects.keys() == [blob_key(sha(b"one"))]
