@@ -12,10 +12,12 @@ from safetensors.torch import load
 
 from lathe.engine.model import Outcome
 from tests.fakes.worker_jobs import FakeJob
-from tests.fixtures.engine_process import EPOCHS, STEPS, Place, engine_place
+from tests.fixtures.engine_process import Place, engine_place
 from tests.fixtures.ray import RayHead
 
 BOUND = 1e-5
+EPOCHS = 8
+STEPS = EPOCHS * 10
 
 
 @pytest.fixture
@@ -66,7 +68,7 @@ async def test_two_workers_train_what_one_does_and_survive_the_loss_of_one(
     place: Place, ray_head: RayHead
 ) -> None:
     await place.start("eng-alone")
-    place.jobs.offer(place.attempt("alone", 1))
+    place.jobs.offer(place.attempt("alone", 1, EPOCHS))
     await place.until(lambda: bool(place.jobs.job.outcomes))
     alone = await trained(place)
     place.engines[-1].send_signal(signal.SIGTERM)
@@ -74,17 +76,19 @@ async def test_two_workers_train_what_one_does_and_survive_the_loss_of_one(
 
     place.jobs.job = FakeJob()
     engine = await place.start("eng-two", **on_two(ray_head))
-    place.jobs.offer(place.attempt("two", 1))
+    place.jobs.offer(place.attempt("two", 1, EPOCHS))
     await place.until(lambda: bool(place.jobs.job.outcomes))
     assert_equal(await trained(place), alone)
 
     engine.send_signal(signal.SIGTERM)
     assert await engine.wait() == 0
+    # It is Ray's handler that writes this: it aborts the process when it drains for more than three seconds.
+    assert "SIGTERM received" not in (place.folder / "eng-two.log").read_text()
 
     place.jobs.job = FakeJob()
     sharded = on_two(ray_head) | {"LATHE_ENGINE_SHARD_BASE": "always"}
     engine = await place.start("eng-sharded", **sharded)
-    place.jobs.offer(place.attempt("parts", 1))
+    place.jobs.offer(place.attempt("parts", 1, EPOCHS))
     await place.until(lambda: bool(place.jobs.job.checkpoints))
     [worker] = actors()
     os.kill(worker, signal.SIGKILL)
@@ -93,7 +97,7 @@ async def test_two_workers_train_what_one_does_and_survive_the_loss_of_one(
     assert await engine.wait() == 0
     place.jobs.job.outcomes.clear()
 
-    place.jobs.offer(place.attempt("parts", 2))
+    place.jobs.offer(place.attempt("parts", 2, EPOCHS))
     await place.start("eng-again", **sharded)
     await place.until(lambda: bool(place.jobs.job.outcomes))
     assert_equal(await trained(place), alone)

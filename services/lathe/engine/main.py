@@ -58,6 +58,18 @@ def stop_this_process() -> None:
     signal.raise_signal(signal.SIGTERM)
 
 
+def keep_sigterm() -> None:
+    """Make SIGTERM Python's again. In the main thread.
+
+    Ray puts a handler of its own over it, abseil's for crashes: SIGABRT ends the process three seconds later, in the
+    middle of its drain.
+    """
+    handler = signal.getsignal(signal.SIGTERM)
+    if handler is not None:
+        signal.signal(signal.SIGTERM, handler)
+        signal.siginterrupt(signal.SIGTERM, False)
+
+
 class ModelThread:
     """Loads the model and then runs the loop, all in one thread: torch's settings are partly per thread."""
 
@@ -139,6 +151,7 @@ async def _running(
             leave,
         )
         engine, loop = await thread.start()
+        keep_sigterm()
     except BaseException:
         await server.stop(0)
         raise
