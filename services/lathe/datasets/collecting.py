@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 from array import array
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
+from heapq import merge
+from itertools import accumulate, pairwise, repeat
 from pathlib import Path
 
 from lathe.datasets.chunkwork import ChunkResult
@@ -18,6 +19,7 @@ from lathe.text.findinglines import FindingLines
 from lathe.text.findings import Finding, Tally
 from lathe.text.formats import RowFormat
 from lathe.text.language import UNKNOWN
+from lathe.text.privacy import find_sensitive
 
 # Answers are few when there are at most so many, and each stands in so many rows on average.
 _FEW_ANSWERS = 50
@@ -132,22 +134,30 @@ def overlap_finding(item: Duplicate) -> Finding:
     return Finding(item.line, "", "validation_near_duplicate", words)
 
 
-def other_languages(lines: Mapping[str, array[int]]) -> list[Finding]:
-    """The rows in another language than more than half of those whose language is known, by line."""
+def other_languages(lines: Mapping[str, array[int]]) -> Iterator[Finding]:
+    """The rows in another language than more than half of those whose language is known, by line.
+
+    lines: of each language, in order."""
     known = {language: found for language, found in lines.items() if language != UNKNOWN}
     main = max(known, key=lambda language: (len(known[language]), language), default="")
     if not main or 2 * len(known[main]) <= sum(map(len, known.values())):
-        return []
-    others = [(line, name) for name, found in known.items() if name != main for line in found]
-    words = "the row seems to be in {}, most are in {}"
-    return [Finding(line, "", "other_language", words.format(name, main)) for line, name in sorted(others)]
+        return
+    others = [zip(found, repeat(name)) for name, found in known.items() if name != main]
+    for line, name in merge(*others):
+        yield Finding(line, "", "other_language", f"the row seems to be in {name}, most are in {main}")
 
 
 def few_answers(labels: Mapping[str, int]) -> tuple[Share, ...]:
-    """The answers where they are few, the most frequent first."""
+    """The answers where they are few, the most frequent first; of one that holds a secret or somebody's data only what
+    that is."""
     rows = sum(labels.values())
     few = 0 < len(labels) <= min(_FEW_ANSWERS, rows // _ROWS_PER_ANSWER) and rows >= _LEAST_ROWS
-    return shares(labels) if few else ()
+    return tuple(Share(_shown(share.value), share.count) for share in shares(labels)) if few else ()
+
+
+def _shown(answer: str) -> str:
+    found = next(find_sensitive(answer), None)
+    return answer if found is None else f"({found.what})"
 
 
 def label_imbalance(answers: tuple[Share, ...]) -> Finding | None:

@@ -6,15 +6,21 @@ text) say nothing and are left out: without them two rows are compared by what t
 
 Candidates come from MinHash in one permutation (Li, Owen & Zhang, 2012) with empty bins filled from their neighbours
 (Shrivastava & Li, 2014), in bands (Leskovec, Rajaraman & Ullman, Mining of Massive Datasets, 3.4); each is checked on
-the rows themselves. Of two rows with similarity 0.8 the bands miss 1 in 100, of two with 0.9 1 in 50,000. Memory: about
-150 bytes a row beside the files, which are mapped.
+the rows themselves. Of two rows with similarity 0.8 the bands miss 1 in 100, of two with 0.9 1 in 50,000.
+
+Memory does not grow with the rows: what is kept of each, about 100 bytes, lies in unnamed mapped files beside the token
+object, and rows are compared a part of the keys at a time (_PART_ROWS of them, some 60 bytes each).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import math
+import os
+import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from hashlib import blake2b
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +39,13 @@ _FIRST_ROWS = 1024
 _SHARED_ROWS = 10
 _SHARED_PART = 0.1
 _SHARED_BITS = 20
+# So many rows are sorted at once.
+_PART_ROWS = 1 << 21
 
 Ints = np.ndarray[Any, np.dtype[np.int64]]
 Hashes = np.ndarray[Any, np.dtype[np.uint64]]
-Shared = np.ndarray[Any, np.dtype[np.bool_]]
+Bools = np.ndarray[Any, np.dtype[np.bool_]]
+Shared = Bools
 _EMPTY = np.uint64(0xFFFFFFFFFFFFFFFF)
 # The golden ratio's, and splitmix64's finaliser (Steele, Lea & Flood, 2014).
 _BASE = np.uint64(0x9E3779B97F4A7C15)
@@ -56,42 +65,55 @@ class Duplicate:
         return self.similarity == 1.0
 
 
-def find_duplicates(path: Path) -> list[Duplicate]:
-    """The rows of a token object that repeat an earlier one of it, by line. Each row is told once."""
+def find_duplicates(path: Path) -> Iterator[Duplicate]:
+    """The rows of a token object that repeat an earlier one of it, by line. Each row is told once. Raises OSError if
+    the disk has no room beside the object."""
     rows = _Rows(path)
-    sketch = _Sketch.of(rows, rows.shared_shingles())
-    first: dict[bytes, int] = {}
-    found: list[Duplicate] = []
-    fresh: list[int] = []
-    for row, digest in enumerate(sketch.digests):
-        earlier = first.setdefault(digest, row)
-        if earlier == row:
-            fresh.append(row)
-        else:
-            found.append(Duplicate(sketch.lines[row], sketch.lines[earlier]))
-    for row, earlier in _candidates_within(sketch, np.array(fresh, dtype=np.int64)).items():
-        similarity = sketch.similarity(row, sketch, earlier)
-        if similarity >= NEAR:
-            found.append(Duplicate(sketch.lines[row], sketch.lines[earlier], min(similarity, 0.999)))
-    return sorted(found, key=lambda item: item.line)
+    sketch = _Sketch.of(rows, rows.shared_shingles(), path.parent)
+    same = _filled_column(path.parent, len(sketch))
+    for repeats, leaders, _ in _equals(sketch.digests[0]):
+        equal = sketch.digests[1][repeats] == sketch.digests[1][leaders]
+        same[repeats[equal]] = leaders[equal]
+        # Told already.
+        sketch.sized[repeats[equal]] = False
+    near = _Nearest(sketch, sketch, path.parent)
+    for band in range(_BANDS):
+        for repeats, leaders, previous in _equals(sketch.bands[band], sketch.sized):
+            near.propose(repeats, leaders)
+            near.propose(repeats, previous)
+    yield from _found(sketch, sketch, same, near.rows)
 
 
-def find_overlap(path: Path, other: Path) -> list[Duplicate]:
-    """The rows of one token object that repeat a row of another, by line; `of` is the other's line."""
+def find_overlap(path: Path, other: Path) -> Iterator[Duplicate]:
+    """The rows of one token object that repeat a row of another, by line; `of` is the other's line. Raises OSError if
+    the disk has no room beside the object."""
     rows = _Rows(path)
     shared = rows.shared_shingles()
-    mine, theirs = _Sketch.of(rows, shared), _Sketch.of(_Rows(other), shared)
-    known = {digest: row for row, digest in reversed(list(enumerate(theirs.digests)))}
-    found: list[Duplicate] = []
-    for row, candidate in enumerate(_candidates_between(mine, theirs)):
-        same = known.get(mine.digests[row])
-        if same is not None:
-            found.append(Duplicate(mine.lines[row], theirs.lines[same]))
-        elif candidate >= 0:
+    mine = _Sketch.of(rows, shared, path.parent)
+    theirs = _Sketch.of(_Rows(other), shared, path.parent)
+    same = _filled_column(path.parent, len(mine))
+    for hits, others in _matches(mine.digests[0], theirs.digests[0]):
+        equal = mine.digests[1][hits] == theirs.digests[1][others]
+        same[hits[equal]] = others[equal]
+        mine.sized[hits[equal]] = False
+    near = _Nearest(mine, theirs, path.parent)
+    for band in range(_BANDS):
+        for hits, others in _matches(mine.bands[band], theirs.bands[band], mine.sized, theirs.sized):
+            near.propose(hits, others)
+    yield from _found(mine, theirs, same, near.rows)
+
+
+def _found(mine: _Sketch, theirs: _Sketch, same: Ints, near: Ints) -> Iterator[Duplicate]:
+    """same, near: for each of my rows the one of theirs that it repeats, or may; -1 for none."""
+    for begin, end in _slices(len(mine)):
+        for row in (begin + np.flatnonzero((same[begin:end] >= 0) | (near[begin:end] >= 0))).tolist():
+            if same[row] >= 0:
+                yield Duplicate(int(mine.lines[row]), int(theirs.lines[same[row]]))
+                continue
+            candidate = int(near[row])
             similarity = mine.similarity(row, theirs, candidate)
             if similarity >= NEAR:
-                found.append(Duplicate(mine.lines[row], theirs.lines[candidate], min(similarity, 0.999)))
-    return found
+                yield Duplicate(int(mine.lines[row]), int(theirs.lines[candidate]), min(similarity, 0.999))
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +135,27 @@ class _Rows:
 
     def __init__(self, path: Path) -> None:
         self._reader = pa.ipc.open_file(pa.memory_map(str(path)))
+        counts = [self._reader.get_batch(n).num_rows for n in range(self._reader.num_record_batches)]
+        self._starts = np.cumsum([0, *counts])
+
+    @property
+    def sequences(self) -> int:
+        """How many there are; rows are as many at most."""
+        return int(self._starts[-1])
+
+    def tokens(self, begin: int, end: int) -> Any:
+        """The ids of the sequences from one on up to another, one after the other."""
+        pieces = []
+        while begin < end:
+            number = int(np.searchsorted(self._starts, begin, side="right")) - 1
+            first, last = int(self._starts[number]), min(end, int(self._starts[number + 1]))
+            column = self._reader.get_batch(number).column("tokens")
+            offsets = column.offsets
+            pieces.append(
+                column.values.to_numpy()[offsets[begin - first].as_py() : offsets[last - first].as_py()]
+            )
+            begin = last
+        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
 
     def blocks(self) -> Iterator[_Block]:
         held: pa.Table | None = None
@@ -151,57 +194,162 @@ class _Rows:
 
 @dataclass(frozen=True, slots=True)
 class _Sketch:
-    """What is kept of each row. bands: (rows, _BANDS) keys; sized: rows that have enough shingles of their own.
-    blocks: where a row's tokens are: (block, row in it)."""
+    """What is kept of each row. digests: (2, rows) words. bands: (_BANDS, rows) keys. sized: rows that have enough
+    shingles of their own. sequences: where each row's begin, and the end of the last."""
 
-    lines: list[int]
-    digests: list[bytes]
-    bands: np.ndarray[Any, np.dtype[np.uint32]]
-    sized: np.ndarray[Any, np.dtype[np.bool_]]
+    source: _Rows
     shared: Shared
-    blocks: list[_Block]
-    block_starts: Ints
+    lines: Ints
+    sequences: Ints
+    digests: Hashes
+    bands: np.ndarray[Any, np.dtype[np.uint32]]
+    sized: Bools
 
     @classmethod
-    def of(cls, rows: _Rows, shared: Shared) -> _Sketch:
-        lines: list[int] = []
-        digests: list[bytes] = []
-        bands, sized, blocks, starts = [], [], [], [0]
-        for block in rows.blocks():
+    def of(cls, source: _Rows, shared: Shared, folder: Path) -> _Sketch:
+        """folder: which has room for it. Raises OSError."""
+        most = source.sequences
+        lines, sequences = _column(folder, np.int64, most), _column(folder, np.int64, most + 1)
+        digests, bands = _column(folder, np.uint64, 2, most), _column(folder, np.uint32, _BANDS, most)
+        sized = _column(folder, np.bool_, most)
+        rows = sequence = 0
+        for block in source.blocks():
             hashes, owners = _own(*_shingles(block), shared)
-            lines += block.lines.tolist()
-            digests += _digests(block)
-            bands.append(_band_keys(hashes, owners, len(block.lines)))
-            sized.append(np.bincount(owners, minlength=len(block.lines)) >= _LEAST_SHINGLES)
-            # Views of the mapped file, so that keeping them costs nothing.
-            blocks.append(block)
-            starts.append(len(lines))
+            count = len(block.lines)
+            place = slice(rows, rows + count)
+            lines[place] = block.lines
+            sequences[place] = sequence + block.sequences[:-1]
+            digests[:, place] = np.frombuffer(b"".join(_digests(block)), np.uint64).reshape(count, 2).T
+            bands[:, place] = _band_keys(hashes, owners, count).T
+            sized[place] = np.bincount(owners, minlength=count) >= _LEAST_SHINGLES
+            rows += count
+            sequence += int(block.sequences[-1])
+        sequences[rows] = sequence
         return cls(
-            lines,
-            digests,
-            np.concatenate(bands) if bands else np.empty((0, _BANDS), dtype=np.uint32),
-            np.concatenate(sized) if sized else np.empty(0, dtype=np.bool_),
+            source,
             shared,
-            blocks,
-            np.array(starts),
+            lines[:rows],
+            sequences[: rows + 1],
+            digests[:, :rows],
+            bands[:, :rows],
+            sized[:rows],
         )
 
+    def __len__(self) -> int:
+        return len(self.lines)
+
     def own_shingles(self, row: int) -> Hashes:
-        number = int(np.searchsorted(self.block_starts, row, side="right")) - 1
-        block, place = self.blocks[number], row - int(self.block_starts[number])
-        begin, end = int(block.starts[place]), int(block.starts[place + 1])
-        hashes, _ = _own(
-            _hashes(block.tokens[begin:end]),
-            np.zeros(max(end - begin - _SHINGLE + 1, 0), np.int64),
-            self.shared,
-        )
-        return np.unique(hashes)
+        hashes = _hashes(self.source.tokens(int(self.sequences[row]), int(self.sequences[row + 1])))
+        own, _ = _own(hashes, np.zeros(len(hashes), np.int64), self.shared)
+        return np.unique(own)
 
     def similarity(self, row: int, other: _Sketch, candidate: int) -> float:
         """Jaccard's, of the two rows' own shingles."""
         mine, theirs = self.own_shingles(row), other.own_shingles(candidate)
         both = len(np.intersect1d(mine, theirs, assume_unique=True))
         return both / max(len(mine) + len(theirs) - both, 1)
+
+
+class _Nearest:
+    """For each of my rows the one of theirs, of those proposed, with which it shares the most bands, then the earliest;
+    -1 for none."""
+
+    def __init__(self, mine: _Sketch, theirs: _Sketch, folder: Path) -> None:
+        self.rows = _filled_column(folder, len(mine))
+        self._shared = _column(folder, np.uint8, len(mine))
+        self._mine = mine
+        self._theirs = theirs
+
+    def propose(self, rows: Ints, others: Ints) -> None:
+        """rows: each once."""
+        for begin, end in _slices(len(rows)):
+            row, other = rows[begin:end], others[begin:end]
+            shared = np.zeros(len(row), np.uint8)
+            for band in range(_BANDS):
+                shared += self._mine.bands[band][row] == self._theirs.bands[band][other]
+            best, known = self.rows[row], self._shared[row]
+            better = (shared > known) | ((shared == known) & (other < best))
+            self.rows[row[better]] = other[better]
+            self._shared[row[better]] = shared[better]
+
+
+def _column(folder: Path, dtype: Any, *shape: int) -> Any:
+    """Zeros in a file without a name. Raises OSError: the room is taken now, since a mapped file that finds none later
+    ends the process."""
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    if not size:
+        return np.zeros(shape, dtype)
+    with tempfile.TemporaryFile(dir=folder) as file:
+        os.posix_fallocate(file.fileno(), 0, size)
+        return np.memmap(file, dtype, "r+", shape=shape).view(np.ndarray)
+
+
+def _filled_column(folder: Path, rows: int) -> Ints:
+    """-1 for each row."""
+    column: Ints = _column(folder, np.int64, rows)
+    column[:] = -1
+    return column
+
+
+def _slices(count: int) -> Iterator[tuple[int, int]]:
+    return pairwise([*range(0, count, _PART_ROWS), count])
+
+
+def _parts_of(rows: int) -> int:
+    return max(1, -(-rows // _PART_ROWS))
+
+
+def _part(keys: Any, wanted: Bools | None, part: int, parts: int) -> Iterator[Ints]:
+    """The rows, in order and some at a time, whose keys fall into one of so many parts of all keys."""
+    for begin, end in _slices(len(keys)):
+        inside = keys[begin:end] % keys.dtype.type(parts) == part
+        yield begin + np.flatnonzero(inside if wanted is None else inside & wanted[begin:end])
+
+
+def _equals(keys: Any, wanted: Bools | None = None) -> Iterator[tuple[Ints, Ints, Ints]]:
+    """Of the wanted rows, those whose key an earlier one has: they, the first and the last one before them with it."""
+    parts = _parts_of(len(keys))
+    for part in range(parts):
+        # The first rows of each key go on to the next turn: many rows of one key do not fit into one.
+        held, size = [np.empty(0, np.int64)], 0
+        for rows in _part(keys, wanted, part, parts):
+            held.append(rows)
+            size += len(rows)
+            if size >= 2 * _PART_ROWS:
+                firsts, found = _grouped(keys, np.concatenate(held))
+                yield found
+                held, size = [firsts], 0
+        yield _grouped(keys, np.concatenate(held))[1]
+
+
+def _grouped(keys: Any, rows: Ints) -> tuple[Ints, tuple[Ints, Ints, Ints]]:
+    """The first row of each key, and what `_equals` tells of the others."""
+    found = keys[rows]
+    order = np.argsort(found, kind="stable")
+    ordered, rows = found[order], rows[order]
+    begins = np.concatenate([[True], ordered[1:] != ordered[:-1]])[: len(rows)]
+    leaders = rows[np.maximum.accumulate(np.where(begins, np.arange(len(rows)), 0))]
+    repeats = np.flatnonzero(~begins)
+    return rows[begins], (rows[repeats], leaders[repeats], rows[repeats - 1])
+
+
+def _matches(
+    mine: Any, theirs: Any, wanted: Bools | None = None, able: Bools | None = None
+) -> Iterator[tuple[Ints, Ints]]:
+    """My wanted rows whose key an able one of theirs has, and the first such one."""
+    parts = _parts_of(len(theirs))
+    for part in range(parts):
+        values, firsts = np.empty(0, theirs.dtype), np.empty(0, np.int64)
+        for rows in _part(theirs, able, part, parts):
+            # Of equal keys the first place is the earliest row's.
+            values, places = np.unique(np.concatenate([values, theirs[rows]]), return_index=True)
+            firsts = np.concatenate([firsts, rows])[places]
+        if not len(values):
+            continue
+        for rows in _part(mine, wanted, part, parts):
+            places = np.minimum(np.searchsorted(values, mine[rows]), len(values) - 1)
+            hits = values[places] == mine[rows]
+            yield rows[hits], firsts[places[hits]]
 
 
 def _joined(held: Any, batch: Any) -> Any:
@@ -298,47 +446,3 @@ def _filled(bins: Hashes) -> Hashes:
         filled[take] = near[take] + np.uint64(distance * int(_BASE) % (1 << 64))
         empty &= ~take
     return filled
-
-
-def _candidates_within(sketch: _Sketch, rows: Ints) -> Mapping[int, int]:
-    """Row -> the earlier row with which it shares the most bands, for the given rows."""
-    rows = rows[sketch.sized[rows]]
-    pairs: list[Ints] = []
-    for band in range(_BANDS):
-        keys = sketch.bands[rows, band]
-        order = np.argsort(keys, kind="stable")
-        ordered = keys[order]
-        begins = np.concatenate([[True], ordered[1:] != ordered[:-1]]) if len(ordered) else np.empty(0, bool)
-        leaders = order[np.maximum.accumulate(np.where(begins, np.arange(len(order)), 0))]
-        repeats = np.flatnonzero(~begins)
-        for earlier in (leaders[repeats], order[repeats - 1]):
-            pairs.append(np.stack([rows[order[repeats]], rows[earlier]]))
-    return _most_shared(np.concatenate(pairs, axis=1))
-
-
-def _candidates_between(mine: _Sketch, theirs: _Sketch) -> list[int]:
-    """For each of my rows the one of theirs with which it shares the most bands; -1 for none."""
-    rows = np.flatnonzero(theirs.sized)
-    pairs: list[Ints] = []
-    for band in range(_BANDS):
-        keys = theirs.bands[rows, band]
-        order = np.argsort(keys, kind="stable")
-        ordered = keys[order]
-        if not len(ordered):
-            break
-        places = np.minimum(np.searchsorted(ordered, mine.bands[:, band]), len(ordered) - 1)
-        hits = np.flatnonzero((ordered[places] == mine.bands[:, band]) & mine.sized)
-        pairs.append(np.stack([hits, rows[order[places[hits]]]]))
-    best = _most_shared(np.concatenate(pairs, axis=1)) if pairs else {}
-    return [best.get(row, -1) for row in range(len(mine.lines))]
-
-
-def _most_shared(pairs: Ints) -> dict[int, int]:
-    """Of (row, other) pairs, one for each row: the most frequent, then the earliest."""
-    size = int(pairs.max(initial=0)) + 1
-    found, counts = np.unique(pairs[0] * size + pairs[1], return_counts=True)
-    rows, others = np.divmod(found, size)
-    order = np.lexsort([others, -counts, rows])
-    rows, others = rows[order], others[order]
-    first = np.flatnonzero(np.diff(rows, prepend=-1))
-    return dict(zip(rows[first].tolist(), others[first].tolist(), strict=True))

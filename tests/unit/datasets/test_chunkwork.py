@@ -86,13 +86,14 @@ def test_few_answers_are_shown_and_a_dominant_one_is_told():
     assert label_imbalance(few_answers(Counter({"yes": 60, "no": 40}))) is None
     assert few_answers(Counter(map(str, range(40)))) == ()
     assert few_answers(Counter({"yes": 49})) == ()
+    assert few_answers(Counter({"jo.doe@acme.org": 60})) == (Share("(an e-mail address)", 60),)
 
 
 def test_rows_in_another_language_than_most_are_told():
     lines: dict[str, Any] = {"en": [1, 2, 4], "de": [3], "und": [5, 6, 7, 8, 9]}
     assert [(item.line, item.code) for item in other_languages(lines)] == [(3, "other_language")]
-    assert other_languages({"en": [1], "de": [2]}) == []  # type: ignore[dict-item]
-    assert other_languages({}) == []
+    assert list(other_languages({"en": [1], "de": [2]})) == []  # type: ignore[dict-item]
+    assert list(other_languages({})) == []
 
 
 def test_nothing_sensitive_is_in_a_report(tmp_path):

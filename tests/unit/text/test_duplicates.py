@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import random
+import tracemalloc
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 
+from lathe.text import duplicates
 from lathe.text.arrow import BATCH_ROWS, TokenRow, write_tokens
 from lathe.text.duplicates import NEAR, find_duplicates, find_overlap
 from lathe.text.formats import Role
@@ -74,11 +77,11 @@ def test_a_row_in_the_other_file_is_found(tmp_path):
     valid = [SYSTEM + tokens(seed) for seed in range(100, 110)]
     valid[4] = list(train[8])
     valid[6] = [*train[10][:-1], 29_999]
-    overlap = find_overlap(written(tmp_path / "train", train), written(tmp_path / "valid", valid))
+    overlap = list(find_overlap(written(tmp_path / "train", train), written(tmp_path / "valid", valid)))
     assert [(item.line, item.of, item.exact) for item in overlap] == [(9, 5, True), (11, 7, False)]
     assert NEAR <= overlap[1].similarity < 1
     nothing = written(tmp_path / "none", [[1, 2]])
-    assert find_overlap(nothing, tmp_path / "valid") == []
+    assert list(find_overlap(nothing, tmp_path / "valid")) == []
 
 
 @pytest.mark.parametrize("changed", [1, 2, 3])
@@ -90,9 +93,38 @@ def test_nearly_the_same_is_found_almost_always(tmp_path, changed):
             near[50 * (place + 1)] = 29_998
         rows[100 + number] = near
     # Each changed token takes five of 196 shingles away: similarities of 0.95, 0.90, 0.86.
-    assert len(find_duplicates(written(tmp_path / "x", rows))) >= 98
+    assert len(list(find_duplicates(written(tmp_path / "x", rows)))) >= 98
 
 
 def test_short_rows_are_compared_whole_only(tmp_path):
     rows = [[1, 2, number] for number in range(12)]
     assert found(written(tmp_path / "x", [*rows, [1, 2, 3]])) == [(13, 4, True)]
+
+
+@pytest.mark.parametrize("part", [1, 7, 64])
+def test_what_is_found_does_not_depend_on_the_parts(tmp_path, monkeypatch, part):
+    rows = [tokens(seed % 23, 40) for seed in range(60)]
+    for number in range(0, 60, 5):
+        rows[number] = [*rows[number][:-1], number]
+    path, other = written(tmp_path / "x", rows), written(tmp_path / "y", rows[10:40])
+    within, between = list(find_duplicates(path)), list(find_overlap(path, other))
+    assert within and between
+    monkeypatch.setattr(duplicates, "_PART_ROWS", part)
+    assert list(find_overlap(path, other)) == between
+    assert [item.line for item in find_duplicates(path)] == [item.line for item in within]
+    assert [item for item in find_duplicates(path) if item.exact] == [item for item in within if item.exact]
+
+
+def test_memory_does_not_grow_with_the_rows(tmp_path, monkeypatch):
+    monkeypatch.setattr(duplicates, "_PART_ROWS", 512)
+
+    def peak(count: int) -> int:
+        path = written(tmp_path / "x", [tokens(seed, 12) for seed in range(count)] + [tokens(0, 12)])
+        tracemalloc.start()
+        held = pa.total_allocated_bytes()
+        most = sum(1 for _ in find_duplicates(path)) and tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return most + pa.total_allocated_bytes() - held
+
+    # 73 bytes a row would be kept in memory, where it is not in files.
+    assert peak(12_000) - peak(4_000) < 10 * 8_000
