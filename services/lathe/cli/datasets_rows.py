@@ -1,4 +1,5 @@
-"""The commands of `lathe datasets` that work with rows: split, dedupe, drop, sample, diff, freeze, thaw."""
+"""The commands of `lathe datasets` that work with rows: split, dedupe, drop, sample, truncate, diff, freeze,
+thaw."""
 
 import re
 from typing import Annotated, Any
@@ -10,7 +11,7 @@ from lathe.cli.connection import client_of
 from lathe.cli.dataset_report import say_report
 from lathe.cli.output import JSON, note, print_json, print_messages, print_table
 from lathe.client.names import last_id
-from lathe.client.rows import dedupe_operation, drop_operation, split_operation
+from lathe.client.rows import dedupe_operation, drop_operation, split_operation, truncate_operation
 from lathe.common.errors import InvalidArgument
 from lathe.v1 import datasets_pb2 as pb
 
@@ -103,6 +104,30 @@ def sample(
     _run(context, dataset, operation, dry_run=dry_run, wait=wait, as_json=as_json)
 
 
+def truncate(
+    context: typer.Context,
+    dataset: DATASET,
+    model: Annotated[str, typer.Option(help="The base model whose template and tokens count.")],
+    limit: Annotated[int, typer.Option(help="Tokens a row may have; the model's own limit if unset.")] = 0,
+    policy: Annotated[
+        str,
+        typer.Option(help="drop_oldest turns, cut_end (the last turns), or drop_row."),
+    ] = "drop_oldest",
+    keep_unfit: Annotated[
+        bool,
+        typer.Option("--keep-unfit", help="Keep rows that cannot be made to fit; else they are dropped."),
+    ] = False,
+    method: METHOD = "",
+    dry_run: DRY_RUN = False,
+    wait: WAIT = True,
+    as_json: JSON = False,
+) -> None:
+    """A dataset in which rows that are too long are shorter, turn by turn."""
+    options = pb.AuditOptions(method=method, context_limit=limit)
+    operation = truncate_operation(model, options, policy, keep_unfit=keep_unfit)
+    _run(context, dataset, operation, dry_run=dry_run, wait=wait, as_json=as_json)
+
+
 def diff(
     context: typer.Context,
     dataset: DATASET,
@@ -152,7 +177,7 @@ def thaw(context: typer.Context, dataset: DATASET, as_json: JSON = False) -> Non
 
 def register(app: typer.Typer) -> None:
     """Add the commands to the group."""
-    for command in (split, dedupe, drop, sample, diff, freeze, thaw):
+    for command in (split, dedupe, drop, sample, truncate, diff, freeze, thaw):
         app.command()(command)
 
 
@@ -223,7 +248,9 @@ def _say_counts(counted: pb.PrepareDatasetResponse, as_json: bool) -> None:
         print_json(counted)
         return
     for each in counted.prepared:
-        note(f"{each.part.replace('_', ' ') or 'the dataset'}: {each.rows} of {counted.rows} rows")
+        changed = ((each.shortened_rows, "made shorter"), (each.unfit_rows, "longer than the limit still"))
+        shown = "".join(f", {number} {what}" for number, what in changed if number)
+        note(f"{each.part.replace('_', ' ') or 'the dataset'}: {each.rows} of {counted.rows} rows{shown}")
 
 
 def _first_lines(part: pb.DiffRows, field: str) -> str:

@@ -67,6 +67,25 @@ class Rows:
         (made,) = self.prepare(name, pb.DatasetOperation(sample=pb.SampleRows(seed=seed, count=count)))
         return made
 
+    def truncate(
+        self,
+        name: str,
+        base_model: str,
+        limit: int = 0,
+        *,
+        policy: str = "",
+        keep_unfit: bool = False,
+        method: str = "",
+    ) -> pb.Dataset:
+        """A dataset whose rows have at most `limit` tokens (0: the base model's context), longer ones made shorter.
+
+        policy: drop_oldest (the default), cut_end or drop_row, see docs/preparation.md. keep_unfit: rows that cannot be
+        made to fit stay as they are instead of being dropped. Raises NotFound, InvalidArgument, FailedPrecondition.
+        """
+        options = pb.AuditOptions(method=method, context_limit=limit)
+        (made,) = self.prepare(name, truncate_operation(base_model, options, policy, keep_unfit=keep_unfit))
+        return made
+
     def prepare(self, name: str, operation: pb.DatasetOperation) -> list[pb.Dataset]:
         """The datasets that an operation makes, in its order."""
         request = pb.PrepareDatasetRequest(
@@ -146,6 +165,16 @@ def drop_operation(
     base_model = base_model and _base(base_model)
     drop = pb.DropRows(lines=lines, codes=codes, base_model=base_model, options=options)
     return pb.DatasetOperation(drop=drop)
+
+
+def truncate_operation(
+    base_model: str, options: pb.AuditOptions | None = None, policy: str = "", *, keep_unfit: bool = False
+) -> pb.DatasetOperation:
+    """As of `Rows.truncate`; the limit is the options' context_limit."""
+    truncate = pb.TruncateRows(
+        base_model=_base(base_model), options=options, policy=policy, keep_unfit=keep_unfit
+    )
+    return pb.DatasetOperation(truncate=truncate)
 
 
 def _base(model: str) -> str:

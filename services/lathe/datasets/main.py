@@ -40,6 +40,7 @@ from lathe.datasets.settings import DatasetsSettings
 from lathe.datasets.sources import Sources
 from lathe.datasets.store import SqlDatasetStore
 from lathe.datasets.tokenizers import TokenizerCache
+from lathe.datasets.truncation import Truncations
 from lathe.datasets.upload_service import UploadService
 from lathe.datasets.upload_store import SqlUploadStore
 from lathe.datasets.validation import Validation
@@ -83,9 +84,10 @@ async def running(
         await indexes.start()
         tokenizers = TokenizerCache(objects, folder)
         previews = Previews(service, objects, tokenizers, folder)
-        preparation = PreparationService(service, indexes)
+        truncations = Truncations(indexes, tokenizers)
+        preparation = PreparationService(service, indexes, truncations)
         busy: set[str] = set()
-        preparing = Preparing(store, objects, indexes, busy, service.validation)
+        preparing = Preparing(store, objects, indexes, truncations, busy, service.validation)
         blobs = Blobs(store, objects, clock, ids)
         validation = Validation(blobs, busy, folder=folder / "conversions")
         await validation.start()

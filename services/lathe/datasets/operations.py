@@ -10,17 +10,20 @@ import json
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from hashlib import blake2b
 from typing import Any
 
 from lathe.common.errors import FieldViolation, InvalidArgument
 from lathe.text.findings import KINDS
 from lathe.text.rows import Plain, TrainingRow, parse_line
+from lathe.text.shortening import Policy
 
 MAX_STRATA = 1000
 MAX_LINES = 10_000
 TRAIN, HELD_OUT = "train", "held_out"
+TOO_LONG = ("truncated", "tail_cut", "split", "nothing_trained", "identical_outputs", "context_exceeded")
+"""What an audit can find of a row that is longer than its limit; the last three also of others."""
 _SEED_LIMIT = 2**63
 
 
@@ -69,8 +72,26 @@ class Sample:
     count: int
 
 
-Operation = Split | Dedupe | Drop | Sample
-_KINDS: dict[str, type[Operation]] = {"split": Split, "dedupe": Dedupe, "drop": Drop, "sample": Sample}
+@dataclass(frozen=True, slots=True)
+class Truncate:
+    """All rows, those over the context limit of the audit made shorter: by `policy`, one of lathe.text.shortening's.
+    keep_unfit: what cannot be made to fit stays as it is; else it is dropped."""
+
+    audit: AuditChoice
+    policy: str = Policy.DROP_OLDEST.value
+    keep_unfit: bool = False
+
+
+# Those that take rows as they are.
+Choosing = Split | Dedupe | Drop | Sample
+Operation = Choosing | Truncate
+_KINDS: dict[str, type[Operation]] = {
+    "split": Split,
+    "dedupe": Dedupe,
+    "drop": Drop,
+    "sample": Sample,
+    "truncate": Truncate,
+}
 _NAMES = {kind: name for name, kind in _KINDS.items()}
 
 
@@ -97,7 +118,7 @@ def parts_of(operation: Operation) -> tuple[str, ...]:
 
 
 def name_of(operation: Operation) -> str:
-    """split, dedupe, drop or sample."""
+    """split, dedupe, drop, sample or truncate."""
     return _NAMES[type(operation)]
 
 
@@ -122,17 +143,38 @@ def check_operation(operation: Operation) -> None:
                 raise _invalid("drop.codes", f"{unknown[0]!r} is no code; docs/audit.md lists them")
             if bool(codes) != (audit is not None):
                 raise _invalid("drop.base_model", "findings are of an audit: give codes and a base model")
+        case Truncate():
+            _check_truncate(operation)
         case Dedupe():
             pass
 
 
+def _check_truncate(operation: Truncate) -> None:
+    if operation.policy not in list(Policy):
+        raise _invalid("truncate.policy", f"{operation.policy!r} must be one of {', '.join(Policy)}")
+    if operation.keep_unfit and operation.policy == Policy.DROP_ROW:
+        raise _invalid("truncate.keep_unfit", "drop_row drops what does not fit; take another policy")
+
+
+def audit_of(operation: Operation) -> AuditChoice | None:
+    """The audit that decides about rows; None where none does."""
+    return None if isinstance(operation, Split | Sample) else operation.audit
+
+
+def with_audit(operation: Operation, audit: AuditChoice) -> Operation:
+    """The same with this audit, where one decides about rows."""
+    return operation if isinstance(operation, Split | Sample) else replace(operation, audit=audit)
+
+
 def findings_of(operation: Operation) -> tuple[str, ...]:
-    """The codes whose lines the operation leaves out; empty where findings do not matter."""
+    """The codes of an audit whose lines the operation does something to; empty where findings do not matter."""
     match operation:
         case Drop(_, codes, _):
             return codes
         case Dedupe(audit) if audit is not None:
             return ("near_duplicate",)
+        case Truncate():
+            return TOO_LONG
         case _:
             return ()
 

@@ -13,19 +13,21 @@ from lathe.datasets import model as rules
 from lathe.datasets.differences import MAX_FIRST, Difference, difference
 from lathe.datasets.model import Audit, AuditState, Dataset, DatasetState, blob_key
 from lathe.datasets.operations import (
-    Dedupe,
-    Drop,
     Operation,
     Parent,
     Preparation,
+    Truncate,
+    audit_of,
     check_operation,
     name_of,
     parts_of,
+    with_audit,
 )
 from lathe.datasets.preparing import selected
 from lathe.datasets.rowindexes import RowIndexes
 from lathe.datasets.selection import counts
 from lathe.datasets.service import DatasetsService
+from lathe.datasets.truncation import Truncations
 from lathe.text.errors import RowError
 from lathe.text.rowindex import DIGEST_BYTES, RowIndex, row_digest
 from lathe.text.rows import parse_line
@@ -33,11 +35,14 @@ from lathe.text.rows import parse_line
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """One of the datasets that an operation makes. rows: counted by a dry run. dataset: None for a dry run."""
+    """One of the datasets that an operation makes. rows, and of them those that were made shorter and those that are
+    longer than the limit still: counted by a dry run. dataset: None for a dry run."""
 
     part: str
     rows: int = 0
     dataset: Dataset | None = None
+    shortened: int = 0
+    unfit: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +69,7 @@ class PreparationService:
 
     datasets: DatasetsService
     indexes: RowIndexes
+    truncations: Truncations
     # What takes memory for every row is done for one caller at a time.
     _alone: asyncio.Lock = field(default_factory=asyncio.Lock)
 
@@ -74,11 +80,20 @@ class PreparationService:
         """
         parent = await self._rows_of(project, dataset_id)
         operation = await self._settled(parent, operation)
+        if isinstance(operation, Truncate):
+            return await self._count_truncated(parent, operation)
         async with self._alone:
             selection = await selected(operation, self.indexes, parent.sha256)
         rows = counts(operation, selection)
         parts = zip(parts_of(operation), rows, strict=True)
         return len(selection), [Prepared(part, number) for part, number in parts]
+
+    async def _count_truncated(self, parent: Dataset, operation: Truncate) -> tuple[int, list[Prepared]]:
+        async with self._alone:
+            done = await self.truncations.begun(operation)
+            async for _ in self.truncations.rows(done, parent.sha256):
+                pass
+        return done.rows, [Prepared("", done.rows - done.dropped, shortened=done.shortened, unfit=done.unfit)]
 
     async def prepare(
         self, project: str, dataset_id: str, operation: Operation, request_id: str
@@ -197,9 +212,9 @@ class PreparationService:
         """The operation with the key of the audit that it asks about. Raises InvalidArgument for one that cannot be
         meant, FailedPrecondition where there can be no audit, Unavailable until it is there."""
         check_operation(operation)
-        if not isinstance(operation, Drop | Dedupe) or operation.audit is None:
+        choice = audit_of(operation)
+        if choice is None:
             return operation
-        choice = operation.audit
         options = rules.AuditOptions(choice.method, choice.context_limit, choice.truncation)
         audit = await self.datasets.ensure_audit(
             parent.project, parent.id, choice.base_model, options, held_out=True
@@ -213,7 +228,7 @@ class PreparationService:
         if not audit.findings_key:
             why = audit.report.findings[0].message if audit.report.findings else "it has no findings by line"
             raise FailedPrecondition(f"{parent.name} cannot be audited: {why}", reason="NOT_AUDITED")
-        return replace(operation, audit=replace(choice, key=audit.key))
+        return with_audit(operation, replace(choice, key=audit.key))
 
     async def _rows_of(self, project: str, dataset_id: str) -> Dataset:
         dataset = await self.datasets.get(project, dataset_id)

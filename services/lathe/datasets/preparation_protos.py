@@ -5,7 +5,17 @@ from __future__ import annotations
 from lathe.common import names
 from lathe.common.errors import FieldViolation, InvalidArgument
 from lathe.datasets.differences import Difference, Rows
-from lathe.datasets.operations import AuditChoice, Dedupe, Drop, Operation, Preparation, Sample, Split
+from lathe.datasets.operations import (
+    AuditChoice,
+    Dedupe,
+    Drop,
+    Operation,
+    Preparation,
+    Sample,
+    Split,
+    Truncate,
+)
+from lathe.text.shortening import Policy
 from lathe.v1 import datasets_pb2 as pb
 
 
@@ -24,8 +34,12 @@ def operation(message: pb.DatasetOperation) -> Operation:
             return Drop(tuple(sorted(set(drop.lines))), tuple(sorted(set(drop.codes))), audit)
         case "sample":
             return Sample(message.sample.seed, message.sample.count)
+        case "truncate":
+            truncate = message.truncate
+            audit = _audit("truncate", truncate.base_model, truncate.options)
+            return Truncate(audit, truncate.policy or Policy.DROP_OLDEST, truncate.keep_unfit)
         case _:
-            said = "operation must be one of split, dedupe, drop and sample."
+            said = "operation must be one of split, dedupe, drop, sample and truncate."
             raise InvalidArgument(said, violations=[FieldViolation("operation", said)])
 
 
@@ -52,6 +66,12 @@ def operation_pb(made: Operation) -> pb.DatasetOperation:
             return pb.DatasetOperation(drop=drop)
         case Sample(seed, count):
             return pb.DatasetOperation(sample=pb.SampleRows(seed=seed, count=count))
+        case Truncate(audit, policy, keep_unfit):
+            base_model, options = _audit_pb(audit)
+            truncate = pb.TruncateRows(
+                base_model=base_model, options=options, policy=policy, keep_unfit=keep_unfit
+            )
+            return pb.DatasetOperation(truncate=truncate)
 
 
 def _audit(operation: str, base_model: str, options: pb.AuditOptions) -> AuditChoice:

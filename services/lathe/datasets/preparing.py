@@ -24,11 +24,19 @@ from lathe.datasets.model import (
     index_prefix,
     whole_file,
 )
-from lathe.datasets.operations import Dedupe, Drop, Operation, Preparation, Split, findings_of, parts_of
+from lathe.datasets.operations import (
+    Choosing,
+    Preparation,
+    Split,
+    Truncate,
+    audit_of,
+    findings_of,
+    parts_of,
+)
 from lathe.datasets.ports import DatasetStore
 from lathe.datasets.rowindexes import RowIndexes
 from lathe.datasets.selection import Cut, Selection, StrataPass, select
-from lathe.text.findinglines import read_finding_lines
+from lathe.datasets.truncation import Truncations
 from lathe.text.rowindex import VERSION, RowIndex
 
 log = logging.getLogger(__name__)
@@ -45,6 +53,7 @@ class Preparing:
     store: DatasetStore
     objects: ObjectStore
     indexes: RowIndexes
+    truncations: Truncations
     busy: set[str] = field(default_factory=set)
     validation: Wakeup = field(default_factory=Wakeup)
 
@@ -91,7 +100,7 @@ class Preparing:
         except InvalidArgument as error:
             await self._refuse(dataset, whole_file("cannot_prepare", error.message))
         except NotFound:
-            gone = "The dataset that it is made from was deleted. Make it from another."
+            gone = "What it is made with was deleted: the dataset, or the base model of the audit. Make it from another."
             await self._refuse(dataset, whole_file("parent_deleted", gone))
         else:
             if await self.store.set_written(dataset.project, dataset.id, size, digest):
@@ -101,14 +110,12 @@ class Preparing:
 
     async def _write(self, dataset: Dataset, made: Preparation) -> tuple[int, str]:
         """Size and digest of what is in staging now."""
-        (parent,) = made.parents
-        selection = await selected(made.operation, self.indexes, parent.sha256)
+        pieces = await self._pieces(made)
         hashed, size = hashlib.sha256(), 0
-        cut = Cut(selection, parts_of(made.operation).index(made.part))
 
         async def content() -> AsyncIterator[bytes]:
             nonlocal size
-            async for rows in _cut(cut, self.objects, parent.sha256):
+            async for rows in pieces:
                 size += len(rows)
                 await asyncio.to_thread(hashed.update, rows)
                 yield rows
@@ -116,11 +123,20 @@ class Preparing:
         await self.objects.put(dataset.staging_key, content())
         return size, hashed.hexdigest()
 
+    async def _pieces(self, made: Preparation) -> AsyncIterator[bytes]:
+        """The rows of what is made, as they come."""
+        (parent,) = made.parents
+        if isinstance(made.operation, Truncate):
+            return self.truncations.rows(await self.truncations.begun(made.operation), parent.sha256)
+        selection = await selected(made.operation, self.indexes, parent.sha256)
+        cut = Cut(selection, parts_of(made.operation).index(made.part))
+        return _cut(cut, self.objects, parent.sha256)
+
     async def _refuse(self, dataset: Dataset, report: Report) -> None:
         await self.store.finish_validation(dataset.project, dataset.id, DatasetState.ERROR, "", report)
 
 
-async def selected(operation: Operation, indexes: RowIndexes, sha256: str) -> Selection:
+async def selected(operation: Choosing, indexes: RowIndexes, sha256: str) -> Selection:
     """Which rows of the file an operation takes. Raises InvalidArgument for one that cannot be done to it, NotFound
     if the file is gone, Unavailable while it is not indexed."""
     async with indexes.opened(sha256) as index:
@@ -129,7 +145,7 @@ async def selected(operation: Operation, indexes: RowIndexes, sha256: str) -> Se
         return await asyncio.to_thread(select, operation, index, strata, found)
 
 
-async def _strata(operation: Operation, objects: ObjectStore, sha256: str) -> array[int] | None:
+async def _strata(operation: Choosing, objects: ObjectStore, sha256: str) -> array[int] | None:
     if not isinstance(operation, Split) or not operation.stratify_by:
         return None
     work = StrataPass(operation.stratify_by)
@@ -138,19 +154,10 @@ async def _strata(operation: Operation, objects: ObjectStore, sha256: str) -> ar
     return await asyncio.to_thread(work.finish)
 
 
-async def _found(operation: Operation, indexes: RowIndexes) -> frozenset[int]:
+async def _found(operation: Choosing, indexes: RowIndexes) -> frozenset[int]:
     """The lines with a finding that the operation leaves out."""
-    codes = findings_of(operation)
-    if not codes or not isinstance(operation, Drop | Dedupe) or operation.audit is None:
-        return frozenset()
-    audit = await indexes.store.get_audit(operation.audit.key, indexes.clock.now())
-    if audit is None or not audit.findings_key:
-        raise NotFound("The audit whose findings are meant has gone.")
-    async with indexes.fetched(audit.findings_key) as path:
-        lines = await asyncio.to_thread(
-            lambda: frozenset(line for line, _ in read_finding_lines(path, codes))
-        )
-    return lines
+    codes, audit = findings_of(operation), audit_of(operation)
+    return await indexes.found_lines(audit.key, codes) if codes and audit is not None else frozenset()
 
 
 def common_rows(few: RowIndex, many: RowIndex) -> tuple[int, tuple[int, ...]]:

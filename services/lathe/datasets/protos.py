@@ -226,7 +226,13 @@ def audit_pb(audit: Audit) -> pb.Audit:
 
 def prepared_pb(made: Prepared) -> pb.PreparedDataset:
     dataset = dataset_pb(made.dataset) if made.dataset is not None else None
-    return pb.PreparedDataset(part=made.part, rows=made.rows, dataset=dataset)
+    return pb.PreparedDataset(
+        part=made.part,
+        rows=made.rows,
+        dataset=dataset,
+        shortened_rows=made.shortened,
+        unfit_rows=made.unfit,
+    )
 
 
 def found_pb(found: Found) -> pb.FindRowsResponse:

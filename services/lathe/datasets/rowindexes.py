@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import shutil
 import tempfile
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Collection
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +16,7 @@ from lathe.common.errors import NotFound, Unavailable
 from lathe.common.objectstore.base import ObjectStore
 from lathe.datasets.model import blob_key, index_key
 from lathe.datasets.ports import DatasetStore
+from lathe.text.findinglines import read_finding_lines
 from lathe.text.rowindex import RowIndex, RowIndexWriter
 
 
@@ -76,6 +77,16 @@ class RowIndexes:
             path = folder / "object"
             await self.objects.fetch(key, path)
             yield path
+
+    async def found_lines(self, audit_key: str, codes: Collection[str]) -> frozenset[int]:
+        """The lines for which an audit found one of these codes. Raises NotFound if the audit is gone."""
+        audit = await self.store.get_audit(audit_key, self.clock.now())
+        if audit is None or not audit.findings_key:
+            raise NotFound("The audit whose findings are meant has gone.")
+        async with self.fetched(audit.findings_key) as path:
+            return await asyncio.to_thread(
+                lambda: frozenset(line for line, _ in read_finding_lines(path, codes))
+            )
 
     @asynccontextmanager
     async def _work(self) -> AsyncIterator[Path]:

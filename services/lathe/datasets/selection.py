@@ -11,7 +11,7 @@ import pyarrow.compute as pc  # type: ignore[import-untyped]
 
 from lathe.common.errors import FieldViolation, InvalidArgument
 from lathe.datasets import operations
-from lathe.datasets.operations import Dedupe, Drop, Operation, Sample, Split, Strata
+from lathe.datasets.operations import Choosing, Dedupe, Drop, Sample, Split, Strata
 from lathe.text.jsonl import Line, LineSplitter
 from lathe.text.rowindex import RowIndex
 
@@ -21,7 +21,7 @@ DROPPED = 255
 
 
 def select(
-    operation: Operation,
+    operation: Choosing,
     index: RowIndex,
     strata: array[int] | None = None,
     found: Collection[int] = frozenset(),
@@ -52,7 +52,7 @@ def select(
             return _without(Selection(rows), index, {*lines, *found})
 
 
-def counts(operation: Operation, selection: Selection) -> list[int]:
+def counts(operation: Choosing, selection: Selection) -> list[int]:
     """Rows of each of the operation's parts."""
     return [selection.count(part) for part in range(len(operations.parts_of(operation)))]
 

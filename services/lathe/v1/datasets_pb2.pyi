@@ -286,7 +286,9 @@ class DatasetParent(message.Message):
 
 @typing.final
 class DatasetOperation(message.Message):
-    """Which rows of a dataset go where. Their bytes and their order stay as they are."""
+    """What becomes of the rows of a dataset. Their order stays as it is, and so do their bytes, but for those that truncate
+    makes shorter.
+    """
 
     DESCRIPTOR: descriptor.Descriptor
 
@@ -294,6 +296,7 @@ class DatasetOperation(message.Message):
     DEDUPE_FIELD_NUMBER: builtins.int
     DROP_FIELD_NUMBER: builtins.int
     SAMPLE_FIELD_NUMBER: builtins.int
+    TRUNCATE_FIELD_NUMBER: builtins.int
     @builtins.property
     def split(self) -> SplitRows: ...
     @builtins.property
@@ -302,6 +305,8 @@ class DatasetOperation(message.Message):
     def drop(self) -> DropRows: ...
     @builtins.property
     def sample(self) -> SampleRows: ...
+    @builtins.property
+    def truncate(self) -> TruncateRows: ...
     def __init__(
         self,
         *,
@@ -309,12 +314,13 @@ class DatasetOperation(message.Message):
         dedupe: DedupeRows | None = ...,
         drop: DropRows | None = ...,
         sample: SampleRows | None = ...,
+        truncate: TruncateRows | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = typing.Literal["dedupe", b"dedupe", "drop", b"drop", "operation", b"operation", "sample", b"sample", "split", b"split"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = typing.Literal["dedupe", b"dedupe", "drop", b"drop", "operation", b"operation", "sample", b"sample", "split", b"split", "truncate", b"truncate"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["dedupe", b"dedupe", "drop", b"drop", "operation", b"operation", "sample", b"sample", "split", b"split"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["dedupe", b"dedupe", "drop", b"drop", "operation", b"operation", "sample", b"sample", "split", b"split", "truncate", b"truncate"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_operation: _TypeAlias = typing.Literal["split", "dedupe", "drop", "sample"]  # noqa: Y015
+    _WhichOneofReturnType_operation: _TypeAlias = typing.Literal["split", "dedupe", "drop", "sample", "truncate"]  # noqa: Y015
     _WhichOneofArgType_operation: _TypeAlias = typing.Literal["operation", b"operation"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_operation) -> _WhichOneofReturnType_operation | None: ...
 
@@ -433,6 +439,40 @@ class SampleRows(message.Message):
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
     _ClearFieldArgType: _TypeAlias = typing.Literal["count", b"count", "seed", b"seed"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class TruncateRows(message.Message):
+    """One dataset: all rows, those that are longer than options.context_limit under the base model's template made shorter."""
+
+    DESCRIPTOR: descriptor.Descriptor
+
+    BASE_MODEL_FIELD_NUMBER: builtins.int
+    OPTIONS_FIELD_NUMBER: builtins.int
+    POLICY_FIELD_NUMBER: builtins.int
+    KEEP_UNFIT_FIELD_NUMBER: builtins.int
+    base_model: builtins.str
+    """baseModels/{base_model}"""
+    policy: builtins.str
+    """drop_oldest (default): a conversation loses its oldest turns after its system message, a prompt or a text its
+    beginning. cut_end: a conversation loses its last turns, a completion or a text its end. drop_row: the row goes.
+    """
+    keep_unfit: builtins.bool
+    """Keep rows that cannot be made to fit as they are, instead of dropping them."""
+    @builtins.property
+    def options(self) -> AuditOptions: ...
+    def __init__(
+        self,
+        *,
+        base_model: builtins.str = ...,
+        options: AuditOptions | None = ...,
+        policy: builtins.str = ...,
+        keep_unfit: builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = typing.Literal["options", b"options"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["base_model", b"base_model", "keep_unfit", b"keep_unfit", "options", b"options", "policy", b"policy"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1632,8 +1672,15 @@ class PreparedDataset(message.Message):
     PART_FIELD_NUMBER: builtins.int
     ROWS_FIELD_NUMBER: builtins.int
     DATASET_FIELD_NUMBER: builtins.int
+    SHORTENED_ROWS_FIELD_NUMBER: builtins.int
+    UNFIT_ROWS_FIELD_NUMBER: builtins.int
     part: builtins.str
     rows: builtins.int
+    shortened_rows: builtins.int
+    """Of these rows: those that a truncation made shorter, and those that are longer than its limit still. Only counted
+    by a dry run.
+    """
+    unfit_rows: builtins.int
     @builtins.property
     def dataset(self) -> Dataset:
         """Unset for a dry run."""
@@ -1644,10 +1691,12 @@ class PreparedDataset(message.Message):
         part: builtins.str = ...,
         rows: builtins.int = ...,
         dataset: Dataset | None = ...,
+        shortened_rows: builtins.int = ...,
+        unfit_rows: builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = typing.Literal["dataset", b"dataset"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["dataset", b"dataset", "part", b"part", "rows", b"rows"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["dataset", b"dataset", "part", b"part", "rows", b"rows", "shortened_rows", b"shortened_rows", "unfit_rows", b"unfit_rows"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

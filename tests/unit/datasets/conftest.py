@@ -17,6 +17,8 @@ from lathe.datasets.preparing import Preparing
 from lathe.datasets.rowindexes import RowIndexes
 from lathe.datasets.service import DatasetsService
 from lathe.datasets.store import SqlDatasetStore
+from lathe.datasets.tokenizers import TokenizerCache
+from lathe.datasets.truncation import Truncations
 from lathe.datasets.upload_store import SqlUploadStore
 from lathe.datasets.validation import Validation
 from tests.fakes.clock import FakeClock
@@ -83,12 +85,14 @@ class World:
     def preparation(self, *, store=None, objects=None):
         store, objects = store or self.store, objects or self.objects
         indexes = RowIndexes(store, objects, self.folder / "rows", self.clock, Wakeup())
-        return PreparationService(self.start(store=store, objects=objects), indexes)
+        truncations = Truncations(indexes, TokenizerCache(objects, self.folder))
+        return PreparationService(self.start(store=store, objects=objects), indexes, truncations)
 
     async def prepare(self, *, store=None, objects=None):
         """Index, compare with held-out sets, write: what the background does."""
-        indexes = self.preparation(store=store, objects=objects).indexes
-        await Preparing(indexes.store, indexes.objects, indexes).step()
+        service = self.preparation(store=store, objects=objects)
+        indexes = service.indexes
+        await Preparing(indexes.store, indexes.objects, indexes, service.truncations).step()
 
     async def derive(self, dataset, operation):
         """The datasets that an operation makes, once they are settled."""
