@@ -100,7 +100,9 @@ class Preparing:
         except InvalidArgument as error:
             await self._refuse(dataset, whole_file("cannot_prepare", error.message))
         except NotFound:
-            gone = "What it is made with was deleted: the dataset, or the base model of the audit. Make it from another."
+            gone = (
+                "The dataset that it is made from was deleted, or the base model of its audit. Make it anew."
+            )
             await self._refuse(dataset, whole_file("parent_deleted", gone))
         else:
             if await self.store.set_written(dataset.project, dataset.id, size, digest):

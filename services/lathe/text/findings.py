@@ -142,7 +142,8 @@ _ERRORS = {
 _WARNINGS = {
     "truncated": (
         "a row is longer than the context limit and loses its end, and with it the end of its answer",
-        "Shorten the rows, raise the context limit, or drop them: the model learns to stop in the middle.",
+        "Shorten the rows (lathe datasets truncate), raise the context limit, or drop them: the model learns to stop "
+        "in the middle.",
     ),
     "stop_not_trained": (
         "the token that ends the turn is not trained",

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from lathe.common.errors import InvalidArgument
 from lathe.datasets import operations
 from lathe.datasets.differences import difference, longest_increasing
-from lathe.datasets.operations import AuditChoice, Dedupe, Drop, Parent, Preparation, Sample, Split
+from lathe.datasets.operations import AuditChoice, Dedupe, Drop, Parent, Preparation, Sample, Split, Truncate
 from lathe.datasets.selection import DROPPED, Cut, StrataPass, counts, select
 from lathe.text.rowindex import RowIndex, RowIndexWriter
 
@@ -213,6 +213,8 @@ SAMPLE_7 = ["2", "5", "6", "10", "18"]
         (Split(1, count=-3), "split"),
         (Sample(1, 0), "sample.count"),
         (Drop(()), "drop.lines"),
+        (Truncate(AUDIT, "middle"), "truncate.policy"),
+        (Truncate(AUDIT, "drop_row", True), "truncate.keep_unfit"),
         (Drop((0, 1)), "drop.lines"),
         (Drop(tuple(range(1, 10_002))), "drop.lines"),
     ],
@@ -232,6 +234,8 @@ def test_what_cannot_be_meant_names_its_field(operation, field):
         Drop((1, 5)),
         Drop((), ("email", "truncated"), AUDIT),
         Sample(2, 9),
+        Truncate(AUDIT),
+        Truncate(AUDIT, "cut_end", keep_unfit=True),
     ],
 )
 def test_a_preparation_comes_back_as_it_was_stored(operation):

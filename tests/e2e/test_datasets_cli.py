@@ -1,0 +1,100 @@
+"""`lathe datasets` and `lathe lineage` as one types them: what is printed, and how the command ends."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from uuid import uuid4
+
+import pytest
+
+from lathe.client import Client
+from lathe.client.names import last_id
+from lathe.common.errors import NotFound
+from lathe.v1 import jobs_pb2
+from tests.e2e.data import jsonl, row
+from tests.fixtures.cli import INVALID, Lathe
+from tests.fixtures.platforms import Platform
+
+LONG = {"messages": [turn for n in range(30) for turn in row(f"Is {n} even?", "Count it.")["messages"][1:]]}
+ROWS = [*(row(f"What comes after {n}?", f"{n + 1}, I would say.") for n in range(24)), LONG]
+
+
+def made(lathe: Lathe, *arguments: str) -> list[str]:
+    """The ids of the datasets that a command makes: all it prints to stdout."""
+    return lathe.said("datasets", *arguments).stdout.split()
+
+
+@pytest.fixture(scope="module")
+def lathe(platform: Platform) -> Lathe:
+    return Lathe(platform)
+
+
+@pytest.fixture(scope="module")
+def dataset(lathe: Lathe, tmp_path_factory: pytest.TempPathFactory) -> str:
+    file = tmp_path_factory.mktemp("cli") / "train.jsonl"
+    file.write_bytes(jsonl(ROWS))
+    (uploaded,) = made(lathe, "upload", str(file))
+    return uploaded
+
+
+def test_rows_go_where_the_command_says(lathe: Lathe, dataset: str, base_model: str) -> None:
+    train, held_out = made(
+        lathe, "split", dataset, "--count", "10", "--by", "messages[0].role", "--seed", "3"
+    )
+    assert "split of" in lathe.said("datasets", "show", held_out).output
+    (sample,) = made(lathe, "sample", dataset, "--count", "12", "--seed", "1")
+    (dropped,) = made(lathe, "drop", dataset, "--lines", "1,3-5")
+    (deduped,) = made(lathe, "dedupe", dataset)
+    datasets = (train, held_out, sample, dropped, deduped)
+    reports = [lathe.json("datasets", "show", each)["report"] for each in datasets]
+    assert [int(report["example_count"]) for report in reports] == [15, 10, 12, 21, 25]
+
+    assert f"only in {dataset}" in lathe.said("datasets", "diff", dataset, dropped).stdout
+    assert int(lathe.json("datasets", "diff", dataset, dropped)["only_in_first"]["count"]) == 4
+
+    limit = ("--model", base_model, "--limit", "128")
+    counted = lathe.said("datasets", "truncate", dataset, *limit, "--dry-run").output
+    assert "the dataset: 25 of 25 rows, 1 made shorter" in counted
+    (truncated,) = made(lathe, "truncate", dataset, *limit, "--policy", "cut_end")
+    assert int(lathe.json("datasets", "diff", dataset, truncated)["in_both"]["count"]) == 24
+    found = lathe.run("datasets", "drop", dataset, "--finding", "truncated", "--finding", "tail_cut",
+                      "--model", base_model, "--context-limit", "128", "--dry-run")  # fmt: skip
+    assert "the dataset: 24 of 25 rows" in found.output
+
+    refused = lathe.run("datasets", "drop", dataset, "--lines", "99")
+    assert refused.exit_code == INVALID
+    assert "no row on line 99" in refused.output
+
+
+def test_an_audit_and_a_preview_show_what_the_model_will_see(
+    lathe: Lathe, dataset: str, base_model: str
+) -> None:
+    audit = lathe.said("datasets", "audit", dataset, "--model", base_model, "--context-limit", "128")
+    assert "cut at the limit of 128" in audit.output
+    refused = lathe.run("datasets", "audit", dataset, "--model", base_model, "--method", "dpo")
+    assert refused.exit_code == INVALID
+    preview = lathe.said("datasets", "preview", dataset, "--model", base_model, "--line", "2")
+    assert "2, I would say." in preview.output.replace("⟦", "").replace("⟧", "")
+
+
+def test_a_held_out_set_is_frozen_and_thawed(lathe: Lathe, client: Client, dataset: str) -> None:
+    (exam,) = made(lathe, "sample", dataset, "--count", "10", "--seed", "9")
+    name = f"exam-{uuid4().hex[:8]}"
+    try:
+        assert f"frozen as {name}" in lathe.said("datasets", "freeze", exam, name).output
+        assert client.datasets.get(exam).frozen_as == name
+    finally:
+        assert "no held-out set any more" in lathe.said("datasets", "thaw", exam).output
+    assert not client.datasets.get(exam).frozen_as
+
+
+def test_lineage_names_the_models_of_a_row_and_the_rows_of_a_model(
+    lathe: Lathe, tuned: jobs_pb2.Job, tmp_path: Path
+) -> None:
+    model, trained_on = tuned.fine_tuned_model, last_id(tuned.training_dataset)
+    assert trained_on in lathe.said("lineage", "model", model).output
+    assert model in lathe.said("lineage", "row", trained_on, "1").output
+    file = tmp_path / "mine.jsonl"
+    file.write_bytes(jsonl([row("Who has never been asked?", "This.")]))
+    assert model not in lathe.said("lineage", "row", str(file), "1").output
+    assert isinstance(lathe.run("lineage", "model", "ft:none").exception, NotFound)
