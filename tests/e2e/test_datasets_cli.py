@@ -37,30 +37,28 @@ def dataset(lathe: Lathe, tmp_path_factory: pytest.TempPathFactory) -> str:
     return uploaded
 
 
-def test_rows_go_where_the_command_says(lathe: Lathe, dataset: str, base_model: str) -> None:
-    train, held_out = made(
-        lathe, "split", dataset, "--count", "10", "--by", "messages[0].role", "--seed", "3"
-    )
-    assert "split of" in lathe.said("datasets", "show", held_out).output
-    (sample,) = made(lathe, "sample", dataset, "--count", "12", "--seed", "1")
+def test_rows_go_where_the_command_says(lathe: Lathe, client: Client, dataset: str) -> None:
+    train, held_out = made(lathe, "split", dataset, "--count", "10", "--by", "answer", "--seed", "3")
+    assert f"split of {dataset} (held_out)" in lathe.said("datasets", "show", held_out).output
     (dropped,) = made(lathe, "drop", dataset, "--lines", "1,3-5")
     (deduped,) = made(lathe, "dedupe", dataset)
-    datasets = (train, held_out, sample, dropped, deduped)
-    reports = [lathe.json("datasets", "show", each)["report"] for each in datasets]
-    assert [int(report["example_count"]) for report in reports] == [15, 10, 12, 21, 25]
-
+    counts = [client.datasets.get(each).report.example_count for each in (train, held_out, dropped, deduped)]
+    assert counts == [15, 10, 21, 25]
+    sampled = lathe.said("datasets", "sample", dataset, "--count", "12", "--dry-run")
+    assert "the dataset: 12 of 25" in sampled.output
     assert f"only in {dataset}" in lathe.said("datasets", "diff", dataset, dropped).stdout
     assert int(lathe.json("datasets", "diff", dataset, dropped)["only_in_first"]["count"]) == 4
 
+
+def test_rows_are_shortened_or_dropped_for_a_model(lathe: Lathe, dataset: str, base_model: str) -> None:
     limit = ("--model", base_model, "--limit", "128")
     counted = lathe.said("datasets", "truncate", dataset, *limit, "--dry-run").output
     assert "the dataset: 25 of 25 rows, 1 made shorter" in counted
     (truncated,) = made(lathe, "truncate", dataset, *limit, "--policy", "cut_end")
     assert int(lathe.json("datasets", "diff", dataset, truncated)["in_both"]["count"]) == 24
-    found = lathe.run("datasets", "drop", dataset, "--finding", "truncated", "--finding", "tail_cut",
-                      "--model", base_model, "--context-limit", "128", "--dry-run")  # fmt: skip
+    findings = ("--finding", "truncated", "--finding", "tail_cut", "--model", base_model)
+    found = lathe.said("datasets", "drop", dataset, *findings, "--context-limit", "128", "--dry-run")
     assert "the dataset: 24 of 25 rows" in found.output
-
     refused = lathe.run("datasets", "drop", dataset, "--lines", "99")
     assert refused.exit_code == INVALID
     assert "no row on line 99" in refused.output
