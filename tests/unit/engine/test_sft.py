@@ -55,7 +55,7 @@ class Bench:
         key: str = "a",
         *,
         training: int = 10,
-        validation: int = 0,
+        validation: int | Sequence[TrainRow] = 0,
         config: TrainingConfig = CONFIG,
         start: Start | None = None,
         initial: Path | None = None,
@@ -66,7 +66,7 @@ class Bench:
             SupervisedRecipe,
             engine=self.engine,  # type: ignore[arg-type]
             key=key,
-            data=TrainData(rows(training), rows(validation)),
+            data=TrainData(rows(training), rows(validation) if isinstance(validation, int) else validation),
             config=config,
             plan=PLAN,
             folder=lambda kind, step: self.folder / f"{key}-{kind}-{step}",
@@ -278,6 +278,20 @@ def test_the_slices_of_a_validation_are_recorded_and_stay_in_a_roomier_engine(tm
 def test_a_validation_row_that_never_fits_fails_the_job(tmp_path: Path) -> None:
     with pytest.raises(FailedPrecondition, match="A row of 8 tokens does not fit"):
         list(Bench(tmp_path, NoRoomToValidate()).turns(validation=4))
+
+
+class NoRoomForTokens(FakeEngine):
+    def evaluate(self, pieces: Sequence[TrainSlice]) -> list[SliceResult]:
+        if sum(len(row.tokens) for piece in pieces for row in piece.rows) > 16:
+            raise MemoryError("no room")
+        return super().evaluate(pieces)
+
+
+def test_a_validation_row_that_never_fits_beside_shorter_ones_fails_the_job(tmp_path: Path) -> None:
+    turns = Bench(tmp_path, NoRoomForTokens()).turns(validation=[*rows(3), *rows(1, 40)])
+    with pytest.raises(FailedPrecondition, match="A row of 40 tokens does not fit"):
+        for _ in range(100):
+            next(turns)
 
 
 def test_out_of_memory_in_a_score_halves_it_alone() -> None:

@@ -337,7 +337,9 @@ class Run:
                     raise
             if all(len(piece.rows) == self._unit for piece in pieces):
                 raise no_room(max(len(row.tokens) for row in batch.rows))
-            self._halve_validation(max(sum(lengths[row] for row in piece.rows) for piece in pieces) - 1)
+            # A longer row is a slice by itself whatever the budget: halved each time, the others soon are too.
+            longest = max(sum(lengths[row] for row in piece.rows) for piece in pieces)
+            self._halve_validation(min(longest, self._validation_tokens()) - 1)
 
     def _validation_tokens(self) -> int:
         """Of a slice: no more than there is room for, and never more than before."""
