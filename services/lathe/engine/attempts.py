@@ -202,7 +202,9 @@ class AttemptRunner:
                 self._changed.clear()
                 cancelled = self._ended is not None and self._ended.outcome is Outcome.CANCELLED
                 await self._uploads.store(plan, cancelled=cancelled)
-                await self._uploads.remove_superseded()
+                # Without a lease another attempt may be reading them.
+                if self._may_report.is_set() and not self._abandoned:
+                    await self._uploads.remove_superseded()
                 if self._ended is not None and not self._uploads.waiting:
                     break
                 await self._changed.wait()

@@ -77,9 +77,16 @@ class Uploads:
             await asyncio.to_thread(rmtree, snapshot.folder, ignore_errors=True)
 
     async def remove_superseded(self) -> None:
-        """The files that nobody needs while the job runs."""
+        """The files that nobody needs while the job runs. What the store does not do now is tried at the next
+        checkpoint; what waits to be stored comes first."""
         for item in removable(self._stored, frozenset(self._outbox.given_up)):
-            await self._patience(lambda item=item: delete(self._store, item.prefix))  # type: ignore[misc]
+            if self.waiting:
+                return
+            try:
+                await delete(self._store, item.prefix)
+            except LatheError as error:
+                logger.warning("the superseded %s is left in the store: %s", item.prefix, error)
+                return
             self._stored.remove(item)
 
     async def sweep(self) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from lathe.common.errors import InvalidArgument, Unavailable
+from lathe.common.errors import Internal, InvalidArgument, LatheError, Unavailable
 from lathe.engine.attempts import AttemptRunner
 from lathe.engine.batch import TrainRow
 from lathe.engine.loop import LoopLimits, ModelLoop
@@ -286,6 +286,27 @@ async def test_killed_while_some_are_removed_the_next_engine_goes_on_and_removes
     await bench.until(lambda: not bench.worker.attempts)
     assert sorted(bench.jobs.job.checkpoints) == [12, 15]
     assert _folders(bench) == ["step-00000012", "step-00000015"]
+
+
+@pytest.mark.parametrize("error", [Unavailable("refused", reason="STORE_REFUSED"), Internal("not allowed")])
+async def test_a_store_that_deletes_nothing_does_not_hold_up_the_job(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, error: LatheError
+) -> None:
+    refused: list[str] = []
+
+    async def refuse(key: str) -> None:
+        refused.append(key)
+        raise error
+
+    monkeypatch.setattr(bench.store, "delete", refuse)
+    monkeypatch.setattr(bench.store, "delete_prefix", refuse)
+    bench.jobs.offer(attempt(config=EPOCHS))
+    bench.start()
+    await bench.until(lambda: bool(bench.jobs.job.outcomes))
+    await bench.until(lambda: not bench.worker.attempts)
+    assert bench.jobs.job.outcomes == [Outcome.SUCCEEDED]
+    assert sorted(bench.jobs.job.checkpoints) == [12, 15]
+    assert refused
 
 
 async def test_a_checkpoint_stays_until_jobs_knows_that_it_is_given_up(bench: Bench) -> None:
