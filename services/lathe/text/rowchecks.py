@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from functools import cached_property
 
-from lathe.text.chat import Chat
+from lathe.text.chat import Chat, Message
 from lathe.text.findings import Finding
 from lathe.text.formats import RowFormat
 from lathe.text.language import language_of
@@ -19,6 +19,7 @@ from lathe.text.tokenizer import Tokenizer
 
 # An answer's trained tokens, the end of its turn among them.
 _TINY_TOKENS = 2
+_PATH_CHARS = 200
 TRAINED_RUNS = re.compile(rb"\x01+")
 
 
@@ -108,19 +109,43 @@ class RowChecks:
 
 
 def texts_of(row: TrainingRow) -> Iterator[tuple[str, str]]:
-    """(path, text) of all that a row says; of a pair the equal prompt once."""
+    """(path, text) of all that a row says, tool calls' arguments and tools among it; of a pair the equal prompt
+    once."""
+    first = row.parts[0].content
+    if isinstance(first, Chat):
+        yield from _strings("tools", list(first.tools or ()))
+    for index, message, field, text in _said(row):
+        if text:
+            yield field, text
+        for number, call in enumerate(message.get("tool_calls") or ()):
+            path = f"{_place(row.format, index, 'tool_calls')}[{number}].function.arguments"
+            yield from _strings(path, call["function"]["arguments"])
+
+
+def _said(row: TrainingRow) -> Iterator[tuple[int, Message, str, str]]:
+    """(index, message, path, text) of what is said in a row; the message of a plain text is empty."""
     for number, part in enumerate(row.parts):
         content = part.content
         if isinstance(content, Plain):
             if not number and content.prompt:
-                yield "prompt", content.prompt
-            yield ("text" if row.format is RowFormat.TEXT else "completion"), content.completion
+                yield 0, {}, "prompt", content.prompt
+            yield 0, {}, "text" if row.format is RowFormat.TEXT else "completion", content.completion
             continue
         begin = len(content.messages) - 1 if number else 0
         for index, message in enumerate(content.messages[begin:], begin):
-            text = message.get("content")
-            if text:
-                yield _place(row.format, index, "content"), text
+            yield index, message, _place(row.format, index, "content"), message.get("content") or ""
+
+
+def _strings(path: str, value: object) -> Iterator[tuple[str, str]]:
+    """(path, text) of the strings in a value of JSON; the path is cut where keys make it long."""
+    if isinstance(value, str) and value:
+        yield path, value
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            yield from _strings(f"{path}.{key}"[:_PATH_CHARS], item)
+    elif isinstance(value, list):
+        for index, item in enumerate(value):
+            yield from _strings(f"{path}[{index}]", item)
 
 
 def answer_of(row: TrainingRow) -> str | None:
@@ -130,7 +155,7 @@ def answer_of(row: TrainingRow) -> str | None:
 
 def language_of_row(row: TrainingRow) -> str:
     """Of the answer; of the last text before it where the answer says too little."""
-    texts = [text for _, text in texts_of(row)]
+    texts = [text for *_, text in _said(row) if text]
     found = (language_of(text) for text in reversed(texts[-3:]))
     return next((language for language in found if language != "und"), "und")
 

@@ -122,6 +122,47 @@ def test_the_prompt_of_a_pair_is_read_once():
     assert [text for _, text in texts_of(parse_line(json.dumps(row).encode()))] == ["a", "b", "c"]
 
 
+KEY = "AKIA" + "ABCD" * 4
+
+
+def call_of(value: object) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": "get_weather", "arguments": json.dumps(value)}}
+
+
+def fields_of(row: TrainingRow) -> list[tuple[str, str]]:
+    made = tokenizer(REAL["qwen"])
+    (found,) = tokenise_rows(made, [row], RenderOptions(4096))
+    assert isinstance(found, Tokenised)
+    wanted = {"secret", "email", "special_token_in_text"}
+    return [(each.field, each.code) for each in RowChecks(made).check(1, row, found) if each.code in wanted]
+
+
+def test_secrets_in_calls_and_tools_are_found():
+    described = {"name": "get_weather", "description": f"With {KEY}.", "parameters": {"enum": ["<|im_end|>"]}}
+    messages = [
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "tool_calls": [CALL, call_of({"to": [{"mail": "joe@lathe.dev"}]})]},
+    ]
+    row = parse_line(
+        json.dumps({"messages": messages, "tools": [{"type": "function", "function": described}]}).encode()
+    )
+    assert fields_of(row) == [
+        ("messages[1].tool_calls[1].function.arguments.to[0].mail", "email"),
+        ("tools[0].function.description", "secret"),
+        ("tools[0].function.parameters.enum[0]", "special_token_in_text"),
+    ]
+
+
+def test_the_language_is_that_of_what_is_said():
+    long = "Wir haben heute leider keine Karten mehr, kommen Sie doch morgen wieder zu uns."
+    call = call_of({"text": "The weather of today and of tomorrow in the city of London is what I want."})
+    messages = [
+        {"role": "user", "content": long},
+        {"role": "assistant", "content": long, "tool_calls": [call] * 3},
+    ]
+    assert language_of_row(parse_line(json.dumps({"messages": messages, "tools": TOOLS}).encode())) == "de"
+
+
 @given(st.lists(st.tuples(st.text(min_size=1), st.text(min_size=1)), min_size=1, max_size=3))
 @settings(max_examples=60, deadline=None)
 def test_any_text_is_checked(turns):
