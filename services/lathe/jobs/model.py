@@ -214,6 +214,23 @@ ONE_CLASS = EngineClasses()
 
 
 @dataclass(frozen=True, slots=True)
+class NewerJob:
+    """What this version reads of an unfinished job that only a newer one can read (store/rows.py, JOB_FORMAT).
+
+    leased: an engine holds an attempt of it.
+    """
+
+    id: str
+    project: str
+    leased: bool
+
+    @property
+    def alone(self) -> bool:
+        """It may have to be: nobody here knows."""
+        return True
+
+
+@dataclass(frozen=True, slots=True)
 class Job:
     """One job, with everything that is decided about it."""
 

@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 
-from lathe.jobs.model import Attempt, BaseRef, EngineRecord, EngineState, Job, Place, Pool
+from lathe.jobs.model import Attempt, BaseRef, EngineRecord, EngineState, Job, NewerJob, Place, Pool
 
 MAX_LOST_LEASES = 100
 MAX_RETRIES = 3
@@ -17,6 +17,9 @@ WAITING_NOTED_EVERY_S = 30.0
 SUSPECT_S = 120.0
 # The quota of a project that nobody could look up yet: nothing of it starts.
 UNKNOWN_QUOTA = -1
+
+# What holds a place.
+Running = Job | NewerJob
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,9 +46,9 @@ class Limits:
 class Snapshot:
     """Everything the policy looks at.
 
-    running: jobs in a leased state. quotas: project -> how many may run; 0 or absent means no limit.
-    attempts: engine id -> attempts it holds. alone: engines that run a job which must be alone. lost: engine id -> when
-    it was given up.
+    running: jobs in a leased state. newer: unfinished jobs that only newer replicas can read. quotas: project -> how
+    many may run; 0 or absent means no limit. attempts: engine id -> attempts it holds. alone: engines that run a job
+    which must be alone. lost: engine id -> when it was given up.
     """
 
     now: datetime
@@ -55,11 +58,17 @@ class Snapshot:
     pools: Sequence[Pool] = ()
     attempts: Mapping[str, int] = field(default_factory=dict)
     alone: frozenset[str] = frozenset()
+    newer: Sequence[NewerJob] = ()
     quotas: Mapping[str, int] = field(default_factory=dict)
     lost: Mapping[str, datetime] = field(default_factory=dict)
     limits: Limits = Limits()
     # False just after an outage of ours, when an engine's silence proves nothing.
     trusted: bool = True
+
+    @property
+    def holders(self) -> Sequence[Running]:
+        """Every job that holds a place."""
+        return [*self.running, *(job for job in self.newer if job.leased)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +108,7 @@ Decision = Launch | StopEngine | Explain | Refuse
 
 
 def next_job(
-    place: Place, queued: Sequence[Job], running: Sequence[Job], quotas: Mapping[str, int], now: datetime
+    place: Place, queued: Sequence[Job], running: Sequence[Running], quotas: Mapping[str, int], now: datetime
 ) -> Job | None:
     """The job that an engine of this place should take.
 
@@ -117,7 +126,7 @@ def next_job(
     return min(ready, key=lambda job: (counts.get(job.project, 0), *_age(job)), default=None)
 
 
-def alone_on(attempts: Sequence[Attempt], running: Sequence[Job]) -> frozenset[str]:
+def alone_on(attempts: Sequence[Attempt], running: Sequence[Running]) -> frozenset[str]:
     """The engines that run a job which must be alone. attempts: open ones."""
     alone = {job.id for job in running if job.alone}
     return frozenset(attempt.engine_id for attempt in attempts if attempt.job_id in alone)
@@ -133,7 +142,7 @@ def has_room(engine: EngineRecord, job: Job, held: int, *, runs_alone: bool) -> 
     return free_places(engine, held, runs_alone=runs_alone) > (engine.max_attempts - 1 if job.alone else 0)
 
 
-def line(queued: Sequence[Job], running: Sequence[Job]) -> list[Job]:
+def line(queued: Sequence[Job], running: Sequence[Running]) -> list[Job]:
     """The waiting jobs in the order in which fair share will likely take them."""
     counts = dict(_counts(running))
     rest = sorted(queued, key=_age)
@@ -203,7 +212,7 @@ def _age(job: Job) -> tuple[datetime, str]:
     return (job.queue_time or job.create_time, job.id)
 
 
-def _counts(running: Sequence[Job]) -> dict[str, int]:
+def _counts(running: Sequence[Running]) -> dict[str, int]:
     counts: dict[str, int] = {}
     for job in running:
         counts[job.project] = counts.get(job.project, 0) + 1
@@ -217,10 +226,10 @@ def _has_room(project: str, counts: Mapping[str, int], quotas: Mapping[str, int]
 
 def _wanted(picture: Snapshot) -> dict[Place, Launch]:
     """Engines that somebody waits for, oldest wish first."""
-    counts = _counts(picture.running)
+    counts = _counts(picture.holders)
     wanted = {
         job.place: Launch(job.base, job.place, job.compute.workers)
-        for job in line(picture.queued, picture.running)
+        for job in line(picture.queued, picture.holders)
         if _has_room(job.project, counts, picture.quotas)
     }
     for pool in picture.pools:
@@ -258,7 +267,7 @@ def _needs_another(picture: Snapshot, place: Place) -> bool:
     serving = [engine for engine in engines if is_serving(engine, picture.now, picture.limits)]
     if not serving:
         return True
-    waiting = [job for job in line(picture.queued, picture.running) if job.place == place]
+    waiting = [job for job in line(picture.queued, picture.holders) if job.place == place]
     return not _all_fit(waiting, serving, picture)
 
 
@@ -281,7 +290,8 @@ def _all_fit(waiting: Sequence[Job], serving: Sequence[EngineRecord], picture: S
 def _stops(picture: Snapshot) -> list[Decision]:
     decisions: list[Decision] = []
     wanted = _wanted(picture)
-    unfinished = {job.id for job in (*picture.queued, *picture.running)}
+    known = {job.id for job in (*picture.queued, *picture.running)}
+    unfinished = known | {job.id for job in picture.newer}
     staying: dict[Place, int] = {}
     for engine in picture.engines:
         if engine.state is EngineState.READY:
@@ -347,9 +357,9 @@ def _demand(engine: EngineRecord, picture: Snapshot) -> datetime:
 def _words(picture: Snapshot) -> list[Decision]:
     decisions: list[Decision] = []
     pools = {pool.place: pool for pool in picture.pools}
-    counts = _counts(picture.running)
+    counts = _counts(picture.holders)
     ahead: dict[Place, int] = {}
-    for job in line(picture.queued, picture.running):
+    for job in line(picture.queued, picture.holders):
         before = ahead.get(job.place, 0)
         pool = pools.get(job.place.shared)
         mine = _of(picture.engines, job.place)

@@ -21,6 +21,7 @@ from lathe.jobs.model import (
     Job,
     JobEvent,
     JobState,
+    NewerJob,
     NewEvent,
     Pool,
     StepMetrics,
@@ -300,6 +301,10 @@ class JobSession(Protocol):
         """Of every project, oldest first; without those of a newer format, which are for replicas that know it."""
         ...
 
+    async def newer_jobs(self) -> Sequence[NewerJob]:
+        """The unfinished jobs of a newer format, of every project. They hold places; nothing may be done to them."""
+        ...
+
     async def list_jobs(
         self,
         project: str,
@@ -309,12 +314,14 @@ class JobSession(Protocol):
         after: tuple[datetime, str] | None = None,
         limit: int,
     ) -> Sequence[Job]:
-        """Newest first; `after` is the (create_time, id) of the last one seen."""
+        """Newest first, without those of a newer format; `after` is the (create_time, id) of the last one seen."""
         ...
 
     async def count_jobs(self, project: str, states: Sequence[JobState]) -> int: ...
 
-    async def count_by_state(self) -> dict[JobState, int]: ...
+    async def count_by_state(self) -> dict[JobState, int]:
+        """Every state that this version knows; jobs of a newer one's states are left out."""
+        ...
 
     async def lock_project(self, project: str) -> None:
         """No two transactions that lock the same project run at the same time."""

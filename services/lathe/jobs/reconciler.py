@@ -25,6 +25,7 @@ from lathe.jobs.model import (
     Job,
     JobError,
     JobState,
+    NewerJob,
     Place,
     Pool,
 )
@@ -46,6 +47,7 @@ _WAITING_FOR_LENGTH = 300
 class _Loaded:
     queued: Sequence[Job]
     running: Sequence[Job]
+    newer: Sequence[NewerJob]
     engines: Sequence[EngineRecord]
     pools: Sequence[Pool]
     open_attempts: Sequence[Attempt]
@@ -116,6 +118,7 @@ class Reconciler:
             return _Loaded(
                 queued=await session.jobs_in([JobState.QUEUED]),
                 running=[job for job in leased if not job.final_attempt_id],
+                newer=await session.newer_jobs(),
                 engines=await session.engines(),
                 pools=await session.pools(),
                 open_attempts=await session.open_attempts(),
@@ -133,7 +136,8 @@ class Reconciler:
             engines=loaded.engines,
             pools=loaded.pools,
             attempts=held,
-            alone=policy.alone_on(loaded.open_attempts, loaded.running),
+            alone=policy.alone_on(loaded.open_attempts, [*loaded.running, *loaded.newer]),
+            newer=loaded.newer,
             quotas=await self.quotas.running(job.project for job in loaded.queued),
             lost=loaded.lost,
             limits=self.limits,

@@ -352,9 +352,10 @@ async def _registered(session: JobSession, engine_id: str) -> EngineRecord:
     return engine
 
 
-async def _running(session: JobSession) -> list[Job]:
+async def _running(session: JobSession) -> list[policy.Running]:
     """Jobs that hold a place: a job that waits for its registration alone does not."""
-    return [job for job in await session.jobs_in(sorted(LEASED_STATES)) if not job.final_attempt_id]
+    known = [job for job in await session.jobs_in(sorted(LEASED_STATES)) if not job.final_attempt_id]
+    return [*known, *(job for job in await session.newer_jobs() if job.leased)]
 
 
 async def _forget_failures(session: JobSession, place: Place) -> None:

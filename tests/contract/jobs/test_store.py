@@ -182,12 +182,16 @@ async def test_a_job_of_a_newer_format_is_left_to_newer_replicas(world: World, d
     async with db.write() as connection:
         changed = update(tables.jobs).where(tables.jobs.c.id == newer.id)
         body = {"method": {"of": "the next version"}}
-        await connection.execute(changed.values(format=2, body=body))
+        await connection.execute(changed.values(format=2, state="evaluating", body=body))
 
     async with world.store.read() as session:
         leased = await session.jobs_in([JobState.STARTING, JobState.RUNNING])
         waiting = await session.jobs_in([JobState.VALIDATING_FILES])
+        [unread] = await session.newer_jobs()
     assert (list(leased), [job.id for job in waiting]) == ([], [plain.id])
+    assert (unread.id, unread.leased, unread.alone) == (newer.id, True, True)
+    listed = await world.service.list("acme", states=[], metadata={}, after=None, limit=10)
+    assert [job.id for job in listed] == [plain.id]
     for work in (world.service.get("acme", newer.id), world.report(lease, 1)):
         with pytest.raises(Unavailable, match="newer version") as caught:
             await work
@@ -196,10 +200,12 @@ async def test_a_job_of_a_newer_format_is_left_to_newer_replicas(world: World, d
     answer = await world.workers.heartbeat(Beat("eng-a", [(lease.attempt.id, lease.attempt.lease_token)]))
     assert list(answer.directives) == []
     await world.pass_time(40, step=5)
+    await world.reconciler.run_once()
     async with world.store.read() as session:
+        assert (await session.count_by_state())[JobState.VALIDATING_FILES] == 1
         attempt = await session.attempt(lease.attempt.id)
         assert attempt is not None and attempt.outcome is None
-        assert await session.job_state(newer.id) == "starting"
+        assert await session.job_state(newer.id) == "evaluating"
 
 
 async def test_a_request_id_is_used_once_per_project(world: World) -> None:

@@ -14,6 +14,7 @@ from lathe.jobs.model import (
     EngineState,
     Job,
     JobState,
+    NewerJob,
     Place,
     Pool,
 )
@@ -128,6 +129,16 @@ def test_an_engine_starts_for_a_job_that_must_be_alone() -> None:
             picture, queued=waiting, engines=[several, idle], limits=Limits(max_engines_per_base=3)
         )
         assert len(only(policy.decide(crowded), Launch)) == launches
+
+
+def test_a_job_that_only_a_newer_replica_reads_holds_its_place() -> None:
+    newer = NewerJob("n", "acme", leased=True)
+    held = Attempt("att-1", "n", 1, "eng-a", "t", NOW, NOW)
+    assert policy.alone_on([held], [newer]) == {"eng-a"}
+    assert policy.next_job(Place(BASE.digest), [job("a")], [newer], {"acme": 1}, NOW) is None
+    own = engine(job_id="n", state=EngineState.LAUNCHING, create_time=ago(5), heartbeat_time=None)
+    assert only(policy.decide(Snapshot(NOW, engines=[own])), StopEngine)
+    assert not only(policy.decide(Snapshot(NOW, engines=[own], newer=[newer])), StopEngine)
 
 
 def test_quota_base_and_back_off_are_kept() -> None:

@@ -18,12 +18,14 @@ from lathe.common.errors import Aborted, AlreadyExists
 from lathe.common.ids import IdFactory
 from lathe.jobs.figures import Speed
 from lathe.jobs.model import (
+    TERMINAL_STATES,
     Attempt,
     Checkpoint,
     EngineRecord,
     Job,
     JobEvent,
     JobState,
+    NewerJob,
     NewEvent,
     Pool,
     StepMetrics,
@@ -150,6 +152,18 @@ class _Jobs(_Base):
         )
         return [rows.job(row) for row in await self._all(query)]
 
+    async def newer_jobs(self) -> Sequence[NewerJob]:
+        leased = exists().where(t.attempts.c.job_id == t.jobs.c.id, t.attempts.c.outcome.is_(None))
+        query = (
+            select(t.jobs.c.id, t.jobs.c.project, leased.label("leased"))
+            .where(
+                t.jobs.c.format > rows.JOB_FORMAT,
+                t.jobs.c.state.not_in([str(state) for state in TERMINAL_STATES]),
+            )
+            .order_by(t.jobs.c.create_time, t.jobs.c.id)
+        )
+        return [NewerJob(row["id"], row["project"], bool(row["leased"])) for row in await self._all(query)]
+
     async def list_jobs(
         self,
         project: str,
@@ -159,7 +173,7 @@ class _Jobs(_Base):
         after: tuple[datetime, str] | None = None,
         limit: int,
     ) -> Sequence[Job]:
-        query = select(t.jobs).where(t.jobs.c.project == project)
+        query = select(t.jobs).where(t.jobs.c.project == project, t.jobs.c.format <= rows.JOB_FORMAT)
         if states:
             query = query.where(t.jobs.c.state.in_([str(state) for state in states]))
         for key, value in metadata:
@@ -188,7 +202,8 @@ class _Jobs(_Base):
         return int((await self._connection.execute(query)).scalar_one())
 
     async def count_by_state(self) -> dict[JobState, int]:
-        query = select(t.jobs.c.state, func.count()).group_by(t.jobs.c.state)
+        known = t.jobs.c.state.in_([str(state) for state in JobState])
+        query = select(t.jobs.c.state, func.count()).where(known).group_by(t.jobs.c.state)
         found = {JobState(state): int(count) for state, count in await self._connection.execute(query)}
         return {state: found.get(state, 0) for state in JobState}
 
