@@ -218,7 +218,7 @@ def memory(tokens: Tokens, work: Work, engines: Engines, measured: Sequence[Spee
         ]
         return Range(min(found), max(found), max(found) * MEASURED_SPREAD, Basis.MEASURED)
     rule = _weights(work) + _activations(tokens, work, engines.device)
-    return Range(rule / SCALED_SPREAD, rule, rule * SCALED_SPREAD, Basis.RULE)
+    return Range(rule / RULE_SPREAD, rule, rule * RULE_SPREAD, Basis.RULE)
 
 
 def _weights(work: Work) -> float:
