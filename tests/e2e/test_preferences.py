@@ -78,5 +78,5 @@ def test_a_tuned_model_learns_what_is_preferred(
 
 def test_preferences_are_no_examples(client: Client, base_model: str, upload: Upload) -> None:
     dataset = upload(jsonl([pair(*lesson) for lesson in LESSONS * 3]))
-    with pytest.raises(InvalidArgument, match=r"has preference rows, .* choose the method dpo or orpo"):
+    with pytest.raises(InvalidArgument, match=r"has preference rows, .* Choose the method dpo or orpo"):
         client.jobs.create(base_model, dataset.name)
