@@ -5,16 +5,16 @@ from __future__ import annotations
 import asyncio
 import logging
 import shutil
-import tempfile
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lathe.common.errors import LatheError, NotFound, RetryableError, Unavailable
-from lathe.common.objectstore.base import ObjectStore
+from lathe.common.objectstore.base import ObjectStore, local_disk
 from lathe.datasets.chunkwork import Chunker, ChunkResult, ChunkWork
 from lathe.datasets.collecting import Collector, Outcome, file_sha256, overlap_finding
+from lathe.datasets.folders import work_folder
 from lathe.datasets.model import (
     AuditResult,
     AuditState,
@@ -40,6 +40,8 @@ log = logging.getLogger(__name__)
 
 # A process takes a second or two to start, in which so much is audited.
 BYTES_A_WORKER = 8 << 20
+# So often a process may end in the middle of an audit before it is given up: it may be what ends them.
+_BEGINS = 3
 
 
 class Auditor:
@@ -68,7 +70,7 @@ class Auditor:
         """Forget what failed through Lathe's own fault (this process may be a mended one), and what a process that
         was killed left half-written."""
         await asyncio.to_thread(shutil.rmtree, self._work, ignore_errors=True)
-        await self._store.forget_failed_audits()
+        await self._store.forget_failed_audits(_BEGINS)
 
     async def step(self) -> None:
         """Run all audits there are now, one after another. Raises Unavailable if one of them has to wait."""
@@ -83,9 +85,22 @@ class Auditor:
 
     async def run(self, task: AuditTask) -> None:
         """RUNNING -> READY or ERROR. Raises Unavailable while something is away."""
-        await asyncio.to_thread(self._work.mkdir, parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix="audit-", dir=self._work) as temporary:
-            files = AuditFiles(Path(temporary) / "tokens.arrow", Path(temporary) / "findings.arrow")
+        begins = await self._store.begin_audit(task.key)
+        if begins > _BEGINS:
+            await self._fail(
+                task,
+                f"the process that made it ended {_BEGINS} times in its middle; give datasets more memory",
+            )
+            return
+        try:
+            await self._run(task)
+        except (RetryableError, asyncio.CancelledError):
+            await self._store.end_audit_try(task.key)
+            raise
+
+    async def _run(self, task: AuditTask) -> None:
+        async with work_folder("audit-", self._work) as folder:
+            files = AuditFiles(folder / "tokens.arrow", folder / "findings.arrow")
             try:
                 outcome = await (
                     self._tokenise(task, files) if task.compared is None else self._compare(task, files)
@@ -100,10 +115,13 @@ class Auditor:
             except Exception as error:
                 log.exception("Audit %s failed.", task.key)
                 words = error.message if isinstance(error, LatheError) else f"the log has it under {task.key}"
-                report = whole_file("server_error", f"The audit failed: {words}")
-                await self._store.finish_audit(task.key, AuditState.FAILED, report, AuditResult())
+                await self._fail(task, words)
                 return
             await self._keep(task, outcome, files)
+
+    async def _fail(self, task: AuditTask, words: str) -> None:
+        report = whole_file("server_error", f"The audit failed: {words}")
+        await self._store.finish_audit(task.key, AuditState.FAILED, report, AuditResult())
 
     async def _keep(self, task: AuditTask, outcome: Outcome, files: AuditFiles) -> None:
         """Store what an audit made, and finish it."""
@@ -134,7 +152,7 @@ class Auditor:
             "options": options.canonical(),
         }
         key = blob_key(task.dataset_sha256)
-        with TokenWriter(files.tokens, metadata) as writer:
+        with local_disk(files.tokens), TokenWriter(files.tokens, metadata) as writer:
             collector = Collector(writer)
             async with aclosing(self._results(task, options, key)) as results:
                 async for result in results:
@@ -192,8 +210,9 @@ class AuditFiles:
 
 
 def _concluded(collector: Collector, files: AuditFiles, metadata: Mapping[str, str]) -> Outcome:
-    outcome = collector.conclude(find_duplicates(files.tokens))
-    collector.found.write(files.findings, metadata)
+    with local_disk(files.findings):
+        outcome = collector.conclude(find_duplicates(files.tokens))
+        collector.found.write(files.findings, metadata)
     tokens, findings = file_sha256(files.tokens), file_sha256(files.findings)
     return replace(outcome, result=replace(outcome.result, sha256=tokens, findings_sha256=findings))
 
@@ -201,9 +220,10 @@ def _concluded(collector: Collector, files: AuditFiles, metadata: Mapping[str, s
 def _compared(paths: Sequence[Path], files: AuditFiles, metadata: Mapping[str, str]) -> Outcome:
     training, validation = paths
     tally, found = Tally(), FindingLines()
-    for item in find_overlap(training, validation):
-        finding = overlap_finding(item)
-        tally.add(finding)
-        found.add(finding.code, (finding.line,))
-    found.write(files.findings, metadata)
+    with local_disk(files.findings):
+        for item in find_overlap(training, validation):
+            finding = overlap_finding(item)
+            tally.add(finding)
+            found.add(finding.code, (finding.line,))
+        found.write(files.findings, metadata)
     return Outcome(AuditResult(findings_sha256=file_sha256(files.findings)), report_of(0, tally))

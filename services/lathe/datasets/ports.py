@@ -199,6 +199,14 @@ class DatasetStore(Protocol):
         """Oldest first."""
         ...
 
+    async def begin_audit(self, key: str) -> int:
+        """Count that a RUNNING audit is begun: how often it was so without an end. 0 if it is not RUNNING."""
+        ...
+
+    async def end_audit_try(self, key: str) -> None:
+        """Note that what was begun ended without an outcome, but as it should."""
+        ...
+
     async def set_audit_objects(self, key: str, sha256: str, findings_sha256: str) -> None:
         """Note, before the objects are written, which blobs a RUNNING audit needs; empty for none."""
         ...
@@ -207,8 +215,8 @@ class DatasetStore(Protocol):
         """RUNNING -> READY, ERROR or FAILED; another state stays."""
         ...
 
-    async def forget_failed_audits(self) -> None:
-        """Remove FAILED ones, so that they are tried again when somebody asks."""
+    async def forget_failed_audits(self, begins: int) -> None:
+        """Remove FAILED ones that were begun less often, so that they are tried again when somebody asks."""
         ...
 
     async def drop_running_audit(self, key: str) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import shutil
-import tempfile
 from collections.abc import AsyncIterator, Collection
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from lathe.common.background import Wakeup
 from lathe.common.clock import Clock
 from lathe.common.errors import NotFound, Unavailable
 from lathe.common.objectstore.base import ObjectStore
+from lathe.datasets.folders import work_folder
 from lathe.datasets.model import blob_key, index_key
 from lathe.datasets.ports import DatasetStore
 from lathe.text.findinglines import read_finding_lines
@@ -90,6 +90,5 @@ class RowIndexes:
 
     @asynccontextmanager
     async def _work(self) -> AsyncIterator[Path]:
-        await asyncio.to_thread(self.folder.mkdir, parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix="rows-", dir=self.folder) as temporary:
-            yield Path(temporary)
+        async with work_folder("rows-", self.folder) as folder:
+            yield folder

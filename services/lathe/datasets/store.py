@@ -397,6 +397,19 @@ class SqlDatasetStore:
         async with self._db.read() as connection:
             return [_task(row) for row in await connection.execute(query)]
 
+    async def begin_audit(self, key: str) -> int:
+        begun = (
+            audits.update()
+            .where(audits.c.key == key, _RUNNING)
+            .values(begins=audits.c.begins + 1)
+            .returning(audits.c.begins)
+        )
+        async with self._db.write() as connection:
+            return (await connection.execute(begun)).scalar_one_or_none() or 0
+
+    async def end_audit_try(self, key: str) -> None:
+        await self._change(audits.update().where(audits.c.key == key, _RUNNING).values(begins=0))
+
     async def set_audit_objects(self, key: str, sha256: str, findings_sha256: str) -> None:
         values = {"sha256": sha256, "findings_sha256": findings_sha256}
         await self._change(audits.update().where(audits.c.key == key, _RUNNING).values(values))
@@ -445,8 +458,9 @@ class SqlDatasetStore:
             if not is_unique_violation(error):
                 raise
 
-    async def forget_failed_audits(self) -> None:
-        await self._change(audits.delete().where(audits.c.state == AuditState.FAILED.value))
+    async def forget_failed_audits(self, begins: int) -> None:
+        failed = audits.c.state == AuditState.FAILED.value
+        await self._change(audits.delete().where(failed, audits.c.begins < begins))
 
 
 _PLAIN = (

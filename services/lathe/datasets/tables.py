@@ -53,6 +53,7 @@ audits = sa.Table(
     sa.Column("max_row_tokens", sa.Integer),
     sa.Column("findings_sha256", sa.String),
     sa.Column("compared", sa.JSON(none_as_null=True)),
+    sa.Column("begins", sa.Integer, default=0),
 )
 uploads = sa.Table(
     "uploads",

@@ -6,7 +6,6 @@ import asyncio
 import hashlib
 import logging
 import shutil
-import tempfile
 from collections.abc import Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from lathe.common.errors import LatheError, NotFound, RetryableError, Unavailabl
 from lathe.common.objectstore.base import ObjectStore, local_disk
 from lathe.datasets.blobs import Blobs
 from lathe.datasets.conversion import Converter, convert_apart
+from lathe.datasets.folders import work_folder
 from lathe.datasets.model import (
     RESULTS_PURPOSE,
     Dataset,
@@ -139,10 +139,8 @@ class Validation:
 
     async def _import(self, dataset: Dataset, options: ImportOptions, source: str | None, md5: str) -> None:
         """What is stored is made of what was uploaded; nothing is if not all of it can be."""
-        if self._folder is not None:
-            await asyncio.to_thread(self._folder.mkdir, parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix="convert-", dir=self._folder) as temporary:
-            original, target = Path(temporary) / "source", Path(temporary) / "rows.jsonl"
+        async with work_folder("convert-", self._folder) as folder:
+            original, target = folder / "source", folder / "rows.jsonl"
             found = await self._read(dataset, source, _Copy(original), md5)
             if found is None:
                 return

@@ -176,6 +176,9 @@ async def test_audits(store):
     assert await store.is_audit_of(TASK.key, TASK.dataset_sha256)
     assert not await store.is_audit_of(TASK.key, "0" * 64)
     assert not await store.is_audit_of("none", TASK.dataset_sha256)
+    assert [await store.begin_audit(TASK.key) for _ in range(2)] == [1, 2]
+    await store.end_audit_try(TASK.key)
+    assert [await store.begin_audit(key) for key in (TASK.key, "none")] == [1, 0]
     await store.set_audit_objects(TASK.key, RESULT.sha256, "")
     assert await store.get_audit(TASK.key, NOW) == Audit(TASK.key, AuditState.RUNNING)
     assert not await store.claim_blob(RESULT.sha256, "someone", "one", NOW)
@@ -190,7 +193,9 @@ async def test_audits(store):
 async def test_failed_audits_are_forgotten_and_dropped_ones_leave_a_claim(store):
     await store.add_audit(TASK)
     await store.finish_audit(TASK.key, AuditState.FAILED, REPORT, AuditResult())
-    await store.forget_failed_audits()
+    await store.forget_failed_audits(0)
+    assert await store.get_audit(TASK.key, NOW) is not None
+    await store.forget_failed_audits(1)
     assert await store.get_audit(TASK.key, NOW) is None
     await store.add_audit(TASK)
     await store.set_audit_objects(TASK.key, RESULT.sha256, "")

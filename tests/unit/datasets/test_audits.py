@@ -1,5 +1,6 @@
 """Tokens and loss mask, once per dataset and base model."""
 
+import errno
 import re
 from datetime import timedelta
 
@@ -195,6 +196,38 @@ async def test_a_fault_of_lathe_itself_is_tried_again_by_the_next_process(world,
     assert (await ensure(world, dataset)).state is AuditState.FAILED
     await Auditor(world.store, world.objects, world.folder).start()
     assert (await audited(world, dataset)).state is AuditState.READY
+
+
+async def test_an_audit_that_ends_its_process_again_and_again_is_given_up(world, base):
+    dataset = await world.ready()
+    await ensure(world, dataset)
+    for _ in range(3):
+        with pytest.raises(Died):
+            await _run_only(world, DyingStore(world.objects, 0, after=False))
+    await world.audit()
+    failed = await ensure(world, dataset)
+    assert failed.state is AuditState.FAILED
+    assert "ended 3 times in its middle" in failed.report.findings[0].message
+    # A process that starts anew may not know better.
+    await Auditor(world.store, world.objects, world.folder).start()
+    assert (await ensure(world, dataset)).state is AuditState.FAILED
+
+
+@pytest.mark.parametrize("place", ["TokenWriter._flush", "find_duplicates", "FindingLines.write"])
+async def test_a_full_disk_makes_an_audit_wait(world, base, monkeypatch, place):
+    dataset = await world.ready()
+    await ensure(world, dataset)
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(f"lathe.datasets.auditing.{place}", full)
+        for _ in range(5):
+            with pytest.raises(Unavailable, match="is full"):
+                await world.audit()
+    await world.audit()
+    assert (await ensure(world, dataset)).state is AuditState.READY
 
 
 async def test_token_objects_go_a_week_after_the_last_dataset_and_use(world, base):
