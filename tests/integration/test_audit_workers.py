@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 
 from lathe.common.db import Database, migrate
-from lathe.common.errors import Internal
+from lathe.common.errors import Internal, LatheError
 from lathe.datasets.auditing import Auditor
 from lathe.datasets.chunkwork import Chunker, ChunkResult, ChunkWork
 from lathe.datasets.model import AuditOptions, AuditState
@@ -74,6 +75,15 @@ async def test_a_chunk_that_kills_each_process_ends_the_audit(task):
     workers = ChunkWorkers(task, 1, die)
     try:
         with pytest.raises(Internal, match="died 3 times at the lines from 1 on"):
+            [result async for result in workers.results(chunks())]
+    finally:
+        workers.close()
+
+
+async def test_a_tokenizer_that_cannot_be_read_is_told_of(task, tmp_path):
+    workers = ChunkWorkers(replace(task, tokenizer=tmp_path), 1)
+    try:
+        with pytest.raises(LatheError, match=r"tokenizer\.json"):
             [result async for result in workers.results(chunks())]
     finally:
         workers.close()

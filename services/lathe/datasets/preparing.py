@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from lathe.common.background import Wakeup
-from lathe.common.errors import InvalidArgument, NotFound, RetryableError, Unavailable
+from lathe.common.errors import FailedPrecondition, InvalidArgument, NotFound, RetryableError, Unavailable
 from lathe.common.objectstore.base import ObjectStore
 from lathe.datasets.model import (
     MAX_OVERLAP_LINES,
@@ -97,7 +97,7 @@ class Preparing:
         self.busy.add(dataset.name)
         try:
             size, digest = await self._write(dataset, dataset.preparation)
-        except InvalidArgument as error:
+        except (InvalidArgument, FailedPrecondition) as error:
             await self._refuse(dataset, whole_file("cannot_prepare", error.message))
         except NotFound:
             gone = (

@@ -246,9 +246,7 @@ def found_pb(found: Found) -> pb.FindRowsResponse:
 def trained_rows_pb(found: Sequence[Dataset], audit: Audit | None) -> pb.TrainedRows:
     answer = pb.TrainedRows(datasets=map(dataset_pb, found))
     if audit is not None:
-        answer.audit.CopyFrom(audit_pb(audit))
-        # Where the tokens lie is the platform's own affair.
-        answer.audit.ClearField("object_key")
+        answer.audit.CopyFrom(public_audit_pb(audit))
     return answer
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from lathe.common.background import Wakeup
 from lathe.common.clock import Clock
-from lathe.common.errors import NotFound, Unavailable
+from lathe.common.errors import FailedPrecondition, NotFound, Unavailable
 from lathe.common.objectstore.base import ObjectStore
 from lathe.datasets.folders import work_folder
 from lathe.datasets.model import blob_key, index_key
@@ -79,10 +79,11 @@ class RowIndexes:
             yield path
 
     async def found_lines(self, audit_key: str, codes: Collection[str]) -> frozenset[int]:
-        """The lines for which an audit found one of these codes. Raises NotFound if the audit is gone."""
+        """The lines for which an audit found one of these codes. Raises FailedPrecondition if the audit is
+        gone."""
         audit = await self.store.get_audit(audit_key, self.clock.now())
         if audit is None or not audit.findings_key:
-            raise NotFound("The audit whose findings are meant has gone.")
+            raise FailedPrecondition("The audit whose findings are meant has gone. Ask for it anew.")
         async with self.fetched(audit.findings_key) as path:
             return await asyncio.to_thread(
                 lambda: frozenset(line for line, _ in read_finding_lines(path, codes))

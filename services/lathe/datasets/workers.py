@@ -117,17 +117,22 @@ def usual_count() -> int:
 class _Worker:
     """Of this process, once it is one of an audit's."""
 
-    work: ChunkWork
+    task: Task
+    work: ChunkWork | None = None
 
 
 def _begin(task: Task) -> None:
     # One process a core already.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    _Worker.work = ChunkWork(Tokenizer.from_folder(task.tokenizer), task.options, task.now)
+    _Worker.task = task
 
 
 def _work(lines: Chunk) -> ChunkResult:
+    if _Worker.work is None:
+        # Not in _begin: what is raised there reaches nobody, it only ends the process.
+        task = _Worker.task
+        _Worker.work = ChunkWork(Tokenizer.from_folder(task.tokenizer), task.options, task.now)
     return _Worker.work.run(lines)
 
 

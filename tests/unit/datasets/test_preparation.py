@@ -9,6 +9,7 @@ import pytest
 from lathe.common.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound, Unavailable
 from lathe.datasets.model import AuditOptions, AuditState, DatasetState, blob_key, derived_name, index_key
 from lathe.datasets.operations import AuditChoice, Dedupe, Drop, Parent, Sample, Split
+from lathe.datasets.protos import trained_rows_pb
 from tests.fixtures.worlds import Died, DyingRows, DyingStore
 from tests.unit.datasets.conftest import GOOD, jsonl, row, sha
 
@@ -126,6 +127,8 @@ async def test_rows_are_dropped_by_what_an_audit_found(world):
     (made,) = await world.derive(parent, operation)
     assert await world.content(made) == jsonl([ROWS[0], *ROWS[2:12], *near, ROWS[0]])
     assert made.preparation.operation.audit.key
+    with pytest.raises(FailedPrecondition, match="audit whose findings are meant has gone"):
+        await service.indexes.found_lines("0" * 64, ("email",))
     deduped = Dedupe(replace(operation.audit, context_limit=0))
     with suppress(Unavailable):
         await service.prepare("acme", parent.id, deduped, "")
@@ -272,6 +275,9 @@ async def test_what_a_job_trained_on_is_known_as_long_as_the_project_has_the_byt
     lookup = world.preparation().trained_rows
     found, shown = await lookup("acme", dataset.sha256, made.key)
     assert [each.id for each in found] == [dataset.id, copy.id] and shown == made
+    told = trained_rows_pb(found, shown).audit
+    assert told.HasField("report")
+    assert not (told.object_key or told.sha256 or told.findings_object_key or told.findings_sha256)
     assert (await lookup("other", dataset.sha256, made.key)) == ([], None)
     assert (await lookup("acme", dataset.sha256, "0" * 64))[1] is None
     other = await world.ready(GOOD)
