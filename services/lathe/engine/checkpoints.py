@@ -231,23 +231,38 @@ async def newest_complete(
     away.
     """
 
+    told: set[str] = set()
+    failed: dict[tuple[str, str], DataLoss] = {}
+
     def pass_over(prefix: str, error: DataLoss) -> None:
+        if prefix in told:
+            return
+        told.add(prefix)
         logger.warning("checkpoint %s is damaged and passed over: %s", prefix, error)
         if damaged is not None:
             damaged(prefix, error)
 
-    candidates = await _candidates(store, prefixes, pass_over)
-    for prefix, manifest, digest in candidates:
+    while True:
+        # Anew after each that failed: an attempt that has lost its lease may have stored newer ones, and removed these.
+        candidates = []
+        for candidate in await _candidates(store, prefixes, pass_over):
+            prefix, _, digest = candidate
+            if (prefix, digest) in failed:
+                pass_over(prefix, failed[prefix, digest])
+            else:
+                candidates.append(candidate)
+        if not candidates:
+            return None
+        prefix, manifest, digest = candidates[0]
         folder = scratch / f"from-{manifest.step:08d}-{digest[:12]}"
         try:
             await fetch_files(store, prefix, manifest.files, folder)
         except DataLoss as error:
-            pass_over(prefix, error)
+            failed[prefix, digest] = error
             await asyncio.to_thread(rmtree, folder, ignore_errors=True)
         else:
             before = [candidate for candidate in candidates if candidate[1].step <= manifest.step]
             return Found(AdapterRef(prefix, digest), manifest, folder, _epochs(before), _stored(before))
-    return None
 
 
 _Candidate = tuple[str, Manifest, str]

@@ -40,6 +40,12 @@ class TrainedNorm(Norm):
     def __call__(self, x: Tensor) -> Tensor:
         return applied(_TrainedNorm, x, self) if torch.is_grad_enabled() else self.plain(x)
 
+    def __post_init__(self) -> None:
+        """No gain made beforehand: the weight changes with each step."""
+
+    def normalise(self, x: Tensor) -> Tensor:
+        return self.plain(x)
+
     def plain(self, x: Tensor) -> Tensor:
         """By torch's own functions, which know every gradient."""
         if self.bias is not None:

@@ -107,6 +107,31 @@ async def test_a_damaged_one_is_passed_over(
         assert (f"{damaged}/{name}" if name != "manifest.json" else "manifest cannot be read") in heard[0][1]
 
 
+class Overtaken(MemoryObjectStore):
+    """While somebody reads the checkpoint of step 6, an older attempt stores its next one and removes that."""
+
+    later: Snapshot | None = None
+
+    async def fetch(self, key: str, path: Path) -> None:
+        if self.later is not None and "step-00000006" in key:
+            later, self.later = self.later, None
+            await stored(self, "jobs/j/a/", later)
+            await delete(self, key.rpartition("/")[0])
+        await super().fetch(key, path)
+
+
+async def test_one_removed_while_it_is_read_gives_way_to_the_next(tmp_path: Path) -> None:
+    store = Overtaken()
+    await stored(store, "jobs/j/a/", snapshot(tmp_path, 6))
+    store.later = snapshot(tmp_path, 9)
+    damaged: list[str] = []
+    found = await newest_complete(
+        store, ["jobs/j/a/"], tmp_path / "scratch", lambda prefix, _: damaged.append(prefix)
+    )
+    assert found is not None
+    assert (found.manifest.step, damaged) == (9, [])
+
+
 async def test_an_outage_is_no_damage(store: MemoryObjectStore, tmp_path: Path) -> None:
     store.outage = Unavailable("away")
     with pytest.raises(Unavailable):

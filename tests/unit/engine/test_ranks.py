@@ -206,7 +206,7 @@ def test_files_arrive_as_they_are_in_pieces(monkeypatch: pytest.MonkeyPatch, tmp
     for name, content in contents.items():
         (source / name).write_bytes(content)
     sent: list[Tensor] = []
-    files.send(source, lambda piece: sent.append(piece.clone()), torch.device("cpu"))
+    files.send(source, files.listing(source), lambda piece: sent.append(piece.clone()), torch.device("cpu"))
     assert [len(piece) for piece in sent] == [5, 5, 5, 5, 3]
 
     def next_piece(tensor: Tensor) -> None:
@@ -215,6 +215,15 @@ def test_files_arrive_as_they_are_in_pieces(monkeypatch: pytest.MonkeyPatch, tmp
     with files.receiving(files.listing(source), next_piece, torch.device("cpu")) as folder:
         assert {path.name: path.read_bytes() for path in folder.iterdir()} == contents
     assert not folder.exists()
+
+
+def test_a_file_that_cannot_be_read_keeps_no_rank_waiting(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"0123")
+    told = (("a", 4), ("gone", 3))
+    sent: list[Tensor] = []
+    with pytest.raises(OSError, match="gone"):
+        files.send(tmp_path, told, lambda piece: sent.append(piece.clone()), torch.device("cpu"))
+    assert [bytes(piece.tolist()) for piece in sent] == [b"0123", bytes(3)]
 
 
 def test_the_rank_with_the_least_room_decides(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,19 +26,19 @@ def listing(folder: Path) -> Listing:
     return tuple((path.name, path.stat().st_size) for path in sorted(folder.iterdir()) if path.is_file())
 
 
-def send(folder: Path, broadcast: Broadcast, device: torch.device) -> None:
-    """Rank 0's part. Raises RankLost, and OSError when all has been sent, as far as it could be read."""
+def send(folder: Path, files: Listing, broadcast: Broadcast, device: torch.device) -> None:
+    """Rank 0's part. files: what the others were told of, however the folder is by now.
+
+    Raises RankLost, and OSError when all has been sent, as far as it could be read.
+    """
     failed: OSError | None = None
-    for name, size in listing(folder):
-        with (folder / name).open("rb") as file:
-            for count in _pieces(size):
-                try:
-                    content = file.read(count)
-                    if len(content) < count:
-                        raise OSError(f"{name} has become shorter while it was sent")
-                except OSError as error:
-                    failed, content = failed or error, bytes(count)
-                broadcast(torch.frombuffer(bytearray(content), dtype=torch.uint8).to(device))
+    for name, size in files:
+        for start, count in _pieces(size):
+            try:
+                content = _read(folder / name, start, count)
+            except OSError as error:
+                failed, content = failed or error, bytes(count)
+            broadcast(torch.frombuffer(bytearray(content), dtype=torch.uint8).to(device))
     if failed is not None:
         raise failed
 
@@ -53,7 +53,7 @@ def receiving(files: Listing, broadcast: Broadcast, device: torch.device) -> Ite
         failed: OSError | None = None
         for file, size in files:
             path = Path(name) / file
-            for count in _pieces(size):
+            for _, count in _pieces(size):
                 piece = torch.zeros(count, dtype=torch.uint8, device=device)
                 broadcast(piece)
                 try:
@@ -67,6 +67,16 @@ def receiving(files: Listing, broadcast: Broadcast, device: torch.device) -> Ite
         yield Path(name)
 
 
-def _pieces(size: int) -> Iterator[int]:
+def _read(path: Path, start: int, count: int) -> bytes:
+    with path.open("rb") as file:
+        file.seek(start)
+        content = file.read(count)
+    if len(content) < count:
+        raise OSError(f"{path.name} has become shorter while it was sent")
+    return content
+
+
+def _pieces(size: int) -> Iterator[tuple[int, int]]:
+    """Where each begins, and its bytes."""
     for start in range(0, size, PIECE_BYTES):
-        yield min(PIECE_BYTES, size - start)
+        yield start, min(PIECE_BYTES, size - start)

@@ -148,8 +148,8 @@ class LeadingEngine(RankEngine):
         if folder is None:
             own, theirs = verb, verb
         else:
-            own = partial(_sent, folder, verb)
-            theirs = partial(_received, listing(folder), verb)
+            sent = listing(folder)
+            own, theirs = partial(_sent, folder, sent, verb), partial(_received, sent, verb)
         held = key in self.adapter_keys()
         try:
             answer: T = self._all([own, *[theirs] * len(self._peers)])[0]
@@ -229,8 +229,8 @@ def _call(verb: Callable[[Engine, Sequence[Any]], list[T]], items: Sequence[Any]
     return verb(engine, items)
 
 
-def _sent(folder: Path, verb: Callable[..., T], engine: RankEngine) -> T:
-    send(folder, engine.group.broadcast, engine.device)
+def _sent(folder: Path, files: Listing, verb: Callable[..., T], engine: RankEngine) -> T:
+    send(folder, files, engine.group.broadcast, engine.device)
     return verb(engine, folder=folder)
 
 
