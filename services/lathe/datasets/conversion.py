@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import os
 import resource
+import signal
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -28,12 +29,20 @@ from lathe.text.readers import read_records
 
 MAX_MEMORY_BYTES = 512 << 20
 """Of the process that reads a file: what it may have beside its code."""
+# Some ten times what the largest file takes, in seconds of CPU.
+_MAX_CPU_S = 7200
+# Who sends these stops a machine, or makes room on it: it says nothing of the file.
+_FROM_OUTSIDE = (signal.SIGINT, signal.SIGTERM, signal.SIGKILL)
 # What a file may unpack to: so many times its own size, and this much beside. A row counts this much at least.
 _MAX_RATIO = 200
 _SLACK_BYTES = 64 << 20
 _MIN_ROW_BYTES = 32
 _LOCAL_DISK_FULL = 3
 _KEPT_VARIABLES = ("PATH", "PYTHONPATH", "LANG", "TZ", "LD_LIBRARY_PATH", "TMPDIR")
+
+
+class ReaderKilled(Unavailable):
+    """The process that reads a file was ended from outside: perhaps for other reasons than the file."""
 
 
 class Converted(msgspec.Struct, frozen=True):
@@ -46,7 +55,8 @@ class Converted(msgspec.Struct, frozen=True):
 
 
 class Converter(Protocol):
-    """Reads `source`, writes `target`. Raises Unavailable if the local disk is full."""
+    """Reads `source`, writes `target`. Raises Unavailable if the local disk is full, ReaderKilled if something ended
+    it."""
 
     async def __call__(self, source: Path, target: Path, options: ImportOptions) -> Converted: ...
 
@@ -108,7 +118,7 @@ class _Writer:
 async def convert_apart(
     source: Path, target: Path, options: ImportOptions, *, memory: int = MAX_MEMORY_BYTES
 ) -> Converted:
-    """In a process of its own with so many bytes of memory. Raises Unavailable."""
+    """In a process of its own with so many bytes of memory. Raises Unavailable, ReaderKilled."""
     environment = {name: os.environ[name] for name in _KEPT_VARIABLES if name in os.environ}
     # So that it finds this very code, installed or not, and nothing in the working folder.
     paths = [str(Path(lathe.__file__).parents[1]), *environment.get("PYTHONPATH", "").split(os.pathsep)]
@@ -124,6 +134,8 @@ async def convert_apart(
         str(memory),
         stdin=asyncio.subprocess.DEVNULL,
         stdout=asyncio.subprocess.PIPE,
+        # Ctrl-C at `lathe up` is meant for this process, which ends the other one if it has to.
+        start_new_session=True,
         # pyarrow's own allocators reserve memory ahead, which the limit would count.
         env={**environment, "ARROW_DEFAULT_MEMORY_POOL": "system", "OMP_NUM_THREADS": "1"},
     )
@@ -140,10 +152,15 @@ async def convert_apart(
     if ended == _LOCAL_DISK_FULL:
         raise Unavailable(output.decode(), reason=LOCAL_DISK, retry_after=30.0)
     how = f"by signal {-ended}" if ended < 0 else f"with {ended}"
-    report = whole_file(
-        "unreadable_file", f"The program that reads such files ended {how}; it may be a damaged file."
-    )
-    return Converted("", 0, report)
+    words = f"The program that reads such files ended {how}"
+    if -ended in _FROM_OUTSIDE:
+        raise ReaderKilled(f"{words}.", retry_after=2)
+    return unreadable(f"{words}; it may be a damaged file.")
+
+
+def unreadable(message: str) -> Converted:
+    """Of a file that the program which reads it does not survive."""
+    return Converted("", 0, whole_file("unreadable_file", message))
 
 
 def main() -> int:
@@ -151,6 +168,7 @@ def main() -> int:
     output."""
     source, target, options, memory = sys.argv[1:]
     resource.setrlimit(resource.RLIMIT_DATA, (int(memory), int(memory)))
+    resource.setrlimit(resource.RLIMIT_CPU, (_MAX_CPU_S, _MAX_CPU_S + 10))
     try:
         converted = convert(Path(source), Path(target), msgspec.json.decode(options, type=ImportOptions))
     except Unavailable as error:

@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 import logging
 import shutil
+from collections import Counter
 from collections.abc import Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from pathlib import Path
 from lathe.common.errors import LatheError, NotFound, RetryableError, Unavailable
 from lathe.common.objectstore.base import ObjectStore, local_disk
 from lathe.datasets.blobs import Blobs
-from lathe.datasets.conversion import Converter, convert_apart
+from lathe.datasets.conversion import Converted, Converter, ReaderKilled, convert_apart, unreadable
 from lathe.datasets.folders import work_folder
 from lathe.datasets.model import (
     RESULTS_PURPOSE,
@@ -29,6 +30,9 @@ from lathe.datasets.ports import DatasetStore
 from lathe.datasets.rowchecks import RowCheck, row_check
 
 log = logging.getLogger(__name__)
+
+# So often what reads a file may be ended from outside before that is held against the file.
+_READS = 3
 
 
 class Validation:
@@ -52,6 +56,7 @@ class Validation:
         self._busy = busy if busy is not None else set()
         self._folder = folder
         self._convert = convert
+        self._killed: Counter[str] = Counter()
 
     async def start(self) -> None:
         """Remove what a process that was killed left half-converted."""
@@ -144,7 +149,7 @@ class Validation:
             found = await self._read(dataset, source, _Copy(original), md5)
             if found is None:
                 return
-            made = await self._convert(original, target, options)
+            made = await self._converted(dataset, original, target, options)
             bad = made.report.has_errors
             sha256, size = ("", found.size) if bad else (made.sha256, made.size)
             uploaded = (found.sha256, found.size)
@@ -156,6 +161,19 @@ class Validation:
             if not await self._is_there(dataset, sha256, size):
                 await self._objects.put_file(blob_key(sha256), target)
             await self._finish(dataset, DatasetState.READY, sha256, made.report)
+
+    async def _converted(
+        self, dataset: Dataset, original: Path, target: Path, options: ImportOptions
+    ) -> Converted:
+        try:
+            made = await self._convert(original, target, options)
+        except ReaderKilled as error:
+            self._killed[dataset.name] += 1
+            if self._killed[dataset.name] < _READS:
+                raise
+            made = unreadable(f"{error.message} It did so {_READS} times; it may be a damaged file.")
+        del self._killed[dataset.name]
+        return made
 
     async def _is_there(self, dataset: Dataset, sha256: str, size: int) -> bool:
         """Whether the blob that the row names already is stored already. Raises Unavailable while one is deleted."""

@@ -7,6 +7,7 @@ import asyncio
 import logging
 import multiprocessing
 import os
+import signal
 import threading
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -122,6 +123,8 @@ class _Worker:
 
 
 def _begin(task: Task) -> None:
+    # Ctrl-C at `lathe up` reaches them too; their parent ends them when it ends.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     # One process a core already.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     threading.Thread(target=_end_with_parent, daemon=True).start()

@@ -12,6 +12,7 @@ from lathe.common.errors import FailedPrecondition, InvalidArgument
 from lathe.datasets import conversion
 from lathe.datasets.conversion import convert
 from lathe.datasets.model import DatasetState, ImportOptions, blob_key
+from lathe.datasets.validation import Validation
 from lathe.text.filekinds import FileType
 from lathe.text.formats import Layout, RowFormat
 from tests.fixtures.worlds import Died, DyingRows, DyingStore
@@ -203,6 +204,46 @@ async def test_a_value_that_takes_more_memory_than_there_may_be_is_an_error_of_t
     assert [finding.code for finding in made.report.findings if finding.code != "invalid_n_examples"] == [
         "too_large"
     ]
+
+
+def program(path, lines: str) -> str:
+    path.write_text(f"#!/bin/sh\n{lines}\n")
+    path.chmod(0o755)
+    return str(path)
+
+
+@pytest.mark.parametrize("signal", ["INT", "TERM", "KILL"])
+async def test_a_reader_that_is_ended_from_outside_is_no_error_of_the_file(tmp_path, monkeypatch, signal):
+    monkeypatch.setattr(conversion.sys, "executable", program(tmp_path / "reader", f"kill -{signal} $$"))
+    with pytest.raises(conversion.ReaderKilled):
+        await conversion.convert_apart(tmp_path / "a", tmp_path / "b", ImportOptions(FileType.CSV))
+
+
+async def test_a_reader_hears_nothing_of_ctrl_c(tmp_path, monkeypatch):
+    made = conversion.unreadable("its session is its own")
+    answer = conversion.msgspec.json.encode(made).decode()
+    lines = f"read -r _ _ _ _ _ session _ < /proc/$$/stat; [ $session = $$ ] || exit 1; echo '{answer}'"
+    monkeypatch.setattr(conversion.sys, "executable", program(tmp_path / "reader", lines))
+    options = ImportOptions(FileType.CSV)
+    assert await conversion.convert_apart(tmp_path / "a", tmp_path / "b", options) == made
+
+
+@pytest.mark.parametrize(("kills", "state"), [(2, DatasetState.READY), (3, DatasetState.ERROR)])
+async def test_a_file_whose_reader_was_killed_is_read_again(world, service, kills, state):
+    left = iter([True] * kills)
+
+    async def killed(source, target, options):
+        if next(left, False):
+            raise conversion.ReaderKilled("killed", retry_after=2)
+        return convert(source, target, options)
+
+    dataset = await world.upload(CSV, name="q.csv")
+    validation = Validation(world.blobs(), convert=killed)
+    for _ in range(2):
+        with pytest.raises(conversion.ReaderKilled):
+            await validation.step()
+    await validation.step()
+    assert (await service.get("acme", dataset.id)).state is state
 
 
 async def test_a_reader_that_crashes_is_an_error_of_the_file(tmp_path, monkeypatch):
