@@ -84,6 +84,7 @@ async def running(
         await indexes.start()
         tokenizers = TokenizerCache(objects, folder)
         previews = Previews(service, objects, tokenizers, folder)
+        await previews.start()
         truncations = Truncations(indexes, tokenizers)
         preparation = PreparationService(service, indexes, truncations)
         busy: set[str] = set()

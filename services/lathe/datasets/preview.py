@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -21,6 +22,8 @@ MAX_LINES = 20
 MAX_TOKENS = 20_000
 _MAX_SEQUENCES = 100
 _KEPT = 4
+# Beside the one that is read, which may be larger.
+_KEPT_BYTES = 2 << 30
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +48,10 @@ class Previews:
         self._tokenizers = tokenizers
         self._folder = folder / "previews"
         self._lock = asyncio.Lock()
+
+    async def start(self) -> None:
+        """Remove what a process that was killed left, whole or not."""
+        await asyncio.to_thread(shutil.rmtree, self._folder, ignore_errors=True)
 
     async def preview(
         self, project: str, dataset_id: str, model: str, options: AuditOptions, lines: Sequence[int]
@@ -84,8 +91,11 @@ def _touch(path: Path) -> None:
     """Note that it was used, and remove the ones that were not for the longest time."""
     path.touch()
     files = sorted(path.parent.glob("*.arrow"), key=lambda file: file.stat().st_mtime, reverse=True)
-    for file in files[_KEPT:]:
-        file.unlink(missing_ok=True)
+    taken = 0
+    for number, file in enumerate(files):
+        taken += file.stat().st_size if number else 0
+        if number >= _KEPT or taken > _KEPT_BYTES:
+            file.unlink(missing_ok=True)
 
 
 def _previewed(tokenizer: Tokenizer, rows: Sequence[TokenRow]) -> list[SequencePreview]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from datetime import datetime
+from datetime import datetime, timedelta
 
 from lathe.common.errors import FailedPrecondition, LatheError, NotFound
 from lathe.datasets import uploads as rules
@@ -43,7 +43,7 @@ class UploadService:
         """Before the dataset is made. Raises InvalidArgument, and FailedPrecondition where there is no presigning."""
         rules.check_announced(size_bytes, sha256)
         if presigned:
-            await self._signed("staging/probe")
+            await self._signed("staging/probe", rules.URL_LIFE)
 
     async def open(self, dataset: Dataset, size_bytes: int, sha256: str, *, presigned: bool) -> UploadSession:
         """The session of a dataset that was just made; the one that is there if the call is repeated."""
@@ -85,12 +85,18 @@ class UploadService:
         return PartTarget(part, f"{dataset.staging_key}/{part}", most)
 
     async def sign(self, project: str, dataset_id: str) -> SignedParts:
-        """URLs for missing parts. Raises NotFound, FailedPrecondition when the upload is over or nothing is signed."""
+        """URLs for missing parts. Raises NotFound, FailedPrecondition when the upload is over, nothing is signed or far
+        too much was sent."""
         session, dataset = await self._pending(project, dataset_id)
-        expire_time = min(self.datasets.clock.now() + rules.URL_LIFE, session.expire_time)
-        left = rules.missing(session, await self._stored(dataset))
+        stored = await self._stored(dataset)
+        rules.check_stored(session, stored)
+        now = self.datasets.clock.now()
+        expire_time = min(now + rules.URL_LIFE, session.expire_time)
+        # S3 signs for whole seconds, and for one at least.
+        life = max(expire_time - now, timedelta(seconds=1))
+        left = rules.missing(session, stored)
         signed = [
-            (part, await self._signed(f"{dataset.staging_key}/{part.name}"))
+            (part, await self._signed(f"{dataset.staging_key}/{part.name}", life))
             for part in left[: rules.MAX_SIGNED]
         ]
         return SignedParts(tuple(signed), expire_time, sum(part.size for part in left))
@@ -153,8 +159,8 @@ class UploadService:
         prefix = f"{dataset.staging_key}/"
         return {info.key.removeprefix(prefix): info.size async for info in self.datasets.objects.list(prefix)}
 
-    async def _signed(self, key: str) -> str:
-        url = await self.datasets.objects.presigned_put(key, rules.URL_LIFE)
+    async def _signed(self, key: str, life: timedelta) -> str:
+        url = await self.datasets.objects.presigned_put(key, life)
         if url is None:
             raise FailedPrecondition(
                 "Parts cannot be sent straight to this platform's store, because clients do not reach it. Create the "

@@ -110,14 +110,19 @@ def missing(session: UploadSession, stored: Mapping[str, int]) -> list[PlannedPa
 
 def next_part_bytes(session: UploadSession, stored: Mapping[str, int]) -> int:
     """How many bytes the next part may have. Raises FailedPrecondition when far more than announced was sent."""
-    # A part whose answer was lost is sent again, under another id.
+    check_stored(session, stored)
+    return min(MAX_PART_BYTES, session.size_bytes)
+
+
+def check_stored(session: UploadSession, stored: Mapping[str, int]) -> None:
+    """Raises FailedPrecondition when far more than announced was sent. stored: name -> bytes."""
+    # A part whose answer was lost is sent again, under another id; a presigned URL takes any size.
     if len(stored) >= MAX_PARTS or sum(stored.values()) >= 2 * session.size_bytes + MAX_PART_BYTES:
         raise FailedPrecondition(
             f"{len(stored)} parts with {sum(stored.values())} bytes are stored, and {session.size_bytes} bytes were "
             "announced: cancel this upload and begin another, with fewer or larger parts.",
             reason="TOO_MANY_PARTS",
         )
-    return min(MAX_PART_BYTES, session.size_bytes)
 
 
 def ordered(session: UploadSession, part_ids: Sequence[str], stored: Mapping[str, int]) -> tuple[str, ...]:

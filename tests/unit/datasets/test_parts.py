@@ -1,6 +1,7 @@
 """Uploads in parts: what is refused, and two who complete at the same moment."""
 
 import asyncio
+from datetime import timedelta
 
 import pytest
 from hypothesis import given
@@ -105,6 +106,30 @@ async def test_signing(world, parts, monkeypatch):
     assert committed.state is DatasetState.VALIDATING
     await world.validate()
     assert (await parts.datasets.get("acme", dataset.id)).size_bytes == 20
+
+
+async def test_urls_work_no_longer_than_the_upload_is_open_and_not_for_much_more_than_announced(
+    world, parts, monkeypatch
+):
+    world.objects.public_url = "https://s3.example.com"
+    lives, signing = [], world.objects.presigned_put
+
+    async def presigned_put(key, life):
+        lives.append(life)
+        return await signing(key, life)
+
+    monkeypatch.setattr(world.objects, "presigned_put", presigned_put)
+    monkeypatch.setattr(rules, "MAX_PART_BYTES", 8)
+    dataset = await parts.datasets.create("acme", "a", "user_data", None, "")
+    await parts.open(dataset, 20, "", presigned=True)
+    session, _ = await parts.get("acme", dataset.id)
+    await parts.sign("acme", dataset.id)
+    await world.clock.advance((session.expire_time - world.clock.now()).total_seconds() - 60)
+    ((_, url),) = (await parts.sign("acme", dataset.id)).parts
+    assert lives == [rules.URL_LIFE, timedelta(seconds=60)]
+    await world.objects.put(url.removeprefix("https://s3.example.com/"), b"x" * 48)
+    with pytest.raises(FailedPrecondition, match="cancel this upload"):
+        await parts.sign("acme", dataset.id)
 
 
 @given(st.integers(1, 8 << 30))

@@ -83,6 +83,15 @@ async def test_only_the_last_token_objects_are_kept(world, base):
     assert len(list((world.folder / "previews").iterdir())) == 4
 
 
+async def test_they_take_no_more_disk_than_they_may(world, base, monkeypatch):
+    monkeypatch.setattr(preview, "_KEPT_BYTES", 1)
+    for number in range(3):
+        await previewed(world, await world.ready(jsonl(row(f"Hello {number} {n}") for n in range(12))))
+    assert len(list((world.folder / "previews").iterdir())) == 1
+    await previews(world).start()
+    assert not (world.folder / "previews").exists()
+
+
 async def test_what_both_files_hold_is_found(world, base, tmp_path):
     rows = [row(f"Hello {n}") for n in range(12)]
     train = await world.ready(jsonl(rows))
