@@ -80,6 +80,10 @@ class Auditor:
                 await self.run(task)
             except RetryableError as error:
                 waiting = error
+            except Exception:
+                # One audit that cannot be finished must not keep the others waiting.
+                log.exception("Audit %s could not be finished and is made again.", task.key)
+                waiting = Unavailable(f"Audit {task.key} could not be finished.", retry_after=2)
         if waiting is not None:
             raise waiting
 
@@ -87,10 +91,8 @@ class Auditor:
         """RUNNING -> READY or ERROR. Raises Unavailable while something is away."""
         begins = await self._store.begin_audit(task.key)
         if begins > _BEGINS:
-            await self._fail(
-                task,
-                f"the process that made it ended {_BEGINS} times in its middle; give datasets more memory",
-            )
+            words = f"it was begun {_BEGINS} times and ended its process, or broke off; the log of datasets says more"
+            await self._fail(task, words)
             return
         try:
             await self._run(task)

@@ -266,13 +266,15 @@ class Strata:
         """Raises InvalidArgument for a field that is no path."""
         self._path = _path(field)
         self._field = field
-        self._numbers: dict[str, int] = {}
+        # By digest: a value may be as long as a row.
+        self._numbers: dict[bytes, int] = {}
         self.rows = array("H")
 
     def add(self, line: bytes) -> None:
         """The next row. Raises InvalidArgument for too many values."""
         value = json.dumps(_value(line, self._path), sort_keys=True)
-        number = self._numbers.setdefault(value, len(self._numbers))
+        digest = blake2b(value.encode(), digest_size=16).digest()
+        number = self._numbers.setdefault(digest, len(self._numbers))
         if number >= MAX_STRATA:
             raise _invalid(
                 "split.stratify_by",

@@ -207,7 +207,7 @@ async def test_an_audit_that_ends_its_process_again_and_again_is_given_up(world,
     await world.audit()
     failed = await ensure(world, dataset)
     assert failed.state is AuditState.FAILED
-    assert "ended 3 times in its middle" in failed.report.findings[0].message
+    assert "begun 3 times" in failed.report.findings[0].message
     # A process that starts anew may not know better.
     await Auditor(world.store, world.objects, world.folder).start()
     assert (await ensure(world, dataset)).state is AuditState.FAILED
@@ -228,6 +228,28 @@ async def test_a_full_disk_makes_an_audit_wait(world, base, monkeypatch, place):
                 await world.audit()
     await world.audit()
     assert (await ensure(world, dataset)).state is AuditState.READY
+
+
+async def test_an_audit_that_cannot_be_finished_does_not_keep_others_waiting(world, base):
+    first, second = await world.ready(), await world.ready(jsonl(row(f"Good day {n}") for n in range(12)))
+    await ensure(world, first)
+    world.clock.tick(1)
+    await ensure(world, second)
+    (key, _) = [task.key for task in await world.store.running_audits()]
+
+    class Broken:
+        def __getattr__(self, name):
+            return getattr(world.store, name)
+
+        async def set_audit_objects(self, audit, *digests):
+            if audit == key:
+                raise RuntimeError("unexpected")
+            await world.store.set_audit_objects(audit, *digests)
+
+    with pytest.raises(Unavailable, match="could not be finished"):
+        await world.audit(store=Broken())
+    assert (await ensure(world, second)).state is AuditState.READY
+    assert (await ensure(world, first)).state is AuditState.RUNNING
 
 
 async def test_token_objects_go_a_week_after_the_last_dataset_and_use(world, base):

@@ -1,6 +1,7 @@
 """Which rows an operation keeps, and what two files have in common: rules that depend on the rows alone."""
 
 import json
+import tracemalloc
 from collections import Counter
 from itertools import combinations
 
@@ -113,6 +114,16 @@ def test_shares_add_up_and_stay_within_one_of_the_proportion(sizes, data):
     assert sum(dealt) == wanted
     for got, size in zip(dealt, sizes, strict=True):
         assert 0 <= got <= size and abs(got - size * wanted / sum(sizes)) < 1
+
+
+def test_strata_keep_no_values():
+    work = operations.Strata("text")
+    tracemalloc.start()
+    for n in range(20):
+        work.add(json.dumps({"text": str(n) * 200_000}).encode())
+    kept, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert list(work.rows) == list(range(20)) and kept < 1_000_000
 
 
 def test_strata_by_answer_by_a_key_of_it_and_by_a_path():
