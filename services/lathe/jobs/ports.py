@@ -362,6 +362,10 @@ class JobSession(Protocol):
         """Keep it unless the job has one of that step; True if it is new."""
         ...
 
+    async def replace_checkpoint(self, job_id: str, step: int, written: AdapterObject) -> None:
+        """From now on that step's checkpoint is this object."""
+        ...
+
     async def delete_checkpoint(self, job_id: str, step: int) -> None: ...
 
     async def checkpoints(
@@ -377,6 +381,10 @@ class JobSession(Protocol):
         ...
 
     async def event(self, job_id: str, event_id: str) -> JobEvent | None: ...
+
+    async def has_note(self, job_id: str, step: int, kind: str) -> bool:
+        """Whether the job has an event of that kind at that step."""
+        ...
 
     async def has_event(self, job_id: str, event: NewEvent) -> bool:
         """Whether the job has an event of this step, kind and message."""

@@ -23,7 +23,9 @@ from lathe.jobs.transitions import Trigger
 MAX_NOTE = 4000
 # The kind of the note that says what the heaviest slice takes; its data are bytes and tokens.
 MEMORY = "memory"
-_WARNINGS = frozenset({"checkpoint_damaged", "out_of_memory"})
+# The kind of the note on a checkpoint that no attempt can go on from.
+DAMAGED = "checkpoint_damaged"
+_WARNINGS = frozenset({DAMAGED, "out_of_memory"})
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,7 +23,7 @@ from lathe.jobs.model import (
     WeightComparison,
 )
 from lathe.jobs.ports import JobSession, JobStore
-from lathe.jobs.progress import Note, Progress, ReportedCheckpoint, estimate, note_events, progressed
+from lathe.jobs.progress import DAMAGED, Note, Progress, ReportedCheckpoint, estimate, note_events, progressed
 from lathe.jobs.speeds import begun, continued, pass_memory
 from lathe.jobs.workers import LEASE_LOST, stopping
 
@@ -71,6 +71,8 @@ class ReportsService:
             for checkpoint in sorted(shown, key=lambda one: one.step):
                 if await session.put_checkpoint(self._checkpoint(job, checkpoint)):
                     events.append(messages.checkpoint_created(checkpoint.step))
+                elif await _replaces(session, attempt, checkpoint, progress.notes):
+                    await session.replace_checkpoint(job.id, checkpoint.step, checkpoint.object)
             for step in progress.dropped_checkpoints:
                 await session.delete_checkpoint(job.id, step)
             for told in note_events(progress.notes):
@@ -185,3 +187,14 @@ async def _current(session: JobSession, attempt_id: str, token: str) -> tuple[At
     if job is None or job.attempt_id != attempt_id or job.lease_token != token:
         raise _stale(attempt_id)
     return attempt, job
+
+
+async def _replaces(
+    session: JobSession, attempt: Attempt, reported: ReportedCheckpoint, notes: Sequence[Note]
+) -> bool:
+    """Whether the attempt has written the checkpoint anew because the one that jobs has of this step is damaged."""
+    if not reported.object.prefix.startswith(attempt.prefix):
+        return False
+    if any((note.step, note.kind) == (reported.step, DAMAGED) for note in notes):
+        return True
+    return await session.has_note(attempt.job_id, reported.step, DAMAGED)

@@ -7,7 +7,7 @@ import pytest
 from lathe.common.errors import Aborted, DataLoss, FailedPrecondition, InvalidArgument, Unavailable
 from lathe.jobs.model import Action, AdapterObject, JobError, JobState, Outcome, SlicePlan
 from lathe.jobs.ports import Quota
-from lathe.jobs.progress import ReportedCheckpoint
+from lathe.jobs.progress import Note, ReportedCheckpoint
 from lathe.jobs.training import TrainingSpec
 from lathe.jobs.workers import Beat, Lease
 from tests.fakes.jobs import OTHER, World, measured
@@ -162,6 +162,26 @@ async def test_a_checkpoint_is_told_once(world: World) -> None:
     assert [point.step for point in kept] == [5, 4, 3, 2, 1]
     created = [m for m in await world.messages(lease.job.id) if m.startswith("Checkpoint")]
     assert created == [f"Checkpoint created at step {step}" for step in range(1, 6)]
+
+
+async def test_a_checkpoint_written_anew_takes_the_place_of_a_damaged_one_alone(world: World) -> None:
+    first = await world.leased()
+    await world.report(first, checkpoints=[checkpoint(first, step) for step in (1, 2)])
+    await world.complete(first, Outcome.RELEASED)
+    second = await world.workers.lease("eng-a")
+    assert second is not None
+    await world.report(
+        second, notes=[Note(2, "checkpoint_damaged", "The checkpoint step-00000002 cannot be used.")]
+    )
+    again = [checkpoint(first, 2), checkpoint(second, 1), checkpoint(second, 2)]
+    for point in again:
+        await world.report(second, checkpoints=[point])
+    await world.report(second, checkpoints=again[:1])
+    _, kept = await world.service.checkpoints("acme", first.job.id, before_step=None, limit=10)
+    assert [(point.step, point.object) for point in kept] == [
+        (2, again[2].object),
+        (1, checkpoint(first, 1).object),
+    ]
 
 
 @pytest.mark.parametrize("outcome", [Outcome.CANCELLED, Outcome.SUCCEEDED, Outcome.FAILED, Outcome.RELEASED])

@@ -19,6 +19,7 @@ from lathe.common.ids import IdFactory
 from lathe.jobs.figures import Speed
 from lathe.jobs.model import (
     TERMINAL_STATES,
+    AdapterObject,
     Attempt,
     Checkpoint,
     EngineRecord,
@@ -291,6 +292,13 @@ class _Progress(_Base):
         await self._connection.execute(insert(t.checkpoints), rows.checkpoint_values(checkpoint))
         return True
 
+    async def replace_checkpoint(self, job_id: str, step: int, written: AdapterObject) -> None:
+        await self._connection.execute(
+            update(t.checkpoints)
+            .where(t.checkpoints.c.job_id == job_id, t.checkpoints.c.step == step)
+            .values(prefix=written.prefix, manifest_sha256=written.manifest_sha256)
+        )
+
     async def delete_checkpoint(self, job_id: str, step: int) -> None:
         await self._connection.execute(
             delete(t.checkpoints).where(t.checkpoints.c.job_id == job_id, t.checkpoints.c.step == step)
@@ -323,6 +331,12 @@ class _Progress(_Base):
         query = select(t.events).where(t.events.c.job_id == job_id, t.events.c.id == event_id)
         found = await self._events(job_id, query)
         return found[0] if found else None
+
+    async def has_note(self, job_id: str, step: int, kind: str) -> bool:
+        query = select(t.events.c.id).where(
+            t.events.c.job_id == job_id, t.events.c.step == step, t.events.c.kind == kind
+        )
+        return await self._first(query.limit(1)) is not None
 
     async def has_event(self, job_id: str, event: NewEvent) -> bool:
         query = select(t.events.c.id).where(
