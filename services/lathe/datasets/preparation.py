@@ -104,6 +104,7 @@ class PreparationService:
         parent = await self._rows_of(project, dataset_id)
         operation = await self._settled(parent, operation)
         made = []
+        preparation = Preparation((Parent(parent.id, parent.sha256),), operation, "")
         for part in parts_of(operation):
             new = Dataset(
                 project=project,
@@ -114,10 +115,13 @@ class PreparationService:
                 create_time=self.datasets.clock.now(),
                 expire_time=parent.expire_time,
                 staging_key=f"staging/{self.datasets.ids.token(24)}",
-                preparation=Preparation((Parent(parent.id, parent.sha256),), operation, part),
+                preparation=replace(preparation, part=part),
             )
             key = rules.request_key(f"prepare-{part}", request_id)
-            made.append(Prepared(part, dataset=await self.datasets.store.add(new, key)))
+            dataset = await self.datasets.store.add(new, key)
+            # An earlier request that broke off may have meant another operation: its parts belong together.
+            preparation = dataset.preparation or preparation
+            made.append(Prepared(part, dataset=dataset))
         self.datasets.preparing.set()
         return made
 

@@ -7,12 +7,19 @@ import asyncio
 import hashlib
 import logging
 from array import array
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field, replace
-from typing import Any
+from functools import partial
 
 from lathe.common.background import Wakeup
-from lathe.common.errors import FailedPrecondition, InvalidArgument, NotFound, RetryableError, Unavailable
+from lathe.common.errors import (
+    DataLoss,
+    FailedPrecondition,
+    InvalidArgument,
+    NotFound,
+    RetryableError,
+    Unavailable,
+)
 from lathe.common.objectstore.base import ObjectStore
 from lathe.datasets.model import (
     MAX_OVERLAP_LINES,
@@ -33,6 +40,7 @@ from lathe.datasets.operations import (
     findings_of,
     parts_of,
 )
+from lathe.datasets.pauses import Pauses
 from lathe.datasets.ports import DatasetStore
 from lathe.datasets.rowindexes import RowIndexes
 from lathe.datasets.selection import Cut, Selection, StrataPass, select
@@ -56,16 +64,43 @@ class Preparing:
     truncations: Truncations
     busy: set[str] = field(default_factory=set)
     validation: Wakeup = field(default_factory=Wakeup)
+    pauses: Pauses = field(default_factory=Pauses)
 
     async def step(self) -> None:
         """Do all there is to do. Raises Unavailable if a part of it has to wait."""
         done = [
-            *[await _tried(self.index(sha256)) for sha256 in await self.store.to_index(VERSION)],
-            *[await _tried(self.find_overlap(pair)) for pair in await self.store.overlaps_to_find()],
-            *[await _tried(self.write(dataset)) for dataset in await self.store.unwritten()],
+            *[
+                await self._tried(f"The index of {sha256}", partial(self.index, sha256))
+                for sha256 in await self.store.to_index(VERSION)
+            ],
+            *[
+                await self._tried(_name(pair), partial(self.find_overlap, pair))
+                for pair in await self.store.overlaps_to_find()
+            ],
+            *[
+                await self._tried(dataset.name, partial(self.write, dataset))
+                for dataset in await self.store.unwritten()
+            ],
         ]
         for waiting in filter(None, done):
             raise waiting
+
+    async def _tried(self, name: str, work: Callable[[], Awaitable[None]]) -> RetryableError | None:
+        """Why the work has to wait; None once it is done, and while it pauses."""
+        clock = self.indexes.clock
+        if self.pauses.waits(name, clock.now()):
+            return None
+        try:
+            await work()
+        except RetryableError as error:
+            return error
+        except Exception:
+            # One dataset with which something is wrong must not keep the others waiting.
+            pause = self.pauses.begin(name, clock.now())
+            log.exception("%s could not be prepared and is tried again in %s.", name, pause)
+            return Unavailable(f"{name} could not be prepared.", retry_after=2)
+        self.pauses.forget(name)
+        return None
 
     async def index(self, sha256: str) -> None:
         """Make the row index of a file and note it. Raises Unavailable."""
@@ -97,7 +132,7 @@ class Preparing:
         self.busy.add(dataset.name)
         try:
             size, digest = await self._write(dataset, dataset.preparation)
-        except (InvalidArgument, FailedPrecondition) as error:
+        except (DataLoss, FailedPrecondition, InvalidArgument) as error:
             await self._refuse(dataset, whole_file("cannot_prepare", error.message))
         except NotFound:
             gone = (
@@ -181,14 +216,5 @@ async def _cut(cut: Cut, objects: ObjectStore, sha256: str) -> AsyncIterator[byt
         yield rows
 
 
-async def _tried(work: Coroutine[Any, Any, None]) -> RetryableError | None:
-    """Why the work has to wait; None once it is done."""
-    try:
-        await work
-    except RetryableError as error:
-        return error
-    except Exception:
-        # One dataset with which something is wrong must not keep the others waiting.
-        log.exception("A dataset could not be prepared and is tried again.")
-        return Unavailable("A dataset could not be prepared.", retry_after=2)
-    return None
+def _name(pair: Overlap) -> str:
+    return f"The comparison of {pair.dataset_sha256} with {pair.frozen_sha256}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import shutil
 from collections.abc import AsyncIterator, Collection
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -11,13 +12,15 @@ from pathlib import Path
 
 from lathe.common.background import Wakeup
 from lathe.common.clock import Clock
-from lathe.common.errors import FailedPrecondition, NotFound, Unavailable
+from lathe.common.errors import DataLoss, FailedPrecondition, NotFound, Unavailable
 from lathe.common.objectstore.base import ObjectStore
 from lathe.datasets.folders import work_folder
 from lathe.datasets.model import blob_key, index_key
 from lathe.datasets.ports import DatasetStore
 from lathe.text.findinglines import read_finding_lines
 from lathe.text.rowindex import RowIndex, RowIndexWriter
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +62,11 @@ class RowIndexes:
         async with AsyncExitStack() as held:
             try:
                 path = await held.enter_async_context(self.fetched(index_key(sha256)))
-            except NotFound as error:
+                index = await asyncio.to_thread(RowIndex, path)
+            except (NotFound, DataLoss) as error:
+                if isinstance(error, DataLoss):
+                    log.warning("The row index of %s is damaged and is made anew: %s", sha256, error)
+                    await self.objects.delete(index_key(sha256))
                 if not await self.store.unset_indexed(sha256):
                     raise NotFound("The file whose rows are asked for was deleted.") from error
                 self.wanted.set()
@@ -68,7 +75,7 @@ class RowIndexes:
                     reason="NOT_INDEXED",
                     retry_after=1,
                 ) from error
-            yield await asyncio.to_thread(RowIndex, path)
+            yield index
 
     @asynccontextmanager
     async def fetched(self, key: str) -> AsyncIterator[Path]:

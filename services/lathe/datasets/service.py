@@ -114,7 +114,10 @@ class DatasetsService:
             await self.store.begin_validation(project, dataset_id, size_bytes, sha256)
             dataset = await self.get(project, dataset_id)
             self.validation.set()
-        if dataset.uploaded != (size_bytes, sha256):
+        size, digest = dataset.uploaded
+        # Of what was not what it was announced as no digest is kept.
+        same = digest == sha256 or (digest == "" and dataset.state is DatasetState.ERROR)
+        if size != size_bytes or not same:
             raise FailedPrecondition(
                 f"{dataset.name} is {dataset.state} with other bytes; a dataset never changes. Make a new one.",
                 reason="DATASET_IMMUTABLE",

@@ -26,6 +26,7 @@ from lathe.datasets.model import (
     blob_key,
     whole_file,
 )
+from lathe.datasets.pauses import Pauses
 from lathe.datasets.ports import DatasetStore
 from lathe.datasets.rowchecks import RowCheck, row_check
 
@@ -57,6 +58,7 @@ class Validation:
         self._folder = folder
         self._convert = convert
         self._killed: Counter[str] = Counter()
+        self._pauses = Pauses()
 
     async def start(self) -> None:
         """Remove what a process that was killed left half-converted."""
@@ -75,8 +77,11 @@ class Validation:
                 waiting[dataset.name] = error
             except Exception:
                 # One file that cannot be read must not keep the others waiting.
-                log.exception("%s could not be validated and is tried again.", dataset.name)
+                pause = self._pauses.begin(dataset.name, self._blobs.clock.now())
+                log.exception("%s could not be validated and is tried again in %s.", dataset.name, pause)
                 waiting[dataset.name] = Unavailable(f"{dataset.name} could not be validated.", retry_after=2)
+            else:
+                self._pauses.forget(dataset.name)
             finally:
                 self._busy.discard(dataset.name)
         if waiting:
@@ -86,6 +91,8 @@ class Validation:
         for dataset in await self._store.in_state(DatasetState.VALIDATING):
             # Jobs repeat the call that makes a results file; only they have its content.
             if dataset.purpose == RESULTS_PURPOSE or dataset.unwritten:
+                continue
+            if self._pauses.waits(dataset.name, self._blobs.clock.now()):
                 continue
             if dataset.name not in {*skipped, *self._busy}:
                 return dataset

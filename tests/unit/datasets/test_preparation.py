@@ -50,6 +50,21 @@ async def test_a_split_makes_two_datasets_that_say_where_they_come_from(world):
     assert train.staging_key == held_out.staging_key == ""
 
 
+async def test_a_split_that_broke_off_is_ended_as_it_was_begun(world):
+    parent = await world.ready(SIXTY)
+    await world.prepare()
+    with pytest.raises(Died):
+        store = DyingRows(world.store, "add", after=True)
+        await world.preparation(store=store).prepare("acme", parent.id, Split(1, 0.25), "one")
+    made = await world.preparation().prepare("acme", parent.id, Split(2, 0.5), "one")
+    await world.prepare()
+    await world.validate()
+    parts = [await world.start().get("acme", each.dataset.id) for each in made]
+    assert [part.preparation.operation for part in parts] == [Split(1, 0.25)] * 2
+    lines = [await world.content(part) for part in parts]
+    assert sorted(b"".join(lines).splitlines()) == sorted(SIXTY.splitlines())
+
+
 def test_what_is_made_is_named_after_what_it_is_made_of():
     assert derived_name("tickets.CSV", "split", "held_out") == "tickets.held_out.jsonl"
     assert derived_name("v1.2", "dedupe", "") == "v1.2.dedupe.jsonl"

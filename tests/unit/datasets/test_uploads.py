@@ -71,6 +71,9 @@ async def test_bytes_that_are_not_those_announced_are_not_kept(world, service):
     dataset = await service.get("acme", dataset.id)
     assert (dataset.state, dataset.report.findings[0].code) == (DatasetState.ERROR, "digest_mismatch")
     assert dataset.sha256 == "" and world.objects.keys() == []
+    # The gateway repeats a call whose answer was lost.
+    again = await service.commit_upload("acme", dataset.id, dataset.staging_key, len(GOOD), sha(GOOD))
+    assert again == dataset
 
 
 async def test_a_commit_can_be_repeated_but_never_changes_a_dataset(world, service):
