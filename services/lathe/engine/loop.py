@@ -258,7 +258,8 @@ class ModelLoop:
         entries = {id(entry.state): entry for entry in ready}
         states = [entry.state for entry in ready if entry.state is not None]
         try:
-            outputs = self._engine.step([*states, *own], prefill_tokens=self._limits.prefill_tokens)
+            # Prompts are taken in this order: streams come without end, a job's held-out prompts are few.
+            outputs = self._engine.step([*own, *states], prefill_tokens=self._limits.prefill_tokens)
         except Exception as error:
             self._sampling_failed(ready, error)
             return True

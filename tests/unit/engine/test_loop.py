@@ -19,7 +19,7 @@ from lathe.engine.batch import CrossEntropy, TrainRow, TrainSlice
 from lathe.engine.loop import LoopLimits, ModelLoop
 from lathe.engine.lora_config import LoraSpec
 from lathe.engine.model import AttemptEvent, Ended, Outcome, Snapshot
-from lathe.engine.recipes.turns import Blocked, Turns, forward
+from lathe.engine.recipes.turns import Blocked, Generate, Turns, forward
 from lathe.engine.sampling import Sampled, SamplingParams
 from lathe.engine.streams import StreamFinished, StreamStarted, TokenStream
 from lathe.engine.training import Trainer
@@ -112,6 +112,26 @@ def test_samplings_share_is_a_setting(engine: FakeEngine, clock: FakeClock) -> N
         "sample 1",
         *["train a"] * 2,
     ]
+
+
+class Asking(Slices):
+    """A run that wants answers to prompts."""
+
+    def turns(self) -> Turns[None]:
+        self.answers = yield Generate("", ((1, 2, 3), (4, 5, 6)), 2)
+
+
+def test_a_jobs_own_prompts_are_not_starved_by_streams(engine: FakeEngine, clock: FakeClock) -> None:
+    loop = ModelLoop(engine, clock, LoopLimits(prefill_tokens=4))  # type: ignore[arg-type]
+    events: list[AttemptEvent] = []
+    asking = Asking(engine, "a", 0)
+    loop.start("att-1", asking, events.append)
+    for _ in range(20):
+        # There is always a stream whose prompt would take all the room.
+        loop.open("", [1] * 8, greedy(1), lambda: None)
+        loop.run_once()
+    assert [event.outcome for event in events if isinstance(event, Ended)] == [Outcome.SUCCEEDED]
+    assert [len(tokens) for tokens in asking.answers] == [2, 2]
 
 
 def test_a_full_stream_suspends_its_sequence_alone_and_cancels_it_after_30_seconds(
