@@ -23,6 +23,8 @@ _BLOCK_ROWS = 512
 _SHORTEST_BLOCK = 64
 # Sequences are padded to each other as long as their scores get no larger than by this factor.
 _PADDING = 2.0
+# Of a cached key or value: far beyond any that a model means, and its products with others stay finite.
+_LARGEST = 1e18
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +77,7 @@ class CachedAttention:
         spec, window = self._spec, self._spec.windows[layer]
         heads, kv, d = spec.heads, spec.kv_heads, spec.head_dim
         self._ropes[layer].rotate_(qkv.view(-1, heads + 2 * kv, d)[:, : heads + kv])
-        self._pool[layer].index_copy_(0, self._places, qkv[:, heads * d :])
+        self._pool[layer].index_copy_(0, self._places, _bounded(qkv[:, heads * d :]))
         q = qkv[:, : heads * d]
         steps, blocks = self._steps[window], self._blocks[window]
         if len(steps) == 1 and steps[0].rows is None and not blocks:
@@ -86,6 +88,13 @@ class CachedAttention:
         for block in blocks:
             block.write(layer, q, out, spec)
         return out
+
+
+def _bounded(entries: Tensor) -> Tensor:
+    """Keys and values as the cache may hold them: other sequences meet them masked, and neither -inf beside a score
+    that is NaN or inf, nor 0 times such a value, hides anything."""
+    most = min(_LARGEST, torch.finfo(entries.dtype).max)
+    return entries.nan_to_num(nan=0.0, posinf=most, neginf=-most).clamp_(-most, most)
 
 
 @dataclass(frozen=True, slots=True)

@@ -65,6 +65,32 @@ def adapted_engine() -> Engine:
     return engine
 
 
+def test_an_adapter_that_overflows_spoils_no_other_sequence() -> None:
+    spec = DecoderSpec.from_config(CONFIG)
+    weights = random_weights(spec, device=torch.device("cpu"), dtype=torch.float32, std=0.2)
+    engine = Engine(Decoder(spec, weights))
+    prompts = [[5, 6, 7], list(range(10, 60))]
+
+    def answers(*keys: str) -> list[list[int]]:
+        params = SamplingParams(max_tokens=8, temperature=0.0)
+        states = [engine.open_sequence(key, prompt, params) for key in keys for prompt in prompts]
+        while any(state.finished is None for state in states):
+            engine.step(states)
+        for state in states:
+            engine.close_sequence(state)
+        return [state.tokens for state in states]
+
+    expected = answers("")
+    modules = ("q_proj", "k_proj", "v_proj", "o_proj")
+    engine.create_adapter("huge", LoraSpec(r=4, target_modules=modules), seed=1)
+    huge = engine._held["huge"].adapter
+    huge.master.fill_(1e25)
+    huge.publish()
+    assert answers("huge", "")[len(prompts) :] == expected
+    engine.drop_adapter("huge")
+    assert answers("") == expected
+
+
 def drive(engine: Engine, requests: list[Request]) -> dict[int, list[Sampled]]:
     """Steps the engine as a server does, each request from its arrival on; what each was given."""
     given: dict[int, list[Sampled]] = {request.number: [] for request in requests}
