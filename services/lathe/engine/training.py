@@ -25,6 +25,9 @@ from lathe.engine.sharing import PassCost, Share, join, most_credit, spare
 
 logger = logging.getLogger(__name__)
 
+# Passes after one that ran out of memory until joined ones may be larger again.
+_ROOM_GROWS_AFTER = 200
+
 # Another attempt goes on where this one ended.
 _GOES_ON = (Outcome.RELEASED, Outcome.WORKER_LOST)
 
@@ -89,7 +92,9 @@ class Trainer:
     def __init__(
         self, engine: ModelVerbs, clock: Clock, metrics: Metrics, *, fused_tokens: int, slowdown: float
     ) -> None:
-        self._engine, self._clock, self._metrics, self._room = engine, clock, metrics, fused_tokens
+        self._engine, self._clock, self._metrics = engine, clock, metrics
+        self._most_room = self._room = fused_tokens
+        self._passes_in_room = 0
         self._earns, self._cost = spare(slowdown), PassCost()
         self._attempts: list[_Training] = []
         self._arrivals = 0
@@ -160,6 +165,7 @@ class Trainer:
         oldest = waiting[0]  # attempts stand in the order of their arrival
         chosen = join(shares, self._room, self._cost, credit=oldest.credit, earns=self._earns)
         items = [waiting[index] for index in chosen]
+        self._grow_room()
         began = self._clock.monotonic()
         self._serve(items)
         seconds = self._clock.monotonic() - began
@@ -169,6 +175,12 @@ class Trainer:
             own = seconds if len(items) == 1 else min(seconds, alone)
         credit = oldest.credit + self._earns * own - (seconds - own)
         oldest.credit = min(credit, most_credit(shares, self._room, self._cost))
+
+    def _grow_room(self) -> None:
+        """Twice as much after many passes: what took the memory may be gone, and if not one pass is lost."""
+        self._passes_in_room += 1
+        if self._passes_in_room > _ROOM_GROWS_AFTER and self._room < self._most_room:
+            self._room, self._passes_in_room = min(2 * self._room, self._most_room), 0
 
     def _runnable(self) -> list[_Training]:
         now = self._clock.monotonic()
@@ -249,6 +261,7 @@ class Trainer:
             logger.warning("a pass of %d attempts failed, its slices go one by one: %s", len(items), error)
             if is_out_of_memory(error):
                 self._room = sum(request.input_tokens for request in requests) // 2
+                self._passes_in_room = 0
             return False
         seconds = self._clock.monotonic() - began
         self._cost.learn(sum(request.input_tokens for request in requests), len(items), seconds)

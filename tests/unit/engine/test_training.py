@@ -179,6 +179,20 @@ def test_out_of_memory_together_is_tried_alone_and_later_passes_are_smaller(benc
     assert max(len(one.split()) for one in passes) == 1
 
 
+def test_the_room_of_joined_passes_grows_back_where_memory_was_short_for_a_moment(bench: Bench) -> None:
+    for name in ("a", "b", "c"):
+        bench.start(name, *[30] * 400)
+    bench.no_room_for = 60
+    for _ in range(20):
+        bench.trainer.turn()
+    short = sum(call.startswith("train") for call in bench.engine.calls)
+    bench.no_room_for = 10**9
+    bench.passes()
+    joined = [len(call.split()) - 1 for call in bench.engine.calls if call.startswith("train")]
+    assert max(joined[4:short]) == 1
+    assert max(joined[short:]) == 3
+
+
 def test_out_of_memory_alone_is_heard_by_the_run(bench: Bench) -> None:
     runs = [bench.start("a", 80), bench.start("b", 10)]
     bench.no_room_for = 50
