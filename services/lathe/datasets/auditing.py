@@ -16,6 +16,7 @@ from lathe.datasets.chunkwork import Chunker, ChunkResult, ChunkWork
 from lathe.datasets.collecting import Collector, Outcome, file_sha256, overlap_finding
 from lathe.datasets.folders import work_folder
 from lathe.datasets.model import (
+    AUDIT_BEGINS,
     AuditResult,
     AuditState,
     AuditTask,
@@ -40,8 +41,6 @@ log = logging.getLogger(__name__)
 
 # A process takes a second or two to start, in which so much is audited.
 BYTES_A_WORKER = 8 << 20
-# So often a process may end in the middle of an audit before it is given up: it may be what ends them.
-_BEGINS = 3
 
 
 class Auditor:
@@ -70,7 +69,7 @@ class Auditor:
         """Forget what failed through Lathe's own fault (this process may be a mended one), and what a process that
         was killed left half-written."""
         await asyncio.to_thread(shutil.rmtree, self._work, ignore_errors=True)
-        await self._store.forget_failed_audits(_BEGINS)
+        await self._store.forget_failed_audits(begins=AUDIT_BEGINS)
 
     async def step(self) -> None:
         """Run all audits there are now, one after another. Raises Unavailable if one of them has to wait."""
@@ -90,8 +89,8 @@ class Auditor:
     async def run(self, task: AuditTask) -> None:
         """RUNNING -> READY or ERROR. Raises Unavailable while something is away."""
         begins = await self._store.begin_audit(task.key)
-        if begins > _BEGINS:
-            words = f"it was begun {_BEGINS} times and ended its process, or broke off; the log of datasets says more"
+        if begins > AUDIT_BEGINS:
+            words = f"it was begun {AUDIT_BEGINS} times and ended its process, or broke off; see the log of datasets"
             await self._fail(task, words)
             return
         try:

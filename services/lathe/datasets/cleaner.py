@@ -10,7 +10,7 @@ from datetime import datetime, timedelta
 from lathe.common.names import IMPORT_STAGING
 from lathe.common.objectstore.base import ObjectInfo, ObjectStore
 from lathe.datasets.blobs import Blobs
-from lathe.datasets.model import Dataset, DatasetState
+from lathe.datasets.model import AUDIT_BEGINS, Dataset, DatasetState
 from lathe.datasets.ports import DatasetStore, UploadStore
 from lathe.datasets.uploads import REMEMBERED_FOR
 from lathe.datasets.validation import clear_staging
@@ -20,6 +20,9 @@ log = logging.getLogger(__name__)
 ABANDONED_AFTER = timedelta(days=1)
 # A job that runs when its file is deleted may start another attempt from the same tokens.
 AUDIT_KEPT = timedelta(days=7)
+# The fault may have passed; of an audit that ended its process again and again only somebody's mending.
+FAILED_KEPT = timedelta(minutes=10)
+GIVEN_UP_KEPT = timedelta(days=1)
 # What is younger may be about to be named.
 ORPHANED_AFTER = timedelta(days=1)
 _BATCH = 500
@@ -60,6 +63,8 @@ class Cleaner:
             await clear_staging(dataset, self.store, self.objects)
         for key in await self.store.unneeded_audits(now - AUDIT_KEPT):
             await self.store.begin_remove_audit(key, now - AUDIT_KEPT)
+        await self.store.forget_failed_audits(begins=AUDIT_BEGINS, unused_since=now - FAILED_KEPT)
+        await self.store.forget_failed_audits(unused_since=now - GIVEN_UP_KEPT)
         await self.store.forget_overlaps()
         for sha256, owner in await self.store.left_claims(now):
             await self.blobs.delete(sha256, owner)

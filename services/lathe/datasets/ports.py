@@ -215,8 +215,11 @@ class DatasetStore(Protocol):
         """RUNNING -> READY, ERROR or FAILED; another state stays."""
         ...
 
-    async def forget_failed_audits(self, begins: int) -> None:
-        """Remove FAILED ones that were begun less often, so that they are tried again when somebody asks."""
+    async def forget_failed_audits(
+        self, *, begins: int | None = None, unused_since: datetime | None = None
+    ) -> None:
+        """Remove FAILED ones, so that they are tried again when somebody asks: those that were begun less often, and
+        for which nobody asked since; of all if not given."""
         ...
 
     async def drop_running_audit(self, key: str) -> None:

@@ -458,9 +458,15 @@ class SqlDatasetStore:
             if not is_unique_violation(error):
                 raise
 
-    async def forget_failed_audits(self, begins: int) -> None:
-        failed = audits.c.state == AuditState.FAILED.value
-        await self._change(audits.delete().where(failed, audits.c.begins < begins))
+    async def forget_failed_audits(
+        self, *, begins: int | None = None, unused_since: datetime | None = None
+    ) -> None:
+        query = audits.delete().where(audits.c.state == AuditState.FAILED.value)
+        if begins is not None:
+            query = query.where(audits.c.begins < begins)
+        if unused_since is not None:
+            query = query.where(audits.c.use_time < unused_since)
+        await self._change(query)
 
 
 _PLAIN = (

@@ -185,7 +185,10 @@ async def test_a_dataset_deleted_while_it_is_audited_leaves_nothing(world, base)
     assert again.state is AuditState.READY
 
 
-async def test_a_fault_of_lathe_itself_is_tried_again_by_the_next_process(world, base):
+@pytest.mark.parametrize("passed", [False, True])
+async def test_a_fault_of_lathe_itself_is_tried_again_by_the_next_process_and_after_minutes(
+    world, base, passed
+):
     dataset = await world.ready()
     first = base.files[0]
     content = await world.objects.get(first.object_key)
@@ -193,8 +196,13 @@ async def test_a_fault_of_lathe_itself_is_tried_again_by_the_next_process(world,
     failed = await audited(world, dataset)
     assert (failed.state, failed.report.findings[0].code) == (AuditState.FAILED, "server_error")
     await world.objects.put(first.object_key, content)
+    await world.sweep()
     assert (await ensure(world, dataset)).state is AuditState.FAILED
-    await Auditor(world.store, world.objects, world.folder).start()
+    if passed:
+        world.clock.tick(timedelta(minutes=11).total_seconds())
+        await world.sweep()
+    else:
+        await Auditor(world.store, world.objects, world.folder).start()
     assert (await audited(world, dataset)).state is AuditState.READY
 
 
@@ -210,7 +218,12 @@ async def test_an_audit_that_ends_its_process_again_and_again_is_given_up(world,
     assert "begun 3 times" in failed.report.findings[0].message
     # A process that starts anew may not know better.
     await Auditor(world.store, world.objects, world.folder).start()
+    world.clock.tick(timedelta(minutes=11).total_seconds())
+    await world.sweep()
     assert (await ensure(world, dataset)).state is AuditState.FAILED
+    world.clock.tick(timedelta(days=2).total_seconds())
+    await world.sweep()
+    assert (await audited(world, dataset)).state is AuditState.READY
 
 
 @pytest.mark.parametrize("place", ["TokenWriter._flush", "find_duplicates", "FindingLines.write"])
