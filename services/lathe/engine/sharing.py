@@ -140,6 +140,24 @@ def most_credit(waiting: Sequence[Share], room: int, cost: PassCost) -> float:
     return cost.seconds(max([room, *(share.tokens for share in waiting)]), max(1, len(waiting)))
 
 
+def credit_after(
+    waiting: Sequence[Share],
+    chosen: Sequence[int],
+    seconds: float,
+    room: int,
+    cost: PassCost,
+    *,
+    credit: float,
+    earns: float,
+) -> float:
+    """The credit after a pass of the chosen slices that took so long and that `cost` has learned."""
+    oldest = min(range(len(waiting)), key=lambda index: waiting[index].order)
+    own = 0.0
+    if oldest in chosen:
+        own = seconds if len(chosen) == 1 else min(seconds, cost.seconds(waiting[oldest].tokens))
+    return min(credit + earns * own - (seconds - own), most_credit(waiting, room, cost))
+
+
 def join(
     waiting: Sequence[Share], room: int, cost: PassCost, *, credit: float = math.inf, earns: float = 0.0
 ) -> list[int]:

@@ -21,7 +21,7 @@ from lathe.engine.ports import ModelVerbs
 from lathe.engine.recipes.turns import Blocked, Forward, Generate, Measure, Request, Turns
 from lathe.engine.sampling import SamplingParams
 from lathe.engine.sequences import SequenceState
-from lathe.engine.sharing import PassCost, Share, join, most_credit, spare
+from lathe.engine.sharing import PassCost, Share, credit_after, join, spare
 
 logger = logging.getLogger(__name__)
 
@@ -169,12 +169,9 @@ class Trainer:
         began = self._clock.monotonic()
         self._serve(items)
         seconds = self._clock.monotonic() - began
-        own = 0.0
-        if items[0] is oldest:
-            alone = self._cost.seconds(shares[0].tokens)
-            own = seconds if len(items) == 1 else min(seconds, alone)
-        credit = oldest.credit + self._earns * own - (seconds - own)
-        oldest.credit = min(credit, most_credit(shares, self._room, self._cost))
+        oldest.credit = credit_after(
+            shares, chosen, seconds, self._room, self._cost, credit=oldest.credit, earns=self._earns
+        )
 
     def _grow_room(self) -> None:
         """Twice as much after many passes: what took the memory may be gone, and if not one pass is lost."""

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from lathe.engine.sharing import PassCost, Share, join, most_credit, spare
+from lathe.engine.sharing import PassCost, Share, credit_after, join, spare
 
 SLOWDOWN = 1.6
 SHARES = st.lists(
@@ -165,10 +165,15 @@ class Simulated:
         chosen = join(shares, self.room, self.learned, credit=self.credit, earns=spare(SLOWDOWN))
         seconds = self.cost(sum(self.tokens[i] for i in chosen), len(chosen))
         self.learned.learn(sum(self.tokens[i] for i in chosen), len(chosen), seconds)
-        alone = seconds if len(chosen) == 1 else min(seconds, self.learned.seconds(self.tokens[0]))
-        own = alone if chosen[0] == 0 else 0.0
-        self.credit += spare(SLOWDOWN) * own - (seconds - own)
-        self.credit = min(self.credit, most_credit(shares, self.room, self.learned))
+        self.credit = credit_after(
+            shares,
+            chosen,
+            seconds,
+            self.room,
+            self.learned,
+            credit=self.credit,
+            earns=spare(SLOWDOWN),
+        )
         for i in chosen:
             self.consumed[i] += self.tokens[i]
             self.passes[i] += 1
