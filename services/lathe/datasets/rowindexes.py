@@ -6,8 +6,8 @@ import asyncio
 import logging
 import shutil
 from collections.abc import AsyncIterator, Collection
-from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from lathe.common.background import Wakeup
@@ -22,12 +22,15 @@ from lathe.text.rowindex import RowIndex, RowIndexWriter
 
 log = logging.getLogger(__name__)
 
+KEPT_BYTES = 1 << 30
+
 
 @dataclass(frozen=True, slots=True)
 class RowIndexes:
     """The row indexes of stored files, by the files' digests.
 
     folder: where they are worked with; made if missing. wanted: set when somebody asks for one that is not there.
+    kept_bytes: how much of fetched indexes stays in the folder.
     """
 
     store: DatasetStore
@@ -35,6 +38,8 @@ class RowIndexes:
     folder: Path
     clock: Clock
     wanted: Wakeup
+    kept_bytes: int = KEPT_BYTES
+    _alone: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     async def start(self) -> None:
         """Remove what a process that was killed left half-written."""
@@ -59,23 +64,38 @@ class RowIndexes:
     async def opened(self, sha256: str) -> AsyncIterator[RowIndex]:
         """The index of a training file, as long as the block lasts. Raises Unavailable if it has yet to be made, which
         then is done, and NotFound if the file is gone."""
-        async with AsyncExitStack() as held:
-            try:
-                path = await held.enter_async_context(self.fetched(index_key(sha256)))
-                index = await asyncio.to_thread(RowIndex, path)
-            except (NotFound, DataLoss) as error:
-                if isinstance(error, DataLoss):
-                    log.warning("The row index of %s is damaged and is made anew: %s", sha256, error)
-                    await self.objects.delete(index_key(sha256))
-                if not await self.store.unset_indexed(sha256):
-                    raise NotFound("The file whose rows are asked for was deleted.") from error
-                self.wanted.set()
-                raise Unavailable(
-                    "The rows of this dataset are still being indexed. Try again in a moment.",
-                    reason="NOT_INDEXED",
-                    retry_after=1,
-                ) from error
-            yield index
+        try:
+            async with self._alone:
+                index = await self._kept(index_key(sha256))
+        except (NotFound, DataLoss) as error:
+            if isinstance(error, DataLoss):
+                log.warning("The row index of %s is damaged and is made anew: %s", sha256, error)
+                await self.objects.delete(index_key(sha256))
+            if not await self.store.unset_indexed(sha256):
+                raise NotFound("The file whose rows are asked for was deleted.") from error
+            self.wanted.set()
+            raise Unavailable(
+                "The rows of this dataset are still being indexed. Try again in a moment.",
+                reason="NOT_INDEXED",
+                retry_after=1,
+            ) from error
+        yield index
+
+    async def _kept(self, key: str) -> RowIndex:
+        """From the folder, where the last ones that were used stay. Raises NotFound, DataLoss."""
+        path = self.folder / "kept" / key.rpartition("/")[2]
+        if await self.objects.head(key) is None:
+            raise NotFound(f"There is no {key}.")
+        if not await asyncio.to_thread(path.is_file):
+            await asyncio.to_thread(path.parent.mkdir, parents=True, exist_ok=True)
+            await self.objects.fetch(key, path)
+        try:
+            index = await asyncio.to_thread(RowIndex, path)
+        except DataLoss:
+            await asyncio.to_thread(path.unlink)
+            raise
+        await asyncio.to_thread(_use, path, self.kept_bytes)
+        return index
 
     @asynccontextmanager
     async def fetched(self, key: str) -> AsyncIterator[Path]:
@@ -100,3 +120,15 @@ class RowIndexes:
     async def _work(self) -> AsyncIterator[Path]:
         async with work_folder("rows-", self.folder) as folder:
             yield folder
+
+
+def _use(path: Path, kept_bytes: int) -> None:
+    """Note that an index was used, and remove the ones that were not for the longest time. Whoever has one open reads
+    on: its bytes are mapped."""
+    path.touch()
+    others = [(file.stat(), file) for file in path.parent.iterdir() if file != path]
+    room = kept_bytes - path.stat().st_size
+    for facts, file in sorted(others, key=lambda other: other[0].st_mtime_ns, reverse=True):
+        room -= facts.st_size
+        if room < 0:
+            file.unlink()

@@ -283,6 +283,36 @@ async def test_a_row_is_found_by_its_text_its_line_and_its_digest(world):
         await service.find_row("acme", b'{"messages": 3}')
 
 
+class Fetches:
+    """Objects, and which were fetched."""
+
+    def __init__(self, objects):
+        self._objects, self.keys = objects, []
+
+    def __getattr__(self, name):
+        return getattr(self._objects, name)
+
+    async def fetch(self, key, path):
+        self.keys.append(key)
+        await self._objects.fetch(key, path)
+
+
+@pytest.mark.parametrize(("kept_bytes", "fetches"), [(1 << 20, 2), (0, 6)])
+async def test_indexes_are_not_fetched_for_every_question(world, kept_bytes, fetches):
+    for content in (SIXTY, GOOD):
+        await world.ready(content)
+    await world.prepare()
+    objects = Fetches(world.objects)
+    service = world.preparation(objects=objects)
+    service = replace(service, indexes=replace(service.indexes, kept_bytes=kept_bytes))
+    for _ in range(3):
+        found = await service.find_row("acme", json.dumps(ROWS[3]).encode())
+        assert [place.first_lines for place in found.places] == [(4,)]
+    assert len(objects.keys) == fetches
+    kept = list((world.folder / "rows" / "kept").iterdir())
+    assert len(kept) == (2 if kept_bytes else 1)
+
+
 async def test_what_a_job_trained_on_is_known_as_long_as_the_project_has_the_bytes(world, service):
     await world.base_models.add_tiny(world.objects)
     dataset, copy = await world.ready(SIXTY), await world.ready(SIXTY)
