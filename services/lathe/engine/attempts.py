@@ -46,7 +46,7 @@ logger = logging.getLogger(__name__)
 REFUSALS = (InvalidArgument, FailedPrecondition, NotFound, OutOfRange, Unimplemented, Internal)
 MAX_REFUSALS = 5
 # After these no attempt goes on.
-_LAST = frozenset({Outcome.SUCCEEDED, Outcome.FAILED})
+_LAST = frozenset({Outcome.SUCCEEDED, Outcome.FAILED, Outcome.CANCELLED})
 
 
 class AttemptRunner:
@@ -88,6 +88,7 @@ class AttemptRunner:
         self._preparing: asyncio.Task[Prepared] | None = None
         self._wanted: Outcome | None = None
         self._abandoned = False
+        self._is_prepared = False
         self._may_report = asyncio.Event()
         self._may_report.set()
         self._changed = asyncio.Event()
@@ -187,6 +188,7 @@ class AttemptRunner:
         return None
 
     def _tell_of(self, prepared: Prepared) -> None:
+        self._is_prepared = True
         found = prepared.found
         self._outbox.first = Progress(slice_plan=prepared.plan, total_steps=prepared.run.total_steps)
         self._outbox.notes.extend(prepared.damaged)
@@ -280,7 +282,8 @@ class AttemptRunner:
             error=ended.error,
             receipt=self._uploads.receipt if ended.outcome is Outcome.SUCCEEDED else None,
         )
-        if ended.outcome in _LAST:
+        # Before it was prepared nobody knows here which of the earlier attempts' checkpoints are kept.
+        if ended.outcome in _LAST and self._is_prepared:
             await self._uploads.sweep()
 
 

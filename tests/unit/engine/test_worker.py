@@ -355,11 +355,17 @@ async def test_a_checkpoint_is_not_told_before_the_steps_that_lead_to_it(bench: 
 
 async def test_cancel(bench: Bench) -> None:
     bench.jobs.offer(attempt())
+    # Half deleted.
+    await bench.store.put(
+        f"{attempt().output_prefix.rstrip('/')}/checkpoints/step-00000002/optimizer.safetensors", b""
+    )
     bench.start()
     await bench.turns(5)
     bench.jobs.directives = {"att-1": Action.CANCEL}
     await bench.until(lambda: bool(bench.jobs.job.outcomes))
     assert bench.jobs.job.outcomes == [Outcome.CANCELLED]
+    await bench.turns(2)
+    assert _folders(bench) == [f"step-{step:08d}" for step in sorted(bench.jobs.job.checkpoints)]
     assert not any("/final/" in key for key in sorted(bench.store.keys()))
     assert bench.engine.adapter_keys() == ()
 
