@@ -24,8 +24,8 @@ def _fades(passes: int) -> float:
 
 # Relative, and small beside any measurement: decides only what the passes so far leave open.
 _RIDGE = 1e-3
-# The oldest goes alone when passes of one job are less of what is remembered: what such a pass takes could else not be
-# told from what others add to it. At most each 14th pass, and none where the credit makes passes of one job anyway.
+# The oldest goes alone when its passes alone are less of what is remembered: what such a pass takes could else not be
+# told from what others add to it. At most each 14th pass, and none where the credit leaves it alone anyway.
 _LEAST_ALONE = 1 / 40
 # Of the time that the promise leaves to the others, what they are given: the rest is for estimates that were wrong.
 MARGIN = 0.9
@@ -45,6 +45,7 @@ class PassCost:
         self._coefficients: tuple[float, ...] | None = None
         self._passes = 0
         self._weight = self._alone = 0.0
+        self._whose: int | None = None
 
     @property
     def known(self) -> bool:
@@ -53,15 +54,21 @@ class PassCost:
 
     @property
     def forgets_alone(self) -> bool:
-        """Whether passes were measured, but hardly any of one job lately."""
+        """Whether passes were measured, but hardly any of the oldest job alone lately."""
         return self._alone < _LEAST_ALONE * self._weight
 
-    def learn(self, tokens: int, jobs: int, seconds: float) -> None:
-        """A pass of so many tokens of so many jobs took this long."""
+    def learn(self, tokens: int, jobs: int, seconds: float, oldest: int | None = None) -> None:
+        """A pass of so many tokens of so many jobs took this long.
+
+        oldest: which job is the oldest (its order of arrival), where the pass was its alone. Another job's pass does
+        not tell what the promise is measured by: its tokens may be far from the oldest's.
+        """
+        if oldest is not None and oldest != self._whose:
+            self._whose, self._alone = oldest, 0.0
         terms, fades = (1.0, float(tokens), float(jobs)), _fades(self._passes)
         self._passes += 1
         self._weight = fades * self._weight + 1
-        self._alone = fades * self._alone + (jobs == 1)
+        self._alone = fades * self._alone + (oldest is not None)
         for i, left in enumerate(terms):
             self._targets[i] = fades * self._targets[i] + left * seconds
             for j, right in enumerate(terms):

@@ -167,7 +167,7 @@ class Trainer:
         items = [waiting[index] for index in chosen]
         self._grow_room()
         began = self._clock.monotonic()
-        self._serve(items)
+        self._serve(items, oldest)
         seconds = self._clock.monotonic() - began
         oldest.credit = credit_after(
             shares, chosen, seconds, self._room, self._cost, credit=oldest.credit, earns=self._earns
@@ -234,13 +234,13 @@ class Trainer:
 
     # Passes.
 
-    def _serve(self, items: Sequence[_Training]) -> None:
+    def _serve(self, items: Sequence[_Training], oldest: _Training) -> None:
         """One pass for the requests of these attempts; several are training slices, joined."""
         if len(items) > 1 and self._joined(items):
             return
         for item in items:
             try:
-                answer = self._timed_pass(item.request)
+                answer = self._timed_pass(item.request, item.order if item is oldest else None)
             except Exception as error:
                 item.failed(error)
             else:
@@ -267,11 +267,11 @@ class Trainer:
             item.answered([replace(next(results), fused=True) for _ in request.pieces])
         return True
 
-    def _timed_pass(self, request: Request | None) -> Any:
+    def _timed_pass(self, request: Request | None, oldest: int | None) -> Any:
         began = self._clock.monotonic()
         answer = self._pass(request)
         if isinstance(request, Forward) and request.training:
-            self._cost.learn(request.input_tokens, 1, self._clock.monotonic() - began)
+            self._cost.learn(request.input_tokens, 1, self._clock.monotonic() - began, oldest)
         return answer
 
     def _pass(self, request: Request | None) -> Any:

@@ -34,7 +34,7 @@ def cost_of(fixed: float, token: float, job: float) -> PassCost:
     for _ in range(3):
         for tokens in (10, 50, 200):
             for jobs in (1, 2, 4):
-                cost.learn(tokens, jobs, fixed + token * tokens + job * jobs)
+                cost.learn(tokens, jobs, fixed + token * tokens + job * jobs, 0 if jobs == 1 else None)
     return cost
 
 
@@ -164,7 +164,9 @@ class Simulated:
         shares = [share(i, self.consumed[i], tokens) for i, tokens in enumerate(self.tokens)]
         chosen = join(shares, self.room, self.learned, credit=self.credit, earns=spare(SLOWDOWN))
         seconds = self.cost(sum(self.tokens[i] for i in chosen), len(chosen))
-        self.learned.learn(sum(self.tokens[i] for i in chosen), len(chosen), seconds)
+        self.learned.learn(
+            sum(self.tokens[i] for i in chosen), len(chosen), seconds, 0 if chosen == [0] else None
+        )
         self.credit = credit_after(
             shares,
             chosen,
@@ -192,6 +194,7 @@ class Simulated:
 @example([50, 50, 50, 50], 0.05, 1.5e-3, 0.01)
 @example([5, 193], 0.125, 1e-4, 0.0)
 @example([104, 128], 0.125, 0.001, 0.03125)
+@example([109, 179, 29], 0.0, 0.001999752234287436, 0.044475760202366536)
 def test_the_oldest_keeps_its_speed_and_nobody_starves(
     tokens: list[int], fixed: float, token: float, job: float
 ) -> None:
