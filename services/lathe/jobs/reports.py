@@ -67,10 +67,14 @@ class ReportsService:
             fresh = await session.put_metrics(job.id, measured)
             by_step = {row.step: row for row in measured}
             events += [messages.step(by_step[step]) for step in sorted(fresh)]
-            shown = [one for one in progress.checkpoints if one.step not in progress.dropped_checkpoints]
-            for checkpoint in sorted(shown, key=lambda one: one.step):
-                if await session.put_checkpoint(self._checkpoint(job, checkpoint)):
-                    events.append(messages.checkpoint_created(checkpoint.step))
+            for checkpoint in sorted(progress.checkpoints, key=lambda one: one.step):
+                created = messages.checkpoint_created(checkpoint.step)
+                if checkpoint.step in progress.dropped_checkpoints:
+                    # It came and went while jobs was away: the story has it all the same, once.
+                    if not await session.has_event(job.id, created):
+                        events.append(created)
+                elif await session.put_checkpoint(self._checkpoint(job, checkpoint)):
+                    events.append(created)
                 elif await _replaces(session, attempt, checkpoint, progress.notes):
                     await session.replace_checkpoint(job.id, checkpoint.step, checkpoint.object)
             for step in progress.dropped_checkpoints:
