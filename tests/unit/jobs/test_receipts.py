@@ -226,7 +226,7 @@ async def test_the_engine_says_which_checkpoints_are_given_up(world: World) -> N
             return [point.step for point in await session.checkpoints(lease.job.id)]
 
     assert await told([1, 2], []) == [2, 1]
-    # One that nobody has heard of yet may be given up at once, and is told of; a report that is repeated changes nothing.
+    # One that nobody has heard of yet may be given up at once, and is told of; repeating a report changes nothing.
     for _ in range(2):
         assert await told([3, 4], [1, 3]) == [4, 2]
     created = [text for text in await world.messages(lease.job.id) if text.startswith("Checkpoint")]
