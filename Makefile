@@ -26,7 +26,7 @@ quickstart: $(VENV)/.engine ## tune a real model on the example data, measure it
 
 test: $(VENV)/.dev ## install what the tests need and run all of them (not the cluster ones)
 	$(BIN)/pytest tests/unit -n 2
-	$(BIN)/pytest tests/contract -n 2
+	OMP_NUM_THREADS=1 $(BIN)/pytest tests/contract -n 2
 	$(BIN)/pytest tests/integration
 	$(BIN)/pytest tests/e2e --target=embedded
 	$(BIN)/pytest tests/e2e --target=processes
