@@ -114,13 +114,16 @@ class Reconciler:
 
     async def _load(self) -> _Loaded:
         async with self.store.read() as session:
+            # Each query sees what was committed before it: an engine that another replica launches meanwhile must
+            # never be missing beside the pool that tells of its launch (see `_launch`), so pools come first.
+            pools = await session.pools()
             leased = await session.jobs_in(sorted(LEASED_STATES))
             return _Loaded(
                 queued=await session.jobs_in([JobState.QUEUED]),
                 running=[job for job in leased if not job.final_attempt_id],
                 newer=await session.newer_jobs(),
                 engines=await session.engines(),
-                pools=await session.pools(),
+                pools=pools,
                 open_attempts=await session.open_attempts(),
                 lost=await session.lost_engines(),
             )
