@@ -37,18 +37,21 @@ def test_a_server_of_the_try_out_is_killed(release: Release, work: Work, server:
 
 
 def kill(release: Release, component: str) -> float:
-    """Kill the component's pod; when. An engine's process dies first: deleting its pod alone would let it drain."""
-    found = release.pod(component)
-    pod, uid = found["metadata"]["name"], found["metadata"]["uid"]
+    """Kill the component's pod; when. Of engines all, as the streams may be on any: a job that had one to itself may
+    have left it. An engine's process dies first: deleting its pod alone would let it drain."""
+    found = release.ready_pods(component) if component == "engine" else [release.pod(component)]
     moment = time.monotonic()
     if component == "engine":
-        assert release.signal_engine(found, "KILL"), f"no engine runs in {pod}"
-    release.kubectl.kill(pod)
+        signalled = [release.signal_engine(pod, "KILL") for pod in found]
+        assert any(signalled), "no engine runs"
+    for pod in found:
+        release.kubectl.kill(pod["metadata"]["name"])
     # A StatefulSet's next pod has the name of the last one.
+    gone = {pod["metadata"]["uid"] for pod in found}
     until(
-        lambda: uid not in {one["metadata"]["uid"] for one in release.pods(component)},
+        lambda: not gone & {one["metadata"]["uid"] for one in release.pods(component)},
         60,
-        f"{pod} to be gone",
+        f"{component}'s pods to be gone",
     )
     return moment
 
