@@ -1,10 +1,13 @@
 """Fixtures of every suite."""
 
+import os
+
 import pytest
 from hypothesis import settings
 
-# How long an example takes is the machine's matter (a busy one, a first import); what it finds is the test's.
-settings.register_profile("lathe", deadline=None)
+# How long an example takes is the machine's matter (a busy one, a first import); what it finds is the test's. CI tries
+# the same examples each time, so that a change is judged by itself; each developer's run tries others.
+settings.register_profile("lathe", deadline=None, derandomize="CI" in os.environ, print_blob=True)
 settings.load_profile("lathe")
 
 pytest_plugins = ["tests.fixtures.servers", "tests.fixtures.ray"]

@@ -186,7 +186,13 @@ def test_slices_of_any_size_give_the_same_steps(tmp_path: Path, make_engine: Mak
             torch.testing.assert_close(other_tensors[tensor], tensors[tensor], atol=1e-9, rtol=0)
         for one, other in zip(steps, other_steps, strict=True):
             assert other.train_loss == pytest.approx(one.train_loss, abs=1e-9)
-            assert other.figures == pytest.approx(one.figures, abs=1e-8)
+            assert figures_that_hold(other) == pytest.approx(figures_that_hold(one), abs=1e-8)
+
+
+def figures_that_hold(step: StepMetrics) -> dict[str, float]:
+    """The first step begins at its reference: its margins are zero but for a rounding, whose sign is not the slices' to
+    keep (it differs from one kind of CPU to another), so the share of margins above zero says nothing there."""
+    return {name: value for name, value in step.figures.items() if step.step > 1 or "accuracies" not in name}
 
 
 def told_without_times(told: Sequence[object]) -> list[StepMetrics]:
