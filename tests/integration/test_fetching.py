@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -11,20 +12,21 @@ from typing import Any
 import pytest
 
 from lathe.datasets.addresses import networks
-from lathe.datasets.fetching import FetchBroke, Fetcher, FetchRefused
+from lathe.datasets.fetching import MAX_STUCK, FetchBroke, Fetcher, FetchRefused, Secret
 
 ROWS = b'{"a": 1}\n' * 1000
 
 
 class Site(BaseHTTPRequestHandler):
-    """`pages`: path -> what to do. `seen`: (path, host) of each request."""
+    """`pages`: path -> what to do. `seen`: (path, host) of each request; `secrets`: what it says of who asks."""
 
     pages: dict[str, Callable[[Any], None]]
     seen: list[tuple[str, str]]
+    secrets: list[str]
 
     def do_GET(self) -> None:
         self.seen.append((self.path, self.headers["host"]))
-        assert "authorization" not in self.headers
+        self.secrets.append(self.headers.get("authorization", ""))
         self.pages[self.path](self)
 
     def answer(self, status: int, body: bytes = b"", **headers: str) -> None:
@@ -43,7 +45,7 @@ def site() -> Iterator[type[Site]]:
     class Own(Site):
         pass
 
-    Own.pages, Own.seen = {}, []
+    Own.pages, Own.seen, Own.secrets = {}, [], []
     server = ThreadingHTTPServer(("127.0.0.1", 0), Own)
     Own.port = server.server_port  # type: ignore[attr-defined]
     threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
@@ -59,9 +61,12 @@ def fetcher(*answers: str, allowed: tuple[str, ...] = ("127.0.0.0/8",), **limits
     async def resolve(host: str, port: int) -> list[str]:
         return (left.pop(0) if len(left) > 1 else left[0]).split()
 
-    return Fetcher(
-        networks(allowed), **{"max_bytes": 1 << 20, "max_seconds": 10.0, **limits}, resolve=resolve
-    )
+    limits = {"max_bytes": 1 << 20, "max_seconds": 10.0, "pause": no_pause, **limits}
+    return Fetcher(networks(allowed), **limits, resolve=resolve)
+
+
+async def no_pause(_: float) -> None:
+    pass
 
 
 async def read(fetch: Fetcher, site: Any, path: str = "/a", host: str = "files.example.com") -> bytes:
@@ -120,10 +125,17 @@ async def test_every_redirect_is_checked_again(site: Any) -> None:
     site.pages["/a"] = lambda it: it.answer(302, location="/a")
     with pytest.raises(FetchRefused, match="more than 5"):
         await read(fetcher(), site)
-    for location in ("file:///etc/passwd", "http://user:pw@x/", ""):
+    for location, why in (
+        ("file:///etc/passwd", "begin with"),
+        ("http://user:pw@x/", "user name"),
+        ("//[::1", "no URL"),
+        ("/\xff", "ASCII"),
+        ("", "not to anywhere"),
+    ):
         site.pages["/b"] = lambda it, to=location: it.answer(302, location=to)
-        with pytest.raises(FetchRefused):
+        with pytest.raises(FetchRefused, match=why):
             await read(fetcher(), site, "/b")
+    assert set(site.secrets) == {""}
 
 
 async def test_no_proxy_of_the_environment(site: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -174,3 +186,166 @@ async def test_answers_that_are_no_file(site: Any) -> None:
     ):
         with pytest.raises(error):
             await read(fetcher(), site, path)
+
+
+async def test_whoever_drips_loses_its_connection(site: Any) -> None:
+    """In the body, where http.client has forgotten the socket."""
+    noticed = threading.Event()
+
+    def drips(it: Any) -> None:
+        it.wfile.write(b"HTTP/1.0 200 OK\r\n\r\n")
+        try:
+            while not noticed.wait(0.02):
+                it.wfile.write(b"y")
+        except OSError:
+            noticed.set()
+
+    site.pages["/drips"] = drips
+    with pytest.raises(FetchRefused, match="longer"):
+        await read(fetcher(max_seconds=0.2), site, "/drips")
+    try:
+        assert await asyncio.to_thread(noticed.wait, 5)
+    finally:
+        noticed.set()
+
+
+async def test_whoever_drips_its_handshake_loses_its_connection() -> None:
+    """Else a thread would be its for ever."""
+    noticed = asyncio.Event()
+
+    async def drips(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        # A record of TLS that announces 16 KiB.
+        writer.write(b"\x16\x03\x03\x40\x00")
+        try:
+            while True:
+                writer.write(b"\x02")
+                await writer.drain()
+                await asyncio.sleep(0.02)
+        except OSError:
+            noticed.set()
+        finally:
+            writer.close()
+
+    async with await asyncio.start_server(drips, "127.0.0.1", 0) as server:
+        url = f"https://files.example.com:{server.sockets[0].getsockname()[1]}/a"
+        with pytest.raises(FetchRefused, match="longer"):
+            await anext(fetcher(max_seconds=0.2).fetch(url))
+        await asyncio.wait_for(noticed.wait(), 5)
+
+
+# --- going on where a connection broke ---------------------------------------------------------------------------
+
+FILE = bytes(range(256)) * 16384
+
+
+class Cutting:
+    """A file whose server sends `each` bytes of it a connection. tags: its ETag at each request, the last for ever."""
+
+    def __init__(self, each: int, *tags: str, offers: str = "bytes", fails: int = 0) -> None:
+        self.each = each
+        self.tags = list(tags) or ['"v1"']
+        self.offers = offers
+        self.fails = fails
+        self.asked: list[str | None] = []
+
+    def __call__(self, it: Any) -> None:
+        wanted = it.headers["range"]
+        self.asked.append(wanted)
+        tag = self.tags.pop(0) if len(self.tags) > 1 else self.tags[0]
+        if wanted and self.fails:
+            self.fails -= 1
+            it.answer(503)
+            return
+        begin = 0
+        if wanted and it.headers["if-range"] == tag:
+            begin = int(wanted.removeprefix("bytes=").removesuffix("-"))
+            it.send_response(206)
+            it.send_header("Content-Range", f"bytes {begin}-{len(FILE) - 1}/{len(FILE)}")
+        else:
+            it.send_response(200)
+        it.send_header("Content-Length", str(len(FILE) - begin))
+        it.send_header("ETag", tag)
+        it.send_header("Accept-Ranges", self.offers)
+        it.end_headers()
+        it.wfile.write(FILE[begin : begin + self.each])
+
+
+def resuming(pauses: list[float] | None = None, **limits: Any) -> Fetcher:
+    async def pause(seconds: float) -> None:
+        if pauses is not None:
+            pauses.append(seconds)
+
+    return fetcher(**{"max_bytes": 8 << 20, "max_seconds": 1000.0, "pause": pause, **limits})
+
+
+async def test_a_broken_fetch_goes_on_where_it_was(site: Any) -> None:
+    site.pages["/a"] = file = Cutting(1_500_000, fails=2)
+    pauses: list[float] = []
+    digest = hashlib.sha256(await read(resuming(pauses), site)).hexdigest()
+    assert digest == hashlib.sha256(FILE).hexdigest()
+    assert file.asked == [None, *["bytes=1500000-"] * 3, "bytes=3000000-"]
+    assert pauses == [1, 2, 4, 1]
+
+
+async def test_what_makes_no_progress_is_given_up(site: Any) -> None:
+    site.pages["/a"] = file = Cutting(1000)
+    pauses: list[float] = []
+    with pytest.raises(FetchBroke, match="broke after 6000 of"):
+        await read(resuming(pauses), site)
+    assert len(file.asked) == MAX_STUCK + 1 and pauses == [2, 4, 8, 16, 32]
+
+
+@pytest.mark.parametrize(
+    ("file", "requests"),
+    [
+        (Cutting(2_000_000, '"v1"', '"v2"'), 2),
+        (Cutting(2_000_000, 'W/"v1"'), 1),
+        (Cutting(2_000_000, "v1"), 1),
+        (Cutting(2_000_000, offers="none"), 1),
+        (Cutting(0), 1),
+    ],
+)
+async def test_what_cannot_be_gone_on_with_begins_again_another_time(
+    site: Any, file: Cutting, requests: int
+) -> None:
+    site.pages["/a"] = file
+    got = bytearray()
+    with pytest.raises(FetchBroke):
+        async for chunk in resuming().fetch(f"http://files.example.com:{site.port}/a"):
+            got += chunk
+    assert len(file.asked) == requests and bytes(got) == FILE[: file.each]
+
+
+@pytest.mark.parametrize(
+    "content_range", ["", "bytes 0-9/10", f"bytes 100-{len(FILE) - 1}/5", "bytes 99-/x", "items 100-9/9"]
+)
+async def test_a_wrong_part_is_not_taken(site: Any, content_range: str) -> None:
+    def page(it: Any) -> None:
+        if it.headers["range"]:
+            it.answer(206, FILE[100:], content_range=content_range, etag='"v1"')
+        else:
+            it.answer(200, FILE[:100], content_length=str(len(FILE)), etag='"v1"', accept_ranges="bytes")
+
+    site.pages["/a"] = page
+    with pytest.raises(FetchBroke, match="same file"):
+        await read(resuming(), site)
+    assert len(site.seen) == 2
+
+
+async def test_going_on_is_checked_like_the_beginning(site: Any) -> None:
+    """The name may mean the inside by then, and a file may grow without end."""
+    site.pages["/a"] = Cutting(2_000_000)
+    with pytest.raises(FetchRefused, match="may not reach"):
+        await read(fetcher("127.0.0.1", "10.0.0.1", max_bytes=8 << 20), site)
+    with pytest.raises(FetchRefused, match="larger"):
+        await read(resuming(max_bytes=len(FILE) - 1), site)
+
+
+async def test_a_secret_stays_with_its_host(site: Any) -> None:
+    site.pages["/a"] = lambda it: it.answer(302, location="/b")
+    site.pages["/b"] = lambda it: it.answer(302, location=f"http://cdn.example.com:{site.port}/c")
+    site.pages["/c"] = lambda it: it.answer(200, ROWS)
+    secret = Secret(f"http://hub.example.com:{site.port}", "Bearer hf_x")
+    url = f"http://hub.example.com:{site.port}/a"
+    assert b"".join([chunk async for chunk in fetcher().fetch(url, secret)]) == ROWS
+    assert site.secrets == ["Bearer hf_x", "Bearer hf_x", ""]

@@ -8,10 +8,13 @@ from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_add
 Address = IPv4Address | IPv6Address
 Network = IPv4Network | IPv6Network
 
-_NAT64 = (IPv6Network("64:ff9b::/96"), IPv6Network("64:ff9b:1::/48"))
+# What a network of its own takes instead (64:ff9b:1::/48, RFC 8215) may hold the IPv4 address anywhere.
+_NAT64 = IPv6Network("64:ff9b::/96")
+# All that the registry gives out to the public; site-local addresses are global to Python's library.
+_UNICAST = IPv6Network("2000::/3")
 # Global to Python's library, and yet not the outside: Azure's platform address, the block of protocol assignments (a
-# cloud's metadata is in it), the IPv6 addresses that once stood for IPv4 ones.
-_INSIDE = (IPv4Network("168.63.129.16/32"), IPv4Network("192.0.0.0/24"), IPv6Network("::/96"))
+# cloud's metadata is in it).
+_INSIDE = (IPv4Network("168.63.129.16/32"), IPv4Network("192.0.0.0/24"))
 
 
 def networks(given: Sequence[str]) -> tuple[Network, ...]:
@@ -34,11 +37,13 @@ def may_reach(address: str, allowed: Sequence[Network]) -> bool:
 def _permitted(address: Address, allowed: Sequence[Network]) -> bool:
     if any(address.version == network.version and address in network for network in allowed):
         return True
-    if any(address.version == network.version and address in network for network in _INSIDE):
+    if isinstance(address, IPv6Address):
+        if address.ipv4_mapped or address in _NAT64:
+            # What they stand for decides.
+            return True
+        return address in _UNICAST and address.is_global
+    if any(address in network for network in _INSIDE):
         return False
-    if isinstance(address, IPv6Address) and (address.ipv4_mapped or any(address in n for n in _NAT64)):
-        # What they stand for decides.
-        return True
     return address.is_global and not address.is_multicast and not address.is_reserved
 
 
@@ -46,6 +51,6 @@ def _inner(address: Address) -> list[IPv4Address]:
     if isinstance(address, IPv4Address):
         return []
     found = [address.ipv4_mapped, address.sixtofour, *(address.teredo or ())]
-    if any(address in network for network in _NAT64):
+    if address in _NAT64:
         found.append(IPv4Address(int(address) & 0xFFFFFFFF))
     return [inner for inner in found if inner is not None]

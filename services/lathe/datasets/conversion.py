@@ -13,7 +13,7 @@ import os
 import resource
 import signal
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -25,7 +25,7 @@ from lathe.common.objectstore.base import LOCAL_DISK, local_disk
 from lathe.datasets.model import MAX_BYTES, ImportOptions, Report, training_report, whole_file
 from lathe.text.errors import RowError
 from lathe.text.jsonl import MAX_LINE_BYTES, Line, Validator
-from lathe.text.readers import read_records
+from lathe.text.readers import Record, read_records
 
 MAX_MEMORY_BYTES = 512 << 20
 """Of the process that reads a file: what it may have beside its code."""
@@ -62,12 +62,14 @@ class Converter(Protocol):
 
 
 def convert(source: Path, target: Path, options: ImportOptions) -> Converted:
-    """In this process. Every row is checked as it is written. Raises Unavailable."""
-    limit = min(MAX_BYTES, source.stat().st_size * _MAX_RATIO + _SLACK_BYTES)
+    """In this process. Every row is checked as it is written. source: a file, or a folder of files that are read by
+    name, one after another. Raises Unavailable."""
+    files = sorted(source.iterdir()) if source.is_dir() else [source]
+    limit = min(MAX_BYTES, sum(file.stat().st_size for file in files) * _MAX_RATIO + _SLACK_BYTES)
     writer = _Writer()
     with local_disk(target), target.open("wb") as file:
         try:
-            for record in read_records(source, options.file_type, options.columns):
+            for record in _records(files, options):
                 file.write(writer.line(record.place, record.row, record.error))
                 if writer.validator.stopped:
                     break
@@ -78,6 +80,18 @@ def convert(source: Path, target: Path, options: ImportOptions) -> Converted:
         except MemoryError:
             writer.stop(RowError("", "too_large", "reading the file takes more memory than a file may have"))
     return Converted(writer.digest.hexdigest(), writer.size, training_report(writer.validator.finish()))
+
+
+def _records(files: Sequence[Path], options: ImportOptions) -> Iterator[Record]:
+    for number, path in enumerate(files, 1):
+        try:
+            for record in read_records(path, options.file_type, options.columns):
+                place = record.place if len(files) == 1 else f"file {number}, {record.place}"
+                yield Record(place, record.row, record.error)
+        except RowError as error:
+            if len(files) == 1:
+                raise
+            raise RowError(error.field, error.code, f"file {number}: {error.detail}") from None
 
 
 class _Writer:

@@ -1,36 +1,43 @@
 """Reading from URLs that a user names, without being turned on the network inside.
 
-The name is resolved once, every address it has is checked, and the connection goes to one of these addresses: what the
-name means a moment later plays no part. Each redirect is a new URL and is checked like the first. No proxy is used, no
-credential sent, nothing decoded.
+The name is resolved once a connection, every address it has is checked, and the connection goes to one of these
+addresses: what the name means a moment later plays no part. Each redirect is a new URL and is checked like the first,
+and so is each connection that goes on where another broke. No proxy is used, no credential sent but a `Secret` to its
+own host, nothing decoded.
 """
 
 from __future__ import annotations
 
 import asyncio
+import re
 import socket
 import ssl
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import suppress
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
-from http.client import HTTPConnection, HTTPException, HTTPResponse
+from http.client import HTTPException, HTTPResponse
 from typing import TypeVar
 from urllib.parse import SplitResult, urljoin, urlsplit
 
 from lathe.datasets.addresses import Network, may_reach
+from lathe.datasets.pinned import PORTS, PinnedConnection
 
 MAX_REDIRECTS = 5
 MAX_URL = 4096
+MAX_STUCK = 5
+"""So many connections in a row may break with less than PROGRESS_BYTES of the body."""
+PROGRESS_BYTES = 1 << 20
 _CHUNK = 1 << 20
-_CONNECT_S = 10.0
-_SILENCE_S = 30.0
+_RESOLVE_S = 30.0
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
-_PORTS = {"http": 80, "https": 443}
+_CONTENT_RANGE = re.compile(r"bytes (\d{1,18})-\d{1,18}/(\d{1,18}|\*)", re.ASCII)
+_STRONG_ETAG = re.compile(r'"[\x21\x23-\x7e]*"')
 
 T = TypeVar("T")
 # host, port -> addresses
 Resolver = Callable[[str, int], Awaitable[Sequence[str]]]
+Pause = Callable[[float], Awaitable[None]]
 
 
 class FetchRefused(Exception):
@@ -45,102 +52,164 @@ class FetchBroke(Exception):
     """It may work another time."""
 
 
+@dataclass(frozen=True, slots=True)
+class Secret:
+    """What one host alone is told of who asks: the value of an Authorization header, and the host's URL. A redirect to
+    another host, port or scheme does not carry it."""
+
+    url: str
+    authorization: str = field(repr=False)
+
+    def headers(self, target: SplitResult) -> Mapping[str, str]:
+        """Of a request for `target`."""
+        return {"Authorization": self.authorization} if _origin(target) == _origin(urlsplit(self.url)) else {}
+
+
+class _Changed(FetchBroke):
+    """What is there now is not what was begun: another time it has to begin again."""
+
+
 async def resolved(host: str, port: int) -> Sequence[str]:
     """The addresses of a name, by the system's resolver."""
     found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
     return list(dict.fromkeys(str(item[4][0]) for item in found))
 
 
+def _own_threads() -> Executor:
+    # Not the loop's: servers that are slow on purpose would take them all.
+    return ThreadPoolExecutor(64, thread_name_prefix="import")
+
+
+@dataclass(frozen=True, slots=True)
+class _File:
+    """What the answers say of the file. etag: a strong one; empty if a part of it cannot be asked for."""
+
+    etag: str
+    size: int | None
+
+
 @dataclass(frozen=True, slots=True)
 class Fetcher:
-    """allowed: networks that are reached although they are not global. max_bytes, max_seconds: of one fetch."""
+    """allowed: networks that are reached although they are not global. max_bytes, max_seconds: of one fetch. pause:
+    before a connection that goes on where another broke, in seconds."""
 
     allowed: tuple[Network, ...]
     max_bytes: int
     max_seconds: float
     resolve: Resolver = resolved
+    pause: Pause = asyncio.sleep
     tls: ssl.SSLContext = field(default_factory=ssl.create_default_context)
+    threads: Executor = field(default_factory=_own_threads)
 
-    async def fetch(self, url: str) -> AsyncIterator[bytes]:
-        """The bytes behind a URL, redirects followed. Raises FetchRefused, FetchBroke."""
+    async def fetch(self, url: str, secret: Secret | None = None) -> AsyncGenerator[bytes, None]:
+        """The bytes behind a URL, redirects followed; goes on where a connection broke, as long as the server offers
+        that and there is progress. Raises FetchRefused, FetchBroke."""
         # No asyncio.timeout: whoever asks for the next chunk may be another task each time.
         deadline = asyncio.get_running_loop().time() + self.max_seconds
-        connection, answer = await self._answer(url, deadline)
-        try:
-            async for chunk in self._body(answer, deadline):
-                yield chunk
-        finally:
-            _abort(connection)
+        file: _File | None = None
+        size = stuck = 0
+        while True:
+            begin = size
+            try:
+                connection, answer = await self._answer(url, deadline, _wanted(file, begin), secret)
+                try:
+                    file = _file(answer) if file is None else _same(file, answer, begin)
+                    async for chunk in self._body(connection, begin, file.size, deadline):
+                        size += len(chunk)
+                        yield chunk
+                    return
+                finally:
+                    connection.abort()
+            except FetchBroke as error:
+                stuck = 0 if size - begin >= PROGRESS_BYTES else stuck + 1
+                if (
+                    file is None
+                    or not file.etag
+                    or size == 0
+                    or stuck > MAX_STUCK
+                    or isinstance(error, _Changed)
+                ):
+                    raise
+            await self.pause(min(2.0**stuck, deadline - asyncio.get_running_loop().time()))
 
-    async def _answer(self, url: str, deadline: float) -> tuple[HTTPConnection, HTTPResponse]:
+    async def _answer(
+        self, url: str, deadline: float, wanted: Mapping[str, str], secret: Secret | None
+    ) -> tuple[PinnedConnection, HTTPResponse]:
         for _ in range(MAX_REDIRECTS + 1):
             target = checked(url)
+            headers = {**wanted, **(secret.headers(target) if secret is not None else {})}
             connection = await self._connected(target, deadline)
             try:
-                answer = await _aside(partial(_asked, connection, target), deadline)
+                answer = await self._aside(partial(connection.ask, headers), deadline)
                 if answer.status not in _REDIRECTS:
-                    return connection, _good(answer)
-                url = _redirected(target, answer.getheader("location") or "")
+                    return connection, _good(answer, part=bool(wanted))
+                url = _redirected(target, answer.getheader("location"))
             except BaseException:
-                _abort(connection)
+                connection.abort()
                 raise
-            _abort(connection)
+            connection.abort()
         raise FetchRefused(f"It redirects more than {MAX_REDIRECTS} times.")
 
-    async def _connected(self, target: SplitResult, deadline: float) -> HTTPConnection:
-        host, port = target.hostname or "", target.port or _PORTS[target.scheme]
+    async def _connected(self, target: SplitResult, deadline: float) -> PinnedConnection:
+        host, port = target.hostname or "", target.port or PORTS[target.scheme]
         try:
-            addresses = await self.resolve(host, port)
+            async with asyncio.timeout(_RESOLVE_S):
+                addresses = await self.resolve(host, port)
         except (OSError, UnicodeError) as error:
             raise FetchBroke(f"{host} cannot be resolved.") from error
-        refused = [address for address in addresses if not may_reach(address, self.allowed)]
-        if refused:
+        if any(not may_reach(address, self.allowed) for address in addresses):
             raise FetchRefused(
                 f"{host} is at an address that imports may not reach. Only public addresses are, and networks "
                 "that the operator allows."
             )
         why: FetchBroke | None = None
         for address in addresses:
-            connection = _Pinned(address, host, port, self.tls if target.scheme == "https" else None)
+            connection = PinnedConnection(address, target, self.tls)
             try:
-                await _aside(connection.connect, deadline)
+                await self._aside(connection.connect, deadline)
+                return connection
             except FetchBroke as error:
+                connection.abort()
                 why = error
-                continue
-            return connection
+            except BaseException:
+                connection.abort()
+                raise
         raise why or FetchBroke(f"{host} has no address.")
 
-    async def _body(self, answer: HTTPResponse, deadline: float) -> AsyncIterator[bytes]:
-        announced, size = answer.length, 0
-        if announced is not None and announced > self.max_bytes:
+    async def _body(
+        self, connection: PinnedConnection, begin: int, end: int | None, deadline: float
+    ) -> AsyncIterator[bytes]:
+        """begin: how many bytes of the file were there before. end: its size, if it was told."""
+        if end is not None and end > self.max_bytes:
             raise self._too_large()
-        while chunk := await _aside(partial(answer.read1, _CHUNK), deadline):
+        size = begin
+        while chunk := await self._aside(partial(connection.read, _CHUNK), deadline):
             size += len(chunk)
             if size > self.max_bytes:
                 raise self._too_large()
             yield chunk
-        if announced is not None and size != announced:
-            raise FetchBroke(f"The connection broke after {size} of {announced} bytes.")
+        if end is not None and size != end:
+            raise FetchBroke(f"The connection broke after {size} of {end} bytes.")
 
     def _too_large(self) -> FetchRefused:
         return FetchRefused(f"It is larger than {self.max_bytes} bytes.", "import_too_large")
 
-
-class _Pinned(HTTPConnection):
-    """Connects to one address, and asks it for a host."""
-
-    def __init__(self, address: str, host: str, port: int, tls: ssl.SSLContext | None) -> None:
-        super().__init__(host, port, timeout=_CONNECT_S)
-        self._address = address
-        self._tls = tls
-        # http.client writes the port into the Host header unless it is the scheme's own.
-        self.default_port = _PORTS["https" if tls else "http"]
-
-    def connect(self) -> None:
-        self.sock = socket.create_connection((self._address, self.port), _CONNECT_S)
-        if self._tls is not None:
-            self.sock = self._tls.wrap_socket(self.sock, server_hostname=self.host)
-        self.sock.settimeout(_SILENCE_S)
+    async def _aside(self, work: Callable[[], T], deadline: float) -> T:
+        """In a thread, until the loop's time is `deadline`."""
+        loop = asyncio.get_running_loop()
+        try:
+            working = loop.run_in_executor(self.threads, work)
+            return await asyncio.wait_for(working, max(0.0, deadline - loop.time()))
+        except TimeoutError as error:
+            if loop.time() >= deadline:
+                raise FetchRefused("It took longer than an import may take.", "import_too_large") from error
+            raise FetchBroke("The server was silent for too long.") from error
+        except ssl.SSLCertVerificationError as error:
+            raise FetchRefused(f"The server's certificate is not trusted: {error.verify_message}.") from error
+        except (HTTPException, ValueError) as error:
+            raise FetchBroke(f"The server's answer cannot be read ({type(error).__name__}).") from error
+        except OSError as error:
+            raise FetchBroke(f"The connection broke ({error.strerror or type(error).__name__}).") from error
 
 
 def checked(url: str) -> SplitResult:
@@ -150,7 +219,7 @@ def checked(url: str) -> SplitResult:
         port = parts.port
     except ValueError as error:
         raise FetchRefused("It is no URL.") from error
-    if parts.scheme not in _PORTS or not parts.hostname:
+    if parts.scheme not in PORTS or not parts.hostname:
         raise FetchRefused("It must begin with https:// or http:// and name a host.")
     if parts.username is not None or parts.password is not None:
         raise FetchRefused("It may carry no user name and password; use a URL that is signed.")
@@ -164,17 +233,40 @@ def shown(url: str) -> str:
     return url.partition("?")[0].partition("#")[0]
 
 
-def _asked(connection: HTTPConnection, target: SplitResult) -> HTTPResponse:
-    path = (target.path or "/") + (f"?{target.query}" if target.query else "")
-    headers = {"Accept-Encoding": "identity", "User-Agent": "lathe-import", "Connection": "close"}
-    connection.request("GET", path, headers=headers)
-    return connection.getresponse()
+def _wanted(file: _File | None, begin: int) -> dict[str, str]:
+    """The headers that ask for the rest of a file, if it is still the same (RFC 9110, 13.1.5 and 14.2)."""
+    return {} if file is None else {"Range": f"bytes={begin}-", "If-Range": file.etag}
 
 
-def _good(answer: HTTPResponse) -> HTTPResponse:
+def _file(answer: HTTPResponse) -> _File:
+    """Of the first answer."""
+    etag = answer.getheader("etag") or ""
+    offered = (answer.getheader("accept-ranges") or "").lower() == "bytes"
+    return _File(etag if offered and _STRONG_ETAG.fullmatch(etag) else "", answer.length)
+
+
+def _same(file: _File, answer: HTTPResponse, begin: int) -> _File:
+    """The file, if the answer is the rest of it. Raises _Changed."""
+    found = _CONTENT_RANGE.fullmatch(answer.getheader("content-range") or "")
+    if found is None or int(found[1]) != begin or answer.getheader("etag") not in (None, file.etag):
+        raise _changed()
+    size = file.size if found[2] == "*" else int(found[2])
+    if file.size not in (None, size):
+        raise _changed()
+    return _File(file.etag, size)
+
+
+def _changed() -> _Changed:
+    return _Changed("The connection broke, and the server does not go on with the same file.")
+
+
+def _good(answer: HTTPResponse, *, part: bool) -> HTTPResponse:
+    """part: the rest of a file was asked for."""
     if answer.status in (408, 425, 429) or answer.status >= 500:
         raise FetchBroke(f"The server answered {answer.status}.")
-    if answer.status != 200:
+    if part and answer.status in (200, 412, 416):
+        raise _changed()
+    if answer.status != (206 if part else 200):
         raise FetchRefused(f"The server answered {answer.status}.", "import_failed")
     coding = (answer.getheader("content-encoding") or "identity").lower()
     if coding != "identity":
@@ -184,33 +276,18 @@ def _good(answer: HTTPResponse) -> HTTPResponse:
     return answer
 
 
-def _redirected(source: SplitResult, location: str) -> str:
-    target = urljoin(source.geturl(), location)
-    if source.scheme == "https" and urlsplit(target).scheme == "http":
+def _redirected(source: SplitResult, location: str | None) -> str:
+    if not location:
+        raise FetchRefused("It redirects, but not to anywhere.")
+    try:
+        target = urljoin(source.geturl(), location)
+        scheme = urlsplit(target).scheme
+    except ValueError as error:
+        raise FetchRefused("It redirects to what is no URL.") from error
+    if source.scheme == "https" and scheme == "http":
         raise FetchRefused("It redirects from https to http.")
     return target
 
 
-def _abort(connection: HTTPConnection) -> None:
-    """A thread that still waits for the other side gets an error."""
-    if connection.sock is not None:
-        with suppress(OSError):
-            connection.sock.shutdown(socket.SHUT_RDWR)
-    connection.close()
-
-
-async def _aside(work: Callable[[], T], deadline: float) -> T:
-    """In a thread, until the loop's time is `deadline`."""
-    loop = asyncio.get_running_loop()
-    try:
-        return await asyncio.wait_for(asyncio.to_thread(work), max(0.0, deadline - loop.time()))
-    except TimeoutError as error:
-        if loop.time() >= deadline:
-            raise FetchRefused("It took longer than an import may take.", "import_too_large") from error
-        raise FetchBroke("The server was silent for too long.") from error
-    except ssl.SSLCertVerificationError as error:
-        raise FetchRefused(f"The server's certificate is not trusted: {error.verify_message}.") from error
-    except (HTTPException, ValueError) as error:
-        raise FetchBroke(f"The server's answer cannot be read ({type(error).__name__}).") from error
-    except OSError as error:
-        raise FetchBroke(f"The connection broke ({error.strerror or type(error).__name__}).") from error
+def _origin(target: SplitResult) -> tuple[str, str | None, int]:
+    return target.scheme, target.hostname, target.port or PORTS[target.scheme]

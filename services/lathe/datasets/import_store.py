@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import datetime
 
@@ -31,35 +30,60 @@ class SqlImportStore:
             if not is_unique_violation(error):
                 raise
 
-    async def due(self, now: datetime) -> Sequence[Import]:
+    async def take(self, staging_key: str, now: datetime, until: datetime) -> Import | None:
         query = (
             imports.select()
             .join(datasets, datasets.c.id == imports.c.dataset_id)
             .where(_UPLOADING, imports.c.next_time <= now)
             .order_by(imports.c.next_time, imports.c.dataset_id)
-        )
-        async with self._db.read() as connection:
-            return [
-                Import(row.project, row.dataset_id, row.source, row.tries)
-                for row in await connection.execute(query)
-            ]
-
-    async def again(self, dataset_id: str, tries: int, next_time: datetime) -> None:
-        async with self._db.write() as connection:
-            await connection.execute(
-                imports.update()
-                .where(imports.c.dataset_id == dataset_id)
-                .values(tries=tries, next_time=next_time)
-            )
-
-    async def fail(self, project: str, dataset_id: str, report: Report) -> None:
-        failed = datasets.update().where(
-            datasets.c.project == project, datasets.c.id == dataset_id, _UPLOADING
+            .limit(1)
+            # Another replica's hand is on what is locked.
+            .with_for_update(skip_locked=True)
         )
         async with self._db.write() as connection:
-            await connection.execute(failed.values(state=DatasetState.ERROR.value, report=asdict(report)))
+            row = (await connection.execute(query)).one_or_none()
+            if row is None:
+                return None
+            is_it = imports.c.dataset_id == row.dataset_id
+            await connection.execute(imports.update().where(is_it).values(next_time=until))
+            item = Import(row.project, row.dataset_id, row.source, row.tries, staging_key)
+            its = datasets.update().where(datasets.c.id == row.dataset_id)
+            await connection.execute(its.values(staging_key=staging_key))
+        return item
+
+    async def keep(self, item: Import, until: datetime) -> bool:
+        return await self._change(_still_due(item).values(next_time=until))
+
+    async def again(self, item: Import, tries: int, next_time: datetime) -> bool:
+        return await self._change(_still_due(item).values(tries=tries, next_time=next_time))
+
+    async def finish(self, item: Import, size_bytes: int, sha256: str) -> bool:
+        state = DatasetState.VALIDATING.value
+        return await self._change(
+            datasets.update().where(*_is(item)).values(state=state, size_bytes=size_bytes, sha256=sha256)
+        )
+
+    async def fail(self, item: Import, report: Report) -> bool:
+        state = DatasetState.ERROR.value
+        return await self._change(
+            datasets.update().where(*_is(item)).values(state=state, report=asdict(report))
+        )
 
     async def forget_ended(self) -> None:
         uploading = sa.select(datasets.c.id).where(_UPLOADING)
         async with self._db.write() as connection:
             await connection.execute(imports.delete().where(imports.c.dataset_id.not_in(uploading)))
+
+    async def _change(self, statement: sa.Update) -> bool:
+        async with self._db.write() as connection:
+            return (await connection.execute(statement)).rowcount > 0
+
+
+def _is(item: Import) -> tuple[sa.ColumnElement[bool], ...]:
+    """The dataset, as long as it is this try's."""
+    return datasets.c.id == item.dataset_id, datasets.c.staging_key == item.staging_key, _UPLOADING
+
+
+def _still_due(item: Import) -> sa.Update:
+    dataset = sa.select(datasets.c.id).where(*_is(item))
+    return imports.update().where(imports.c.dataset_id == item.dataset_id, dataset.exists())

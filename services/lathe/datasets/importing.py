@@ -2,43 +2,50 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
+from contextlib import aclosing, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 
 from lathe.common.background import Wakeup
-from lathe.common.errors import FailedPrecondition
+from lathe.common.errors import FailedPrecondition, LatheError, RetryableError
 from lathe.datasets.fetching import FetchBroke, FetchRefused
 from lathe.datasets.model import Dataset, DatasetState, whole_file
+from lathe.datasets.pauses import Pauses
 from lathe.datasets.ports import Import, ImportStore
 from lathe.datasets.service import DatasetsService
-from lathe.datasets.sources import Sources
+from lathe.datasets.sources import Source, Sources
+from lathe.datasets.validation import clear_objects
 
 log = logging.getLogger(__name__)
 
 MAX_TRIES = 5
+LEASE = timedelta(minutes=1)
+"""What nobody was heard of for so long is fetched by somebody else."""
 _FIRST_WAIT = timedelta(seconds=5)
-_LOOK_EVERY_S = 2.0
+_LOOK_EVERY_S = 5.0
 
 
-class _Unwanted(Exception):
-    """The dataset was deleted."""
+class _NotOurs(Exception):
+    """The dataset was deleted, or another try has taken it over."""
 
 
 @dataclass(frozen=True, slots=True)
 class Importing:
-    """It can die anywhere: the import stays due, and is fetched again from the beginning.
+    """It can die anywhere: the import falls due again, and is fetched from the beginning. Several steps, in one process
+    or many, may run beside each other.
 
-    sources: None where the operator has not switched imports on. busy: ids of datasets that are fetched just now.
+    sources: None where the operator has not switched imports on.
     """
 
     datasets: DatasetsService
     store: ImportStore
     sources: Sources | None
-    busy: set[str] = field(default_factory=set)
     due: Wakeup = field(default_factory=Wakeup)
+    _pauses: Pauses = field(default_factory=Pauses)
 
     def check_offered(self) -> None:
         """Raises FailedPrecondition."""
@@ -55,53 +62,97 @@ class Importing:
             self.due.set()
 
     async def step(self) -> None:
-        """Fetch what is due and nobody else is at, one after another. Raises Unavailable while the store is away."""
+        """Fetch what is due and nobody else is at, one after another. Raises Unavailable while the database is away."""
         if self.sources is None:
             return
         await self.store.forget_ended()
-        for item in await self.store.due(self.datasets.clock.now()):
-            if item.dataset_id not in self.busy:
-                self.busy.add(item.dataset_id)
-                try:
-                    await self._import(item, self.sources)
-                finally:
-                    self.busy.discard(item.dataset_id)
+        while (item := await self._next()) is not None:
+            await self._import(item, self.sources)
+
+    async def _next(self) -> Import | None:
+        now = self.datasets.clock.now()
+        return await self.store.take(self.datasets.new_staging_key(), now, now + LEASE)
 
     async def _import(self, item: Import, sources: Sources) -> None:
-        dataset = await self.datasets.store.get(item.project, item.dataset_id)
-        if dataset is None:
-            return
-        digest, size = hashlib.sha256(), 0
-
-        async def content() -> AsyncIterator[bytes]:
-            nonlocal size
-            async for chunk in self._while_wanted(dataset, sources.read(item.source)):
-                digest.update(chunk)
-                size += len(chunk)
-                yield chunk
-
+        work = asyncio.create_task(self._fetch(item, sources))
+        taken = False
         try:
-            await self.datasets.objects.put(dataset.staging_key, content())
-        except _Unwanted:
-            return
+            await self._until(work, item)
+            taken = await work
+        except _NotOurs:
+            log.info("The import of %s is not wanted any more.", item.dataset_id)
         except FetchRefused as error:
             await self._fail(item, error.code, str(error))
         except FetchBroke as error:
             await self._again(item, str(error))
-        else:
-            store = self.datasets.store
-            if await store.begin_validation(item.project, item.dataset_id, size, digest.hexdigest()):
-                self.datasets.validation.set()
+        except RetryableError as error:
+            # The store's, not the source's.
+            await self._later(item, error.message)
+        except asyncio.CancelledError:
+            # This process ends: nobody has to wait for the lease.
+            with suppress(LatheError):
+                await self.store.again(item, item.tries, self.datasets.clock.now())
+            raise
+        except Exception:
+            log.exception("The import of %s failed.", item.dataset_id)
+            await self._again(item, "Something went wrong on the platform itself.")
+        finally:
+            await _ended(work)
+            if not taken:
+                with suppress(LatheError):
+                    await clear_objects(self.datasets.objects, item.staging_key)
 
-    async def _while_wanted(self, dataset: Dataset, chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    async def _until(self, work: asyncio.Task[bool], item: Import) -> None:
+        """Wait for it, and say all the while that it goes on. Raises _NotOurs."""
         clock = self.datasets.clock
-        looked = clock.monotonic()
-        async for chunk in chunks:
-            if clock.monotonic() - looked > _LOOK_EVERY_S:
-                looked = clock.monotonic()
-                if await self.datasets.store.get(dataset.project, dataset.id) is None:
-                    raise _Unwanted
-            yield chunk
+        while not work.done():
+            pause = asyncio.ensure_future(clock.sleep(_LOOK_EVERY_S))
+            try:
+                await asyncio.wait((work, pause), return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                pause.cancel()
+            if not work.done() and not await self._keep(item):
+                raise _NotOurs
+
+    async def _keep(self, item: Import) -> bool:
+        try:
+            return await self.store.keep(item, self.datasets.clock.now() + LEASE)
+        except RetryableError as error:
+            # Whose it is shows at the end.
+            log.warning("The import of %s goes on: %s", item.dataset_id, error.message)
+            return True
+
+    async def _fetch(self, item: Import, sources: Sources) -> bool:
+        """Whether it is in staging now, and this try's dataset VALIDATING."""
+        dataset = await self.datasets.store.get(item.project, item.dataset_id)
+        if dataset is None:
+            raise _NotOurs
+        files = await sources.files(item.source)
+        if len(files) > 1 and dataset.import_options is None:
+            raise FetchRefused(
+                f"It is {len(files)} files; only those of a training file are joined, which has the purpose fine-tune."
+            )
+        digest, size = hashlib.sha256(), 0
+
+        async def content(file: Source) -> AsyncIterator[bytes]:
+            nonlocal size
+            async with aclosing(file()) as chunks:
+                async for chunk in chunks:
+                    digest.update(chunk)
+                    size += len(chunk)
+                    if size > sources.max_bytes:
+                        raise FetchRefused(
+                            f"It is larger than {sources.max_bytes} bytes.", "import_too_large"
+                        )
+                    yield chunk
+
+        for key, file in zip(_keys(item.staging_key, len(files)), files, strict=True):
+            await self.datasets.objects.put(key, content(file))
+        taken = await self.store.finish(item, size, digest.hexdigest())
+        if taken:
+            self._pauses.forget(item.dataset_id)
+            self.datasets.validation.set()
+        return taken
 
     async def _again(self, item: Import, why: str) -> None:
         tries = item.tries + 1
@@ -110,9 +161,23 @@ class Importing:
             return
         wait = _FIRST_WAIT * 2**item.tries
         log.info("The import of %s is tried again in %s: %s", item.dataset_id, wait, why)
-        await self.store.again(item.dataset_id, tries, self.datasets.clock.now() + wait)
+        await self.store.again(item, tries, self.datasets.clock.now() + wait)
+
+    async def _later(self, item: Import, why: str) -> None:
+        now = self.datasets.clock.now()
+        pause = self._pauses.begin(item.dataset_id, now)
+        log.warning("The import of %s waits %s: %s", item.dataset_id, pause, why)
+        await self.store.again(item, item.tries, now + pause)
 
     async def _fail(self, item: Import, code: str, why: str) -> None:
-        await self.store.fail(
-            item.project, item.dataset_id, whole_file(code, f"It cannot be imported. {why}")
-        )
+        await self.store.fail(item, whole_file(code, f"It cannot be imported. {why}"))
+
+
+def _keys(staging_key: str, count: int) -> Sequence[str]:
+    """Where so many files go, in order."""
+    return [staging_key] if count == 1 else [f"{staging_key}/{number:05d}" for number in range(count)]
+
+
+async def _ended(work: asyncio.Task[bool]) -> None:
+    work.cancel()
+    await asyncio.gather(work, return_exceptions=True)

@@ -26,7 +26,7 @@ from lathe.datasets.addresses import networks
 from lathe.datasets.auditing import Auditor
 from lathe.datasets.blobs import Blobs
 from lathe.datasets.cleaner import Cleaner
-from lathe.datasets.fetching import Fetcher
+from lathe.datasets.fetching import Fetcher, Secret
 from lathe.datasets.import_store import SqlImportStore
 from lathe.datasets.importing import Importing
 from lathe.datasets.peers import RpcBaseModels
@@ -199,7 +199,10 @@ def _sources(settings: DatasetsSettings) -> Sources | None:
             name: open_store(given.s3.model_copy(update={"bucket": name})) for name in given.s3_buckets
         }
     fetcher = Fetcher(networks(given.allow_networks), given.max_bytes, given.max_seconds)
-    return Sources(fetcher, given.hub, buckets)
+    secret = None
+    if given.hub_token is not None:
+        secret = Secret(given.hub, f"Bearer {given.hub_token.get_secret_value()}")
+    return Sources(fetcher, given.hub, buckets, secret)
 
 
 @contextmanager

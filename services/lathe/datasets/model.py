@@ -356,8 +356,11 @@ def check_new(display_name: str, purpose: str, expire_time: datetime | None, now
             )
 
 
-def resolve_import(display_name: str, purpose: str, given: ImportOptions | None) -> ImportOptions | None:
-    """How a new upload is converted: as it was asked for, else by its name; None where it is stored as it is.
+def resolve_import(
+    display_name: str, purpose: str, given: ImportOptions | None, original_name: str = ""
+) -> ImportOptions | None:
+    """How a new upload is converted: as it was asked for, else by its name, or that which it had where it comes from;
+    None where it is stored as it is.
 
     Raises InvalidArgument.
     """
@@ -368,7 +371,7 @@ def resolve_import(display_name: str, purpose: str, given: ImportOptions | None)
                 f"dataset.import_options is for the purpose fine-tune, not {purpose}.",
             )
         return None
-    options = given or ImportOptions(file_type_of(display_name))
+    options = given or ImportOptions(file_type_of(display_name, original_name))
     if len(options.columns) > MAX_COLUMNS or any(len(name) > 255 for name in options.columns.values()):
         raise invalid(
             "dataset.import_options.columns",

@@ -267,31 +267,42 @@ class UploadStore(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Import:
-    """A dataset that is to be fetched. tries: those that broke."""
+    """A dataset that is being fetched. staging_key: where this try's bytes go, and by which it is known whether the
+    dataset is still this try's. tries: those that broke."""
 
     project: str
     dataset_id: str
     source: str
     tries: int
+    staging_key: str
 
 
 class ImportStore(Protocol):
-    """The imports of datasets that are UPLOADING."""
+    """The imports of datasets that are UPLOADING. Each is one try's at a time; what a try has to say once another has
+    taken the dataset over, or it is UPLOADING no more, changes nothing and is answered with False."""
 
     async def begin(self, project: str, dataset_id: str, source: str, now: datetime) -> None:
         """Keep one, due now; nothing happens if there is one of that dataset."""
         ...
 
-    async def due(self, now: datetime) -> Sequence[Import]:
-        """Oldest first."""
+    async def take(self, staging_key: str, now: datetime, until: datetime) -> Import | None:
+        """The one that is due longest becomes a new try's, with this staging_key, and due again `until` then."""
         ...
 
-    async def again(self, dataset_id: str, tries: int, next_time: datetime) -> None:
+    async def keep(self, item: Import, until: datetime) -> bool:
+        """The try goes on."""
+        ...
+
+    async def again(self, item: Import, tries: int, next_time: datetime) -> bool:
         """It broke; when the next try is due."""
         ...
 
-    async def fail(self, project: str, dataset_id: str, report: Report) -> None:
-        """The dataset UPLOADING -> ERROR; nothing happens in another state."""
+    async def finish(self, item: Import, size_bytes: int, sha256: str) -> bool:
+        """What was fetched is in staging: the dataset UPLOADING -> VALIDATING."""
+        ...
+
+    async def fail(self, item: Import, report: Report) -> bool:
+        """The dataset UPLOADING -> ERROR."""
         ...
 
     async def forget_ended(self) -> None:

@@ -64,12 +64,13 @@ def expire_time(message: pb.Dataset) -> datetime | None:
 
 
 def import_options(message: pb.Dataset, name: str = "") -> ImportOptions | None:
-    """name: of the file, if it has none of its own. Raises InvalidArgument for a type that there is not."""
+    """name: what the file is called where it comes from; its ending counts if that of its own does not say what it is.
+    Raises InvalidArgument for a type that there is not."""
     if not message.HasField("import_options"):
         return None
     given = message.import_options
     try:
-        file_type = FileType(given.file_type or file_type_of(message.display_name or name))
+        file_type = FileType(given.file_type or file_type_of(message.display_name, name))
     except ValueError:
         known = ", ".join(FileType)
         raise invalid(

@@ -57,11 +57,13 @@ class DatasetsService:
         *,
         import_options: ImportOptions | None = None,
         source: str = "",
+        original_name: str = "",
     ) -> Dataset:
         """A new dataset, UPLOADING; the same request_id again answers with the first. import_options: how it is
-        converted; None to go by its name. source: where it is imported from. Raises InvalidArgument."""
+        converted; None to go by its name. source: where it is imported from, and original_name what it is called there.
+        Raises InvalidArgument."""
         now = self.clock.now()
-        key = rules.request_key("create", request_id)
+        key = rules.request_key("import" if source else "create", request_id)
         earlier = await self.store.find_by_request(project, key) if key else None
         if earlier is not None:
             return earlier
@@ -74,11 +76,15 @@ class DatasetsService:
             state=DatasetState.UPLOADING,
             create_time=now,
             expire_time=expire_time,
-            staging_key=f"staging/{self.ids.token(24)}",
-            import_options=rules.resolve_import(display_name, purpose, import_options),
+            staging_key=self.new_staging_key(),
+            import_options=rules.resolve_import(display_name, purpose, import_options, original_name),
             source=source,
         )
         return await self.store.add(dataset, key)
+
+    def new_staging_key(self) -> str:
+        """Where the bytes of one upload may lie until they are validated."""
+        return f"staging/{self.ids.token(24)}"
 
     async def get(self, project: str, dataset_id: str) -> Dataset:
         """Raises NotFound."""

@@ -78,6 +78,7 @@ class DatasetsServicer(PreparationMethods):
             request.request_id,
             import_options=protos.import_options(new, name),
             source=shown_source(request.source),
+            original_name=name,
         )
         await self._imports.begin(dataset, request.source)
         return protos.dataset_pb(dataset)

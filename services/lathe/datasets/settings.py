@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, SecretStr, model_validator
 
 from lathe.common.service import ProcessSettings
 from lathe.common.settings import DatabaseSettings, RpcSettings, SettingsGroup, StoreSettings
@@ -21,6 +21,9 @@ class ImportSettings(SettingsGroup):
     max_seconds: float = Field(3600.0, gt=0, description="the longest that one fetch may take")
     workers: int = Field(2, ge=1, le=16, description="imports that are fetched beside each other")
     hub: str = Field("https://huggingface.co", description="what hf: means")
+    hub_token: SecretStr | None = Field(
+        None, description="sent to the hub alone; every project may then read by hf: what it may read"
+    )
     s3: StoreSettings | None = Field(
         None,
         description="the S3 service of s3:// sources (its bucket is not read unless s3_buckets names it)",
@@ -28,8 +31,12 @@ class ImportSettings(SettingsGroup):
     s3_buckets: tuple[str, ...] = Field((), description="buckets there that every project may read")
 
     @model_validator(mode="after")
-    def _networks(self) -> Self:
+    def _usable(self) -> Self:
         networks(self.allow_networks)
+        if self.s3 is not None and self.s3.kind != "s3":
+            raise ValueError("imports.s3 must be of kind 's3'")
+        if self.s3_buckets and self.s3 is None:
+            raise ValueError("imports.s3_buckets needs imports.s3: where these buckets are")
         return self
 
 
@@ -57,10 +64,10 @@ class DatasetsSettings(ProcessSettings, service="datasets"):
 
     @model_validator(mode="after")
     def _not_our_own_bucket(self) -> Self:
-        theirs = self.imports.s3
-        ours = theirs is not None and theirs.endpoint == self.store.endpoint
-        if ours and self.store.bucket in self.imports.s3_buckets:
+        # By name alone: one service may go by many endpoints.
+        if self.store.bucket is not None and self.store.bucket in self.imports.s3_buckets:
             raise ValueError(
-                f"imports.s3_buckets may not name {self.store.bucket!r}: it holds everybody's data"
+                f"imports.s3_buckets may not name {self.store.bucket!r}: the platform's own bucket of that name holds "
+                "everybody's data"
             )
         return self

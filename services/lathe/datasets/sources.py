@@ -4,27 +4,35 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import PurePosixPath
 from urllib.parse import unquote, urlsplit
 
 from lathe.common.errors import InvalidArgument, NotFound, Unavailable
-from lathe.common.objectstore.base import ObjectStore
-from lathe.datasets.fetching import FetchBroke, Fetcher, FetchRefused, checked, shown
+from lathe.common.objectstore.base import ObjectStore, validate_key
+from lathe.datasets.fetching import FetchBroke, Fetcher, FetchRefused, Secret, checked, shown
 from lathe.datasets.model import invalid
 
 _BUCKET = re.compile(r"s3://([a-z0-9][a-z0-9.-]{1,61}[a-z0-9])/(.+)")
 _HUB = re.compile(
-    r"hf:([A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95})(?::([\w.-]{1,96})/([\w.-]{1,96}))?", re.ASCII
+    r"hf:([A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95})(?::(\w[\w.-]{0,95})/(\w[\w.-]{0,95}))?", re.ASCII
 )
 _MAX_LISTING = 1 << 20
+_MAX_FILES = 1000
+
+Source = Callable[[], AsyncGenerator[bytes, None]]
+"""Begins to read one file. Raises FetchRefused, FetchBroke."""
 
 
 def check_source(source: str) -> str:
     """A name for the file. Raises InvalidArgument for what is no source."""
     if bucket := _BUCKET.fullmatch(source):
-        return PurePosixPath(bucket[2]).name[:255] or bucket[1]
+        try:
+            return PurePosixPath(validate_key(bucket[2])).name
+        except InvalidArgument as error:
+            raise invalid("source", f"source: {error.message}") from error
     if hub := _HUB.fullmatch(source):
         return f"{hub[1].replace('/', '-')}-{hub[3] or 'train'}.parquet"
     try:
@@ -43,64 +51,63 @@ def shown_source(source: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Sources:
-    """buckets: those that may be read, by name; never the platform's own. hub: the address of a Hugging Face hub."""
+    """buckets: those that may be read, by name; never the platform's own. hub: the URL of a Hugging Face hub, secret:
+    what it is told of who asks."""
 
     fetcher: Fetcher
     hub: str
     buckets: Mapping[str, ObjectStore] = field(default_factory=dict)
+    secret: Secret | None = None
 
-    async def read(self, source: str) -> AsyncIterator[bytes]:
-        """The bytes. Raises FetchRefused, FetchBroke."""
+    @property
+    def max_bytes(self) -> int:
+        """Of all that one source names."""
+        return self.fetcher.max_bytes
+
+    async def files(self, source: str) -> Sequence[Source]:
+        """What a source names: one file, or several that are one dataset in this order. Raises FetchRefused,
+        FetchBroke, as reading one does."""
         if bucket := _BUCKET.fullmatch(source):
-            chunks = self._from_bucket(bucket[1], bucket[2])
-        elif hub := _HUB.fullmatch(source):
-            chunks = self.fetcher.fetch(await self._hub_file(hub[1], hub[2] or "default", hub[3] or "train"))
-        else:
-            chunks = self.fetcher.fetch(source)
-        async for chunk in chunks:
-            yield chunk
+            return [partial(self._from_bucket, bucket[1], bucket[2])]
+        if hub := _HUB.fullmatch(source):
+            urls = await self._hub_files(hub[1], hub[2] or "default", hub[3] or "train")
+            return [partial(self.fetcher.fetch, url, self.secret) for url in urls]
+        return [partial(self.fetcher.fetch, source)]
 
-    async def _from_bucket(self, name: str, key: str) -> AsyncIterator[bytes]:
+    async def _from_bucket(self, name: str, key: str) -> AsyncGenerator[bytes, None]:
         if name not in self.buckets:
             raise FetchRefused(f"The bucket {name} is none that the operator lets imports read.")
-        size = 0
         try:
             async for chunk in self.buckets[name].stream(key):
-                size += len(chunk)
-                if size > self.fetcher.max_bytes:
-                    raise FetchRefused(
-                        f"It is larger than {self.fetcher.max_bytes} bytes.", "import_too_large"
-                    )
                 yield chunk
-        except (NotFound, InvalidArgument) as error:
+        except NotFound as error:
             raise FetchRefused(f"There is no object {key[:200]!r} in {name}.", "import_failed") from error
         except Unavailable as error:
             raise FetchBroke(error.message) from error
 
-    async def _hub_file(self, dataset: str, config: str, split: str) -> str:
-        """The URL of the one Parquet file that the hub has for a split."""
+    async def _hub_files(self, dataset: str, config: str, split: str) -> list[str]:
+        """The URLs of the Parquet files that the hub has for a split."""
         listing = bytearray()
-        async for chunk in self.fetcher.fetch(
-            f"{self.hub.rstrip('/')}/api/datasets/{dataset}/parquet/{config}/{split}"
-        ):
+        url = f"{self.hub.rstrip('/')}/api/datasets/{dataset}/parquet/{config}/{split}"
+        async for chunk in self.fetcher.fetch(url, self.secret):
             listing += chunk
             if len(listing) > _MAX_LISTING:
                 raise FetchRefused("The hub's list of files is too long.", "import_failed")
         try:
             files = json.loads(listing)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise FetchRefused("The hub's list of files is not JSON.", "import_failed") from error
-        if not isinstance(files, list) or not all(isinstance(file, str) for file in files) or not files:
+        if not isinstance(files, list) or not files or not all(map(_is_parquet, files)):
             raise FetchRefused(
                 f"The hub has no Parquet files of {dataset} {config}/{split}.", "import_failed"
             )
-        if len(files) > 1:
+        if len(files) > _MAX_FILES:
             raise FetchRefused(
-                f"{dataset} {config}/{split} is {len(files)} files; import them one by one: "
-                f"{', '.join(files[:5])}",
-                "import_failed",
+                f"{dataset} {config}/{split} is {len(files)} files; at most {_MAX_FILES} are imported.",
+                "import_too_large",
             )
-        url: str = files[0]
-        if not urlsplit(url).path.endswith(".parquet"):
-            raise FetchRefused("The hub's list names no Parquet file.", "import_failed")
-        return url
+        return files
+
+
+def _is_parquet(url: object) -> bool:
+    return isinstance(url, str) and urlsplit(url).path.endswith(".parquet")

@@ -153,7 +153,9 @@ class Validation:
         """What is stored is made of what was uploaded; nothing is if not all of it can be."""
         async with work_folder("convert-", self._folder) as folder:
             original, target = folder / "source", folder / "rows.jsonl"
-            found = await self._read(dataset, source, _Copy(original), md5)
+            sizes = await self._file_sizes(dataset)
+            check = _Files(original, sizes) if len(sizes) > 1 else _Copy(original)
+            found = await self._read(dataset, source, check, md5)
             if found is None:
                 return
             made = await self._converted(dataset, original, target, options)
@@ -168,6 +170,12 @@ class Validation:
             if not await self._is_there(dataset, sha256, size):
                 await self._objects.put_file(blob_key(sha256), target)
             await self._finish(dataset, DatasetState.READY, sha256, made.report)
+
+    async def _file_sizes(self, dataset: Dataset) -> list[int]:
+        """Of an import of several files, each of which is a part; the parts of an upload are one file."""
+        if not (dataset.source and dataset.staging_key):
+            return []
+        return [info.size async for info in self._objects.list(f"{dataset.staging_key}/")]
 
     async def _converted(
         self, dataset: Dataset, original: Path, target: Path, options: ImportOptions
@@ -253,6 +261,30 @@ class _Copy:
         return Report()
 
 
+class _Files:
+    """The same with several files of these sizes, one after another in a folder."""
+
+    def __init__(self, folder: Path, sizes: Sequence[int]) -> None:
+        folder.mkdir()
+        self._files = [(_Copy(folder / f"{number:05d}"), size) for number, size in enumerate(sizes)]
+        self._number = self._size = 0
+
+    def feed(self, chunk: bytes) -> None:
+        while chunk:
+            if self._number == len(self._files):
+                return  # It will be told as damage: the digest is of other bytes.
+            file, size = self._files[self._number]
+            begin = chunk[: size - self._size]
+            file.feed(begin)
+            self._size += len(begin)
+            chunk = chunk[len(begin) :]
+            if self._size == size:
+                self._number, self._size = self._number + 1, 0
+
+    def report(self) -> Report:
+        return Report()
+
+
 @dataclass(frozen=True, slots=True)
 class _Found:
     """The bytes as they were read. Digests in lower-case hex; md5 means something only if it was wanted."""
@@ -278,7 +310,12 @@ def _damage(dataset: Dataset, md5: str, found: _Found) -> str:
 async def clear_staging(dataset: Dataset, store: DatasetStore, objects: ObjectStore) -> None:
     """Delete what an upload left in staging, and note it."""
     if dataset.staging_key:
-        await objects.delete_prefix(dataset.staging_key + "/")
-        await objects.delete(dataset.staging_key)
-        await objects.delete_prefix(f"{dataset.staging_key}.")
+        await clear_objects(objects, dataset.staging_key)
         await store.clear_staging(dataset.project, dataset.id)
+
+
+async def clear_objects(objects: ObjectStore, staging_key: str) -> None:
+    """Delete an upload: one object, or parts, and what was made of them."""
+    await objects.delete_prefix(f"{staging_key}/")
+    await objects.delete(staging_key)
+    await objects.delete_prefix(f"{staging_key}.")

@@ -19,6 +19,8 @@ class FileType(StrEnum):
 
 
 _ENDINGS = {
+    ".jsonl": FileType.JSONL,
+    ".ndjson": FileType.JSONL,
     ".json": FileType.JSON,
     ".csv": FileType.CSV,
     ".tsv": FileType.CSV,
@@ -43,9 +45,10 @@ _OTHERS = {
 }
 
 
-def file_type_of(name: str) -> FileType:
-    """By the name's ending; JSONL for any that is not known."""
-    return _ENDINGS.get(PurePosixPath(name).suffix.lower(), FileType.JSONL)
+def file_type_of(*names: str) -> FileType:
+    """By the ending of the first of a file's names whose ending is known; JSONL if none is."""
+    found = (_ENDINGS.get(PurePosixPath(name).suffix.lower()) for name in names)
+    return next(filter(None, found), FileType.JSONL)
 
 
 def foreign(begin: bytes, file_type: FileType = FileType.JSONL) -> RowError | None:

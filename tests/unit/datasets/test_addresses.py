@@ -17,6 +17,8 @@ INSIDE = (
     *("255.255.255.255", "::1", "::", "fe80::1", "fe80::1%eth0", "fc00::1", "fd00:ec2::254", "ff02::1"),
     *("2001:db8::1", "::ffff:127.0.0.1", "::ffff:10.0.0.1", "64:ff9b::a9fe:a9fe", "64:ff9b:1::7f00:1"),
     *("2002:7f00:1::", "2002:a9fe:a9fe::", "::127.0.0.1", "nonsense"),
+    # Site-local; a local NAT64 prefix whose IPv4 address lies elsewhere than at the end; what nobody was given.
+    *("fec0::1", "64:ff9b:1:7f00:0:100::", "64:ff9b:1:7f00:0:100:808:808", "4000::1", "::ffff:0:7f00:1"),
 )
 OUTSIDE = ("8.8.8.8", "93.184.216.34", "2606:4700::1111", "::ffff:8.8.8.8", "64:ff9b::808:808")
 
