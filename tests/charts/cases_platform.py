@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from tests.charts.chart import EXTERNAL, SERVICES, merged
+from typing import Any
+
+from tests.charts.chart import EXTERNAL, SERVICES, Rendered, merged
 from tests.charts.looks import (
     DIGEST,
     RESOURCES,
@@ -383,11 +385,38 @@ RUNNING: dict[str, Case] = {
 }
 
 
+def caches(r: Rendered) -> dict[str, Any]:
+    volumes = {name: r.pod(name)["spec"]["volumes"] for name in SERVICES}
+    return {
+        name: one["emptyDir"] for name, found in volumes.items() for one in found if one["name"] == "cache"
+    }
+
+
+CACHES: dict[str, Case] = {
+    "datasets.cache.sizeLimit": (
+        at("datasets.cache.sizeLimit", "5Gi"),
+        lambda r: caches(r)["datasets"],
+        {"sizeLimit": "5Gi"},
+    ),
+    "datasets.cache.sizeLimit: unless set, and of no other": (
+        {},
+        caches,
+        {name: {"sizeLimit": "64Gi"} if name == "datasets" else {} for name in SERVICES},
+    ),
+    "datasets.resources: some of the disk": (
+        {},
+        lambda r: main("datasets")(r)["resources"]["requests"]["ephemeral-storage"],
+        "2Gi",
+    ),
+}
+
+
 PLATFORM: dict[str, Case] = {
     **NAMES,
     **STORE,
     **TRUST,
     **RUNNING,
+    **CACHES,
     **of_tryout("postgres"),
     **of_tryout("seaweedfs"),
     **of_route("http", 8080),

@@ -11,7 +11,10 @@ Look = Callable[[Rendered], Any]
 Case = tuple[Mapping[str, Any], Look, Any]
 
 DIGEST = "sha256:" + "a" * 64
-RESOURCES = {"requests": {"cpu": "7m", "memory": "7Mi"}, "limits": {"cpu": "8", "memory": "8Mi"}}
+RESOURCES = {
+    "requests": {"cpu": "7m", "memory": "7Mi", "ephemeral-storage": "7Mi"},
+    "limits": {"cpu": "8", "memory": "8Mi"},
+}
 TOLERATION = {"key": "mine", "operator": "Exists", "effect": "NoSchedule"}
 UNSCRAPED = {"prometheus.io/scrape": "false"}
 

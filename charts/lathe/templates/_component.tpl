@@ -181,7 +181,11 @@ volumeMounts:
 - name: tmp
   emptyDir: {}
 - name: cache
+  {{- if eq .component "datasets" }}
+  emptyDir: {sizeLimit: {{ .root.Values.datasets.cache.sizeLimit }}}
+  {{- else }}
   emptyDir: {}
+  {{- end }}
 {{- end -}}
 
 {{/* Certificates and tokens: mounted as folders, so that a change arrives without a restart. */}}
