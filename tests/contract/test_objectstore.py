@@ -119,15 +119,15 @@ async def test_a_stream_that_breaks_leaves_nothing(store: ObjectStore, size: int
 
 
 async def test_a_store_that_clients_cannot_reach_signs_nothing(store: ObjectStore) -> None:
-    assert await store.presigned_put("staging/x/00000", timedelta(hours=1)) is None
+    assert await store.presigned_put("staging/x/00000", 3, timedelta(hours=1)) is None
     with pytest.raises(InvalidArgument):
-        await store.presigned_put("../x", timedelta(hours=1))
+        await store.presigned_put("../x", 3, timedelta(hours=1))
 
 
 async def test_a_presigned_url_takes_one_key_until_it_expires(seaweedfs: S3Endpoint) -> None:
     with relay(seaweedfs.endpoint) as public:
         store = s3_store(seaweedfs, public_url=f"http://{public.address}")
-        url = await store.presigned_put("staging/x/00000", timedelta(seconds=2))
+        url = await store.presigned_put("staging/x/00000", 3, timedelta(seconds=2))
         assert url is not None and url.startswith(f"http://{public.address}/ready/staging/x/00000?")
         async with httpx.AsyncClient() as http:
             assert (await http.put(url, content=b"one")).status_code == 200
@@ -136,9 +136,30 @@ async def test_a_presigned_url_takes_one_key_until_it_expires(seaweedfs: S3Endpo
             assert other.status_code == 403
             assert (await http.get(url)).status_code == 403
             async with asyncio.timeout(10):
-                while (await http.put(url, content=b"late")).status_code == 200:  # noqa: ASYNC110
+                while (await http.put(url, content=b"old")).status_code == 200:  # noqa: ASYNC110
                     await asyncio.sleep(0.2)
     assert await store.head("staging/x/00001") is None
+
+
+async def test_a_presigned_url_takes_one_size(seaweedfs: S3Endpoint) -> None:
+    with relay(seaweedfs.endpoint) as public:
+        store = s3_store(seaweedfs, public_url=f"http://{public.address}")
+        url = await store.presigned_put("staging/x/a+b=c@d~e", 1000, timedelta(minutes=1))
+        assert url is not None
+
+        async def chunks() -> AsyncIterator[bytes]:
+            yield b"x" * 1000
+
+        async with httpx.AsyncClient() as http:
+            assert [
+                (await http.put(url, content=b"x" * size)).status_code for size in (0, 999, 1001, 9 * MIB)
+            ] == [403] * 4
+            # Without a length nobody knows it before the end.
+            assert (await http.put(url, content=chunks())).status_code in (403, 411)
+            assert await store.head("staging/x/a+b=c@d~e") is None
+            assert (await http.put(url, content=b"x" * 1000)).status_code == 200
+    info = await store.head("staging/x/a+b=c@d~e")
+    assert info is not None and info.size == 1000
 
 
 async def test_if_absent_never_replaces(store: ObjectStore) -> None:

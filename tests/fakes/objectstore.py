@@ -110,7 +110,7 @@ class MemoryObjectStore:
             if key.startswith(prefix):
                 del self._objects[key]
 
-    async def presigned_put(self, key: str, lifetime: timedelta) -> str | None:
+    async def presigned_put(self, key: str, size: int, lifetime: timedelta) -> str | None:
         validate_key(key)
         return f"{self.public_url}/{key}" if self.public_url else None
 

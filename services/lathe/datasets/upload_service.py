@@ -43,7 +43,7 @@ class UploadService:
         """Before the dataset is made. Raises InvalidArgument, and FailedPrecondition where there is no presigning."""
         rules.check_announced(size_bytes, sha256)
         if presigned:
-            await self._signed("staging/probe", rules.URL_LIFE)
+            await self._signed("staging/probe", 1, rules.URL_LIFE)
 
     async def open(self, dataset: Dataset, size_bytes: int, sha256: str, *, presigned: bool) -> UploadSession:
         """The session of a dataset that was just made; the one that is there if the call is repeated."""
@@ -96,7 +96,7 @@ class UploadService:
         life = max(expire_time - now, timedelta(seconds=1))
         left = rules.missing(session, stored)
         signed = [
-            (part, await self._signed(f"{dataset.staging_key}/{part.name}", life))
+            (part, await self._signed(f"{dataset.staging_key}/{part.name}", part.size, life))
             for part in left[: rules.MAX_SIGNED]
         ]
         return SignedParts(tuple(signed), expire_time, sum(part.size for part in left))
@@ -159,8 +159,8 @@ class UploadService:
         prefix = f"{dataset.staging_key}/"
         return {info.key.removeprefix(prefix): info.size async for info in self.datasets.objects.list(prefix)}
 
-    async def _signed(self, key: str, life: timedelta) -> str:
-        url = await self.datasets.objects.presigned_put(key, life)
+    async def _signed(self, key: str, size: int, life: timedelta) -> str:
+        url = await self.datasets.objects.presigned_put(key, size, life)
         if url is None:
             raise FailedPrecondition(
                 "Parts cannot be sent straight to this platform's store, because clients do not reach it. Create the "

@@ -116,7 +116,7 @@ def next_part_bytes(session: UploadSession, stored: Mapping[str, int]) -> int:
 
 def check_stored(session: UploadSession, stored: Mapping[str, int]) -> None:
     """Raises FailedPrecondition when far more than announced was sent. stored: name -> bytes."""
-    # A part whose answer was lost is sent again, under another id; a presigned URL takes any size.
+    # A part whose answer was lost is sent again, under another id.
     if len(stored) >= MAX_PARTS or sum(stored.values()) >= 2 * session.size_bytes + MAX_PART_BYTES:
         raise FailedPrecondition(
             f"{len(stored)} parts with {sum(stored.values())} bytes are stored, and {session.size_bytes} bytes were "

@@ -114,9 +114,9 @@ async def test_urls_work_no_longer_than_the_upload_is_open_and_not_for_much_more
     world.objects.public_url = "https://s3.example.com"
     lives, signing = [], world.objects.presigned_put
 
-    async def presigned_put(key, life):
-        lives.append(life)
-        return await signing(key, life)
+    async def presigned_put(key, size, life):
+        lives.append((size, life))
+        return await signing(key, size, life)
 
     monkeypatch.setattr(world.objects, "presigned_put", presigned_put)
     monkeypatch.setattr(rules, "MAX_PART_BYTES", 8)
@@ -126,7 +126,7 @@ async def test_urls_work_no_longer_than_the_upload_is_open_and_not_for_much_more
     await parts.sign("acme", dataset.id)
     await world.clock.advance((session.expire_time - world.clock.now()).total_seconds() - 60)
     ((_, url),) = (await parts.sign("acme", dataset.id)).parts
-    assert lives == [rules.URL_LIFE, timedelta(seconds=60)]
+    assert lives == [(20, rules.URL_LIFE), (20, timedelta(seconds=60))]
     await world.objects.put(url.removeprefix("https://s3.example.com/"), b"x" * 48)
     with pytest.raises(FailedPrecondition, match="cancel this upload"):
         await parts.sign("acme", dataset.id)

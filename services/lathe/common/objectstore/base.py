@@ -91,9 +91,9 @@ class ObjectStore(Protocol):
         """Remove every object whose key begins with `prefix`, which may not be empty."""
         ...
 
-    async def presigned_put(self, key: str, lifetime: timedelta) -> str | None:
-        """A URL to which anybody may PUT this object's bytes until `lifetime` (7 days at most) is over; None if clients
-        cannot reach this store."""
+    async def presigned_put(self, key: str, size: int, lifetime: timedelta) -> str | None:
+        """A URL to which anybody may PUT an object of `size` bytes, and of no other size, until `lifetime` (7 days at
+        most) is over; None if clients cannot reach this store."""
         ...
 
     async def check(self) -> None:

@@ -162,7 +162,7 @@ class FolderStore:
         with _outages(prefix):
             await asyncio.to_thread(work)
 
-    async def presigned_put(self, key: str, lifetime: timedelta) -> str | None:
+    async def presigned_put(self, key: str, size: int, lifetime: timedelta) -> str | None:
         validate_key(key)
         return None
 

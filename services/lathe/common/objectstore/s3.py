@@ -32,6 +32,7 @@ from lathe.common.objectstore.base import (
     validate_prefix,
     validate_range,
 )
+from lathe.common.objectstore.presigning import for_size
 
 T = TypeVar("T")
 
@@ -78,6 +79,7 @@ class S3Store:
         retries: int = _RETRIES,
     ) -> None:
         self._bucket = config.bucket
+        self._secret_key = config.secret_key
         self._client = _client(config, connect_timeout_s, read_timeout_s, retries)
         self._copier = _client(config, connect_timeout_s, max(read_timeout_s, _COPY_S), retries)
         self._signer = _signer(config)
@@ -253,10 +255,13 @@ class S3Store:
     def _remove(self, batch: Sequence[DeleteObject]) -> tuple[DeleteError, ...]:
         return tuple(self._client.remove_objects(self._bucket, batch))
 
-    async def presigned_put(self, key: str, lifetime: timedelta) -> str | None:
+    async def presigned_put(self, key: str, size: int, lifetime: timedelta) -> str | None:
         validate_key(key)
+        if self._signer is None:
+            return None
         # Signing asks nobody: the region is given.
-        return self._signer.presigned_put_object(self._bucket, key, lifetime) if self._signer else None
+        url: str = self._signer.presigned_put_object(self._bucket, key, lifetime)
+        return for_size(url, size, self._secret_key) if self._secret_key else url
 
     async def check(self) -> None:
         found = await self._run("check", lambda: self._client.bucket_exists(self._bucket))
