@@ -72,6 +72,8 @@ class FakeDatasets:
     audited: list[tuple[str, str]] = dataclasses.field(default_factory=list)
     # Those on which nothing is trained.
     held_out: set[str] = dataclasses.field(default_factory=set)
+    # What each word about tokens named.
+    kept_tokens: list[list[str]] = dataclasses.field(default_factory=list)
     down: LatheError | None = None
 
     def add(
@@ -115,6 +117,10 @@ class FakeDatasets:
         if held_out:
             self.held_out.add(dataset)
         return self.audits[dataset]
+
+    async def keep_tokens(self, digests: Sequence[str]) -> None:
+        self._check()
+        self.kept_tokens.append(list(digests))
 
     async def create_result_file(
         self, project: str, display_name: str, content: bytes, request_id: str

@@ -16,6 +16,7 @@ from lathe.common.rpc.principal import Principal
 from lathe.common.settings import DatabaseSettings, RpcSettings, StoreSettings
 from lathe.datasets import main as datasets_main
 from lathe.datasets.settings import DatasetsSettings
+from lathe.jobs.peers import RpcDatasets
 from lathe.models import main as models_main
 from lathe.models.settings import ModelsSettings
 from lathe.text.arrow import read_tokens
@@ -161,6 +162,7 @@ async def test_from_a_folder_and_a_file_to_tokens_across_a_restart(start, tmp_pa
         path = tmp_path / "tokens.arrow"
         await store.fetch(audit.object_key, path)
         assert sha(path.read_bytes()) == audit.sha256 and len(read_tokens(path)) == audit.rows == 12
+        await RpcDatasets(public, internal).keep_tokens([audit.sha256])
 
 
 async def test_lists_page_by_token_and_by_openais_cursor(start, tmp_path):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import AsyncIterator, Callable, Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 
 from lathe.common.names import IMPORT_STAGING
@@ -12,14 +12,17 @@ from lathe.common.objectstore.base import ObjectInfo, ObjectStore
 from lathe.datasets.blobs import Blobs
 from lathe.datasets.model import AUDIT_BEGINS, Dataset, DatasetState
 from lathe.datasets.ports import DatasetStore, UploadStore
+from lathe.datasets.service import TokenUse
 from lathe.datasets.uploads import REMEMBERED_FOR
 from lathe.datasets.validation import clear_staging
 
 log = logging.getLogger(__name__)
 
 ABANDONED_AFTER = timedelta(days=1)
-# A job that runs when its file is deleted may start another attempt from the same tokens.
+# A job that waits or runs when its file is deleted starts its next attempt from the same tokens: jobs says every few
+# hours what it needs. While it says nothing, nobody knows, and nothing goes.
 AUDIT_KEPT = timedelta(days=7)
+TOLD_WITHIN = timedelta(days=1)
 # The fault may have passed; of an audit that ended its process again and again only somebody's mending.
 FAILED_KEPT = timedelta(minutes=10)
 GIVEN_UP_KEPT = timedelta(days=1)
@@ -33,12 +36,14 @@ class Cleaner:
     """Each step can be repeated: a process that dies anywhere leaves a row that says what is still to do, or an object
     that no row names, which the sweep of orphans finds.
 
-    busy: names of datasets that are being validated: their turn comes with a later sweep.
+    busy: names of datasets that are being validated: their turn comes with a later sweep. token_use: shared with the
+    service, which hears what jobs needs.
     """
 
     blobs: Blobs
     uploads: UploadStore
     busy: Collection[str] = ()
+    token_use: TokenUse = field(default_factory=TokenUse)
 
     @property
     def store(self) -> DatasetStore:
@@ -61,13 +66,18 @@ class Cleaner:
                 await self._remove(dataset)
         for dataset in await self.store.with_leftovers():
             await clear_staging(dataset, self.store, self.objects)
-        for key in await self.store.unneeded_audits(now - AUDIT_KEPT):
-            await self.store.begin_remove_audit(key, now - AUDIT_KEPT)
+        if self._told(now):
+            for key in await self.store.unneeded_audits(now - AUDIT_KEPT):
+                await self.store.begin_remove_audit(key, now - AUDIT_KEPT)
         await self.store.forget_failed_audits(begins=AUDIT_BEGINS, unused_since=now - FAILED_KEPT)
         await self.store.forget_failed_audits(unused_since=now - GIVEN_UP_KEPT)
         await self.store.forget_overlaps()
         for sha256, owner in await self.store.left_claims(now):
             await self.blobs.delete(sha256, owner)
+
+    def _told(self, now: datetime) -> bool:
+        told = self.token_use.told
+        return told is not None and now - told < TOLD_WITHIN
 
     async def _remove(self, dataset: Dataset) -> None:
         await clear_staging(dataset, self.store, self.objects)

@@ -80,7 +80,7 @@ async def running(
         uploads = UploadService(service, session_store)
         imports = Importing(service, SqlImportStore(db), _sources(settings))
         folder = files.enter_context(_folder(settings.cache_folder))
-        indexes = RowIndexes(store, objects, folder / "rows", clock, service.preparing)
+        indexes = RowIndexes(store, objects, folder / "rows", clock, service.indexing)
         await indexes.start()
         tokenizers = TokenizerCache(objects, folder)
         previews = Previews(service, objects, tokenizers, folder)
@@ -92,7 +92,7 @@ async def running(
         blobs = Blobs(store, objects, clock, ids)
         validation = Validation(blobs, busy, folder=folder / "conversions")
         await validation.start()
-        cleaner = Cleaner(blobs, session_store, busy)
+        cleaner = Cleaner(blobs, session_store, busy, service.token_use)
         registrations = [
             Registration(
                 add_DatasetsServiceServicer_to_server,
@@ -163,6 +163,14 @@ def _loops(
             await validation.step()
         finally:
             # Files that are READY now have rows to index.
+            service.indexing.set()
+
+    async def index() -> None:
+        try:
+            await preparing.index_all()
+        finally:
+            # What waits for these indexes.
+            service.comparing.set()
             service.preparing.set()
 
     def loop(
@@ -176,7 +184,9 @@ def _loops(
     ]
     return [
         *validations,
-        loop("Preparation", preparing.step, service.preparing, _LOOK_EVERY_S),
+        loop("Indexing", index, service.indexing, _LOOK_EVERY_S),
+        loop("Comparing", preparing.compare_all, service.comparing, _LOOK_EVERY_S),
+        loop("Preparation", preparing.write_all, service.preparing, _LOOK_EVERY_S),
         loop("The audit", auditor.step, service.auditing, _LOOK_EVERY_S),
         *(
             loop("An import", imports.step, imports.due, _IMPORTS_EVERY_S)

@@ -127,7 +127,7 @@ class DatasetStore(Protocol):
         ...
 
     async def to_index(self, version: int) -> Sequence[str]:
-        """Digests of READY training files whose row index is not of this version, oldest first."""
+        """Digests of READY training files whose row index is not of this version, smallest first."""
         ...
 
     async def set_indexed(self, sha256: str, version: int) -> bool:
@@ -185,6 +185,10 @@ class DatasetStore(Protocol):
 
     async def get_audit(self, key: str, now: datetime) -> Audit | None:
         """It counts as used now."""
+        ...
+
+    async def use_tokens(self, digests: Sequence[str], now: datetime) -> None:
+        """The audits that made these token objects count as used now. digests: any number."""
         ...
 
     async def is_audit_of(self, key: str, dataset_sha256: str) -> bool:

@@ -7,7 +7,7 @@ import asyncio
 import hashlib
 import logging
 from array import array
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -52,7 +52,9 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Preparing:
-    """It can die anywhere: every row of the database says what is still to do, and doing it again gives the same.
+    """Three kinds of work that wait for each other's results, never for each other's turn: jobs wait for comparisons,
+    and writing a large dataset takes minutes. It can die anywhere: every row of the database says what is still to do,
+    and doing it again gives the same.
 
     busy: names of the datasets that are written just now, shared with the cleaner, which leaves them alone.
     validation: set when there is something to validate.
@@ -66,22 +68,23 @@ class Preparing:
     validation: Wakeup = field(default_factory=Wakeup)
     pauses: Pauses = field(default_factory=Pauses)
 
-    async def step(self) -> None:
-        """Do all there is to do. Raises Unavailable if a part of it has to wait."""
-        done = [
-            *[
-                await self._tried(f"The index of {sha256}", partial(self.index, sha256))
-                for sha256 in await self.store.to_index(VERSION)
-            ],
-            *[
-                await self._tried(_name(pair), partial(self.find_overlap, pair))
-                for pair in await self.store.overlaps_to_find()
-            ],
-            *[
-                await self._tried(dataset.name, partial(self.write, dataset))
-                for dataset in await self.store.unwritten()
-            ],
-        ]
+    async def index_all(self) -> None:
+        """Index all files that are not. Raises Unavailable if one of them has to wait."""
+        files = await self.store.to_index(VERSION)
+        await self._each((f"The index of {sha256}", partial(self.index, sha256)) for sha256 in files)
+
+    async def compare_all(self) -> None:
+        """Find all rows of held-out sets that somebody asked for. Raises Unavailable if a pair has to wait."""
+        pairs = await self.store.overlaps_to_find()
+        await self._each((_name(pair), partial(self.find_overlap, pair)) for pair in pairs)
+
+    async def write_all(self) -> None:
+        """Write all datasets that are made from others. Raises Unavailable if one of them has to wait."""
+        datasets = await self.store.unwritten()
+        await self._each((dataset.name, partial(self.write, dataset)) for dataset in datasets)
+
+    async def _each(self, work: Iterable[tuple[str, Callable[[], Awaitable[None]]]]) -> None:
+        done = [await self._tried(name, do) for name, do in work]
         for waiting in filter(None, done):
             raise waiting
 

@@ -31,6 +31,13 @@ from lathe.text.findings import tally_of
 from lathe.text.render import RenderOptions
 
 
+@dataclass(slots=True)
+class TokenUse:
+    """told: when jobs last said which tokens it needs; None before it has done so to this process."""
+
+    told: datetime | None = None
+
+
 @dataclass(frozen=True, slots=True)
 class DatasetsService:
     """Files in and out, and audits. The wake-ups are set when there is something to do in the background."""
@@ -43,7 +50,10 @@ class DatasetsService:
     validation: Wakeup = field(default_factory=Wakeup)
     auditing: Wakeup = field(default_factory=Wakeup)
     cleanup: Wakeup = field(default_factory=Wakeup)
+    indexing: Wakeup = field(default_factory=Wakeup)
+    comparing: Wakeup = field(default_factory=Wakeup)
     preparing: Wakeup = field(default_factory=Wakeup)
+    token_use: TokenUse = field(default_factory=TokenUse)
 
     # --- datasets ---------------------------------------------------------------------------------------------
 
@@ -211,6 +221,12 @@ class DatasetsService:
             return audit
         return rules.with_overlap(audit, await self._compared(audit, other))
 
+    async def keep_tokens(self, digests: Sequence[str]) -> None:
+        """Unfinished jobs need these token objects and, without a dataset of its own, no other. Raises Unavailable."""
+        now = self.clock.now()
+        await self.store.use_tokens(digests, now)
+        self.token_use.told = now
+
     async def _compared(self, audit: Audit, other: Audit) -> Audit:
         """What two finished audits both hold, as an audit of its own."""
         key = rules.comparison_key(audit.key, other.key, VERSION)
@@ -250,7 +266,7 @@ class DatasetsService:
             if leak is not None:
                 return Audit("", AuditState.ERROR, leak)
             if any(overlap.count is None for _, overlap in overlaps):
-                self.preparing.set()
+                self.comparing.set()
                 return Audit("", AuditState.RUNNING)
         key = rules.audit_key(
             dataset.sha256,

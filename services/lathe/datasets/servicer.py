@@ -234,6 +234,12 @@ class DatasetsInternalServicer(pb_grpc.DatasetsInternalServiceServicer):
         )
         return protos.audit_pb(audit)
 
+    async def KeepTokens(
+        self, request: pb.KeepTokensRequest, context: ServicerContext
+    ) -> pb.KeepTokensResponse:
+        await self._service.keep_tokens(request.sha256)
+        return pb.KeepTokensResponse()
+
     async def CreateResultFile(
         self, request: pb.CreateResultFileRequest, context: ServicerContext
     ) -> pb.Dataset:

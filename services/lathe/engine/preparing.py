@@ -87,7 +87,8 @@ class Preparation:
         self._store, self._clock, self._folder, self._patience = store, clock, folder, patience
 
     async def run(self) -> Prepared:
-        """Raises DataLoss for rows that are gone or not what was written, FailedPrecondition for a deleted parent."""
+        """Raises DataLoss for rows that are not what was written, FailedPrecondition for rows that are gone and for a
+        deleted parent."""
         attempt, settings = self._attempt, self._settings
         await self._patience(lambda: asyncio.to_thread(self._folder.mkdir, parents=True, exist_ok=True))
         training = await self._patience(lambda: self._rows(attempt.training))
@@ -161,7 +162,12 @@ class Preparation:
         try:
             await self._store.fetch(ref.object_key, path)
         except NotFound as error:
-            raise DataLoss(f"The tokens at {ref.object_key} are gone from the object store.") from error
+            # Another attempt would find them no more than this one.
+            raise FailedPrecondition(
+                f"The tokens of a file of this job ({ref.object_key}) are gone from the object store. Create the job "
+                "again, with the file uploaded again if it was deleted.",
+                reason="TOKENS_GONE",
+            ) from error
         if await asyncio.to_thread(digest_file, path) != ref.sha256:
             raise DataLoss(f"{ref.object_key} does not have the SHA-256 that jobs stated.")
         return await asyncio.to_thread(self._settings.read_rows, path)

@@ -8,6 +8,7 @@ import sys
 from collections.abc import AsyncIterator, Coroutine, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 
+from lathe.common.background import Wakeup, repeat
 from lathe.common.clock import Clock, SystemClock
 from lathe.common.db import Database, check_schema
 from lathe.common.dependencies import watch_dependencies
@@ -41,6 +42,7 @@ from lathe.jobs.settings import JobsSettings, KubernetesSettings
 from lathe.jobs.sharedclock import SharedClock
 from lathe.jobs.steps import JobSteps
 from lathe.jobs.store import SqlJobStore
+from lathe.jobs.tokens import TokenKeeper
 from lathe.jobs.workers import LeaseTerms, WorkersService
 from lathe.v1.accounts_pb2_grpc import AccountsInternalServiceStub
 from lathe.v1.datasets_pb2_grpc import DatasetsInternalServiceStub, DatasetsServiceStub
@@ -52,6 +54,8 @@ from lathe.v1.models_pb2_grpc import ModelsInternalServiceStub
 from lathe.v1.worker_pb2_grpc import add_WorkerServiceServicer_to_server
 
 PACKAGE = "lathe.jobs"
+# datasets wants to hear it once a day.
+_KEEP_TOKENS_EVERY_S = 6 * 3600.0
 
 
 @asynccontextmanager
@@ -131,6 +135,15 @@ async def running(
         steps = JobSteps(store, datasets, models, changes, clock, estimator, pace)
         await stack.enter_async_context(_background(reconciler.run()))
         await stack.enter_async_context(_background(steps.run()))
+        keeping = repeat(
+            "Keeping tokens",
+            TokenKeeper(store, datasets).step,
+            clock=machine_clock,
+            wakeup=Wakeup(),
+            interval=_KEEP_TOKENS_EVERY_S,
+            retry=60.0,
+        )
+        await stack.enter_async_context(_background(keeping))
         watching = watch_dependencies("jobs", {"database": db.check}, metrics, clock)
         await stack.enter_async_context(_background(watching))
         yield answering

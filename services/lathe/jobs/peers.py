@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
 from lathe.common import names
@@ -102,6 +102,9 @@ class RpcDatasets:
             findings=_findings(found.report),
             finding_count=_error_count(found.report),
         )
+
+    async def keep_tokens(self, digests: Sequence[str]) -> None:
+        await call(self._internal.KeepTokens, datasets_pb2.KeepTokensRequest(sha256=digests))
 
     async def create_result_file(
         self, project: str, display_name: str, content: bytes, request_id: str

@@ -133,6 +133,10 @@ class Datasets(Protocol):
         """
         ...
 
+    async def keep_tokens(self, digests: Sequence[str]) -> None:
+        """Unfinished jobs need these token objects, and no others."""
+        ...
+
     async def create_result_file(
         self, project: str, display_name: str, content: bytes, request_id: str
     ) -> str:

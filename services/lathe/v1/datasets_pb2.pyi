@@ -1125,7 +1125,9 @@ class SignUploadPartsResponse(message.Message):
 
 @typing.final
 class SignedPart(message.Message):
-    """The bytes from offset on go to the URL, with the method PUT and nothing added."""
+    """The bytes from offset on go to the URL, with the method PUT and nothing added. The URL takes size_bytes of them, told
+    in the header Content-Length, and no other number.
+    """
 
     DESCRIPTOR: descriptor.Descriptor
 
@@ -1374,6 +1376,39 @@ class EnsureAuditRequest(message.Message):
     _HasFieldArgType: _TypeAlias = typing.Literal["options", b"options"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
     _ClearFieldArgType: _TypeAlias = typing.Literal["base_model", b"base_model", "dataset", b"dataset", "held_out", b"held_out", "options", b"options", "validation_dataset", b"validation_dataset"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class KeepTokensRequest(message.Message):
+    DESCRIPTOR: descriptor.Descriptor
+
+    SHA256_FIELD_NUMBER: builtins.int
+    @builtins.property
+    def sha256(self) -> containers.RepeatedScalarFieldContainer[builtins.str]:
+        """Lower-case hex digests of token objects, of every project: all that unfinished jobs train on or validate with."""
+
+    def __init__(
+        self,
+        *,
+        sha256: abc.Iterable[builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["sha256", b"sha256"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class KeepTokensResponse(message.Message):
+    DESCRIPTOR: descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -973,6 +973,11 @@ class DatasetsInternalServiceStub:
                 request_serializer=lathe_dot_v1_dot_datasets__pb2.EnsureAuditRequest.SerializeToString,
                 response_deserializer=lathe_dot_v1_dot_datasets__pb2.Audit.FromString,
                 _registered_method=True)
+        self.KeepTokens = channel.unary_unary(
+                '/lathe.v1.DatasetsInternalService/KeepTokens',
+                request_serializer=lathe_dot_v1_dot_datasets__pb2.KeepTokensRequest.SerializeToString,
+                response_deserializer=lathe_dot_v1_dot_datasets__pb2.KeepTokensResponse.FromString,
+                _registered_method=True)
         self.CreateResultFile = channel.unary_unary(
                 '/lathe.v1.DatasetsInternalService/CreateResultFile',
                 request_serializer=lathe_dot_v1_dot_datasets__pb2.CreateResultFileRequest.SerializeToString,
@@ -1013,6 +1018,14 @@ class DatasetsInternalServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def KeepTokens(self, request, context):
+        """Says which token objects unfinished jobs train on: each counts as used now. Of those whose datasets were all
+        deleted the rest goes a week after its last use, and only while jobs says this at least once a day.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def CreateResultFile(self, request, context):
         """Stores a small file that the platform itself made (a job's step metrics) as a READY dataset with purpose
         fine-tune-results. The same request_id again answers with the dataset that is there.
@@ -1043,6 +1056,11 @@ def add_DatasetsInternalServiceServicer_to_server(servicer, server):
                     servicer.EnsureAudit,
                     request_deserializer=lathe_dot_v1_dot_datasets__pb2.EnsureAuditRequest.FromString,
                     response_serializer=lathe_dot_v1_dot_datasets__pb2.Audit.SerializeToString,
+            ),
+            'KeepTokens': grpc.unary_unary_rpc_method_handler(
+                    servicer.KeepTokens,
+                    request_deserializer=lathe_dot_v1_dot_datasets__pb2.KeepTokensRequest.FromString,
+                    response_serializer=lathe_dot_v1_dot_datasets__pb2.KeepTokensResponse.SerializeToString,
             ),
             'CreateResultFile': grpc.unary_unary_rpc_method_handler(
                     servicer.CreateResultFile,
@@ -1159,6 +1177,33 @@ class DatasetsInternalService:
             '/lathe.v1.DatasetsInternalService/EnsureAudit',
             lathe_dot_v1_dot_datasets__pb2.EnsureAuditRequest.SerializeToString,
             lathe_dot_v1_dot_datasets__pb2.Audit.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def KeepTokens(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/lathe.v1.DatasetsInternalService/KeepTokens',
+            lathe_dot_v1_dot_datasets__pb2.KeepTokensRequest.SerializeToString,
+            lathe_dot_v1_dot_datasets__pb2.KeepTokensResponse.FromString,
             options,
             channel_credentials,
             insecure,

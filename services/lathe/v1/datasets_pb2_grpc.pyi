@@ -333,6 +333,10 @@ class DatasetsInternalServiceStub:
     """Renders and tokenises the dataset for one base model, once; the same key answers from what is stored.
     Answers at once; call again until the state is READY or ERROR.
     """
+    KeepTokens: _grpc.UnaryUnaryMultiCallable[_datasets_pb2.KeepTokensRequest, _datasets_pb2.KeepTokensResponse]
+    """Says which token objects unfinished jobs train on: each counts as used now. Of those whose datasets were all
+    deleted the rest goes a week after its last use, and only while jobs says this at least once a day.
+    """
     CreateResultFile: _grpc.UnaryUnaryMultiCallable[_datasets_pb2.CreateResultFileRequest, _datasets_pb2.Dataset]
     """Stores a small file that the platform itself made (a job's step metrics) as a READY dataset with purpose
     fine-tune-results. The same request_id again answers with the dataset that is there.
@@ -352,6 +356,10 @@ class DatasetsInternalServiceAsyncStub(DatasetsInternalServiceStub):
     EnsureAudit: _aio.UnaryUnaryMultiCallable[_datasets_pb2.EnsureAuditRequest, _datasets_pb2.Audit]  # type: ignore[assignment]
     """Renders and tokenises the dataset for one base model, once; the same key answers from what is stored.
     Answers at once; call again until the state is READY or ERROR.
+    """
+    KeepTokens: _aio.UnaryUnaryMultiCallable[_datasets_pb2.KeepTokensRequest, _datasets_pb2.KeepTokensResponse]  # type: ignore[assignment]
+    """Says which token objects unfinished jobs train on: each counts as used now. Of those whose datasets were all
+    deleted the rest goes a week after its last use, and only while jobs says this at least once a day.
     """
     CreateResultFile: _aio.UnaryUnaryMultiCallable[_datasets_pb2.CreateResultFileRequest, _datasets_pb2.Dataset]  # type: ignore[assignment]
     """Stores a small file that the platform itself made (a job's step metrics) as a READY dataset with purpose
@@ -393,6 +401,16 @@ class DatasetsInternalServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_datasets_pb2.Audit, _abc.Awaitable[_datasets_pb2.Audit]]:
         """Renders and tokenises the dataset for one base model, once; the same key answers from what is stored.
         Answers at once; call again until the state is READY or ERROR.
+        """
+
+    @_abc_1.abstractmethod
+    def KeepTokens(
+        self,
+        request: _datasets_pb2.KeepTokensRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_datasets_pb2.KeepTokensResponse, _abc.Awaitable[_datasets_pb2.KeepTokensResponse]]:
+        """Says which token objects unfinished jobs train on: each counts as used now. Of those whose datasets were all
+        deleted the rest goes a week after its last use, and only while jobs says this at least once a day.
         """
 
     @_abc_1.abstractmethod

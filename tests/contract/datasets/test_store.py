@@ -205,6 +205,19 @@ async def test_failed_audits_are_forgotten_and_dropped_ones_leave_a_claim(store)
     assert await store.claim_blob(RESULT.sha256, "audit:" + TASK.key, "one", NOW)
 
 
+async def test_the_tokens_that_are_used_keep_their_audits(store):
+    await store.add_audit(TASK)
+    await store.finish_audit(TASK.key, AuditState.READY, REPORT, RESULT)
+    later = NOW + timedelta(days=8)
+    # More than a database takes at once.
+    await store.use_tokens([f"{n:064x}" for n in range(1200)], later)
+    assert await store.unneeded_audits(later) == [TASK.key]
+    await store.use_tokens([*(f"{n:064x}" for n in range(1200)), RESULT.sha256], later)
+    assert await store.unneeded_audits(later) == []
+    await store.begin_remove_audit(TASK.key, later)
+    assert await store.is_audit_of(TASK.key, TASK.dataset_sha256)
+
+
 async def test_unneeded_audits(store):
     later = NOW + timedelta(seconds=1)
     await store.add_audit(TASK)
@@ -260,6 +273,11 @@ async def test_training_files_are_indexed_once_per_content_and_version(store):
     assert not await store.set_indexed("f" * 64, 1)
     assert await store.to_index(1) == ["c" * 64]
     assert await store.to_index(2) == ["a" * 64, "c" * 64]
+    await store.add(ready("file-f", NOW - timedelta(days=1), sha256="0" * 64, size_bytes=1 << 33), "")
+    await store.add(ready("file-g", sha256="f" * 64, size_bytes=1), "")
+    assert await store.to_index(2) == ["a" * 64, "c" * 64, "f" * 64, "0" * 64]
+    for id_ in ("file-f", "file-g"):
+        await store.begin_delete("p", id_)
     # What was still being validated may lose the index to a deletion of the same content.
     await store.finish_validation("p", "file-e", DatasetState.READY, "a" * 64, None)
     assert await store.to_index(1) == ["a" * 64, "c" * 64]

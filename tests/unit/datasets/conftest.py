@@ -15,7 +15,7 @@ from lathe.datasets.model import blob_key
 from lathe.datasets.preparation import PreparationService
 from lathe.datasets.preparing import Preparing
 from lathe.datasets.rowindexes import RowIndexes
-from lathe.datasets.service import DatasetsService
+from lathe.datasets.service import DatasetsService, TokenUse
 from lathe.datasets.store import SqlDatasetStore
 from lathe.datasets.tokenizers import TokenizerCache
 from lathe.datasets.truncation import Truncations
@@ -56,6 +56,7 @@ class World:
         self.objects = MemoryObjectStore(self.clock)
         self.ids = FakeIds()
         self.base_models = FakeBaseModels()
+        self.token_use = TokenUse()
 
     @property
     def store(self):
@@ -67,7 +68,12 @@ class World:
 
     def start(self, *, store=None, objects=None):
         return DatasetsService(
-            store or self.store, objects or self.objects, self.base_models, self.clock, self.ids
+            store or self.store,
+            objects or self.objects,
+            self.base_models,
+            self.clock,
+            self.ids,
+            token_use=self.token_use,
         )
 
     async def validate(self, *, store=None, objects=None):
@@ -92,7 +98,10 @@ class World:
         """Index, compare with held-out sets, write: what the background does."""
         service = self.preparation(store=store, objects=objects)
         indexes = service.indexes
-        await Preparing(indexes.store, indexes.objects, indexes, service.truncations).step()
+        preparing = Preparing(indexes.store, indexes.objects, indexes, service.truncations)
+        await preparing.index_all()
+        await preparing.compare_all()
+        await preparing.write_all()
 
     async def derive(self, dataset, operation):
         """The datasets that an operation makes, once they are settled."""
@@ -109,7 +118,7 @@ class World:
         await self.cleaner(store=store, objects=objects).sweep()
 
     def cleaner(self, *, store=None, objects=None, busy=()):
-        return Cleaner(self.blobs(store=store, objects=objects), self.uploads, busy)
+        return Cleaner(self.blobs(store=store, objects=objects), self.uploads, busy, self.token_use)
 
     async def upload(self, content=GOOD, *, purpose="fine-tune", parts=0, name="train.jsonl", options=None):
         """Create, put the bytes into staging as the gateway does, commit."""

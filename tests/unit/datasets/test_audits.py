@@ -134,6 +134,7 @@ async def test_the_bytes_are_the_same_each_time(world, base):
     first = await audited(world, dataset)
     await world.start().delete("acme", dataset.id)
     world.clock.tick(timedelta(days=8).total_seconds())
+    await world.start().keep_tokens([])
     await world.sweep()
     assert await world.objects.head(first.object_key) is None
     assert await audited(world, await world.ready(rows)) == first
@@ -274,6 +275,7 @@ async def test_token_objects_go_a_week_after_the_last_dataset_and_use(world, bas
     assert await world.objects.head(audit.findings_key) is not None
     assert await world.objects.head(blob_key(sha(GOOD))) is None
     world.clock.tick(timedelta(days=7, seconds=1).total_seconds())
+    await world.start().keep_tokens([])
     with pytest.raises(Died):
         await world.sweep(store=DyingRows(world.store, "begin_remove_audit", after=True))
     await world.sweep()
@@ -285,8 +287,36 @@ async def test_token_objects_go_a_week_after_the_last_dataset_and_use(world, bas
 async def test_token_objects_stay_while_a_dataset_needs_them(world, base):
     audit = await audited(world, await world.ready())
     world.clock.tick(timedelta(days=70).total_seconds())
+    await world.start().keep_tokens([])
     await world.sweep()
     assert await world.objects.head(audit.object_key) is not None
+
+
+async def test_token_objects_stay_while_an_unfinished_job_needs_them_and_while_jobs_says_nothing(world, base):
+    dataset, other = await world.ready(), await world.ready(jsonl(row(f"Good day {n}") for n in range(12)))
+    needed, unneeded = await audited(world, dataset), await audited(world, other)
+    for each in (dataset, other):
+        await world.start().delete("acme", each.id)
+
+    async def left():
+        await world.sweep()
+        return [await world.objects.head(audit.object_key) is not None for audit in (needed, unneeded)]
+
+    # jobs has been away since before this process of datasets began, or for more than a day.
+    world.clock.tick(timedelta(days=30).total_seconds())
+    assert await left() == [True, True]
+    await world.start().keep_tokens([needed.result.sha256])
+    world.clock.tick(timedelta(days=1).total_seconds())
+    assert await left() == [True, True]
+    for _ in range(20):
+        await world.start().keep_tokens([needed.result.sha256])
+        assert await left() == [True, False]
+        world.clock.tick(timedelta(hours=23).total_seconds())
+    await world.start().keep_tokens([])
+    world.clock.tick(timedelta(days=8).total_seconds())
+    assert await left() == [True, False]
+    await world.start().keep_tokens([])
+    assert await left() == [False, False]
 
 
 def preference(n: int, chosen: str = "How can I help you today?", rejected: str = "No.") -> dict:

@@ -75,7 +75,7 @@ async def test_indexing_pauses_ever_longer_for_one_file_and_not_for_others(world
     bad, good = await world.ready(BAD), await world.ready()
     objects = Broken(world.objects, lambda key: key == blob_key(bad.sha256))
     service = world.preparation(objects=objects)
-    step = Preparing(world.store, objects, service.indexes, service.truncations).step
+    step = Preparing(world.store, objects, service.indexes, service.truncations).index_all
     await for_ten_hours(world, step)
     assert 60 <= objects.tries <= 80
     assert await world.objects.head(index_key(good.sha256)) is not None

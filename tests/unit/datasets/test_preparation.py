@@ -1,5 +1,6 @@
 """Datasets made from others, held-out sets, and where a row is: over a database and a store that outlive processes."""
 
+import asyncio
 import json
 from contextlib import suppress
 from dataclasses import replace
@@ -9,7 +10,9 @@ import pytest
 from lathe.common.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound, Unavailable
 from lathe.datasets.model import AuditOptions, AuditState, DatasetState, blob_key, derived_name, index_key
 from lathe.datasets.operations import AuditChoice, Dedupe, Drop, Parent, Sample, Split
+from lathe.datasets.preparing import Preparing
 from lathe.datasets.protos import trained_rows_pb
+from lathe.text.rowindex import VERSION
 from tests.fixtures.worlds import Died, DyingRows, DyingStore
 from tests.unit.datasets.conftest import GOOD, jsonl, row, sha
 
@@ -385,6 +388,40 @@ async def test_a_frozen_set_of_another_project_says_nothing_here(world, service)
     await world.validate()
     await world.preparation().freeze("other", theirs.id, "exam")
     assert (await settled_audit(world, dataset)).state is AuditState.READY
+
+
+async def test_a_comparison_waits_neither_for_a_dataset_that_is_written_nor_for_the_index_of_another(world):
+    exam, file = await world.ready(), await world.ready(SIXTY)
+    await world.prepare()
+    await world.preparation().prepare("acme", file.id, Sample(1, 20), "")
+    large = await world.ready(jsonl(row(f"Large {n}") for n in range(12)))
+    await world.store.overlap(exam.sha256, file.sha256)
+    reading, compared = asyncio.Semaphore(0), asyncio.Event()
+
+    class Slow:
+        """Its blobs are gigabytes: they end only when the comparison is there."""
+
+        def __getattr__(self, name):
+            return getattr(world.objects, name)
+
+        async def stream(self, key, **options):
+            reading.release()
+            await compared.wait()
+            async for chunk in world.objects.stream(key, **options):
+                yield chunk
+
+    service = world.preparation(objects=Slow())
+    work = Preparing(world.store, service.indexes.objects, service.indexes, service.truncations)
+    async with asyncio.TaskGroup() as tasks, asyncio.timeout(5):
+        tasks.create_task(work.index_all())
+        tasks.create_task(work.write_all())
+        for _ in range(2):
+            await reading.acquire()
+        await work.compare_all()
+        assert (await world.store.overlap(exam.sha256, file.sha256)).count == 0
+        assert large.sha256 in await world.store.to_index(VERSION) and await world.store.unwritten()
+        compared.set()
+    assert await world.store.to_index(VERSION) == [] and await world.store.unwritten() == []
 
 
 async def test_what_is_known_of_a_pair_goes_with_its_files(world, service):

@@ -444,6 +444,15 @@ async def test_a_configuration_that_cannot_train_fails_the_job_and_lost_tokens_a
     assert bench.jobs.job.outcomes[1] is Outcome.RETRYABLE
 
 
+async def test_tokens_that_are_gone_fail_the_job_at_once(bench: Bench) -> None:
+    bench.jobs.offer(attempt(training=TokenRef("blobs/gone", "0" * 64)))
+    bench.start()
+    await bench.until(lambda: bool(bench.jobs.job.outcomes))
+    assert bench.jobs.job.outcomes == [Outcome.FAILED]
+    assert bench.jobs.job.error is not None and bench.jobs.job.error.code == "tokens_gone"
+    assert "blobs/gone" in bench.jobs.job.error.message
+
+
 async def test_a_deleted_parent_fails_the_job_at_once(bench: Bench) -> None:
     bench.jobs.offer(attempt(initial_adapter=AdapterRef("jobs/p/a/final", "c" * 64)))
     bench.start()

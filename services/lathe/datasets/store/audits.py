@@ -15,6 +15,8 @@ from lathe.datasets.store.base import LIVE, Base
 from lathe.datasets.tables import audits, claims, datasets
 
 AUDIT_CLAIM = "audit:"
+# A database takes only so many values in one statement.
+_AT_ONCE = 500
 
 _RUNNING = audits.c.state == AuditState.RUNNING.value
 
@@ -47,6 +49,11 @@ class Audits(Base):
             await connection.execute(audits.update().where(audits.c.key == key).values(use_time=now))
             row = (await connection.execute(audits.select().where(audits.c.key == key))).one_or_none()
         return rows.audit(row) if row is not None else None
+
+    async def use_tokens(self, digests: Sequence[str], now: datetime) -> None:
+        for start in range(0, len(digests), _AT_ONCE):
+            some = digests[start : start + _AT_ONCE]
+            await self._change(audits.update().where(audits.c.sha256.in_(some)).values(use_time=now))
 
     async def is_audit_of(self, key: str, dataset_sha256: str) -> bool:
         query = sa.select(audits.c.key).where(audits.c.key == key, audits.c.dataset_sha256 == dataset_sha256)

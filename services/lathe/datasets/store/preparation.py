@@ -27,9 +27,9 @@ class Preparation(Datasets):
         return await self._select(query.order_by(datasets.c.create_time, datasets.c.id))
 
     async def to_index(self, version: int) -> Sequence[str]:
-        oldest = sa.func.min(datasets.c.create_time)
         query = sa.select(datasets.c.sha256).where(TRAINING_FILE, datasets.c.index_version != version)
-        query = query.group_by(datasets.c.sha256).order_by(oldest, datasets.c.sha256)
+        size = sa.func.min(datasets.c.size_bytes)
+        query = query.group_by(datasets.c.sha256).order_by(size, datasets.c.sha256)
         async with self._db.read() as connection:
             return [str(row.sha256) for row in await connection.execute(query)]
 
