@@ -283,7 +283,7 @@ class World:
             classes=self.classes,
             patience_s=0.02,
         )
-        self.estimator = Estimator(self.store, self.clock, self.prices, self.classes)
+        self.estimator = Estimator(self.store, quotas, self.clock, self.prices, self.classes)
         self.estimates = EstimatesService(self.service, self.estimator)
         self.steps = JobSteps(self.store, self.datasets, self.models, changes, self.clock, self.estimator)
         self.directory = EngineDirectory(

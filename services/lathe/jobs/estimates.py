@@ -7,7 +7,6 @@ of the weights is not computed.
 
 from __future__ import annotations
 
-import heapq
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -60,15 +59,13 @@ HOURS_PER_MONTH = 730
 class Engines:
     """The engines of one class. device and threads: of those there are or were, `` and 0 where there never was one.
 
-    free_in: seconds until each place for a job is free, one for each that there is; ahead: seconds that each waiting
-    job before this one will take. None: not known.
+    wait: seconds until one of them takes the job; None: not known.
     """
 
     engine_class: str
     device: str = ""
     threads: int = 0
-    free_in: Sequence[float | None] = ()
-    ahead: Sequence[float | None] = ()
+    wait: float | None = None
 
 
 # --- tokens -------------------------------------------------------------------------------------------------------
@@ -187,17 +184,6 @@ def seconds(tokens: Tokens, work: Work, speed: Range) -> Range:
     return Range(amount / speed.high, amount / speed.likely, amount / speed.low, speed.basis)
 
 
-def queue_seconds(engines: Engines) -> float | None:
-    """Until a place is free for one more job: those before it are taken up in turn, each by the first free place."""
-    if not engines.free_in or None in engines.free_in or None in engines.ahead:
-        return None
-    free = [float(one or 0.0) for one in engines.free_in]
-    heapq.heapify(free)
-    for length in engines.ahead:
-        heapq.heapreplace(free, free[0] + float(length or 0.0))
-    return max(0.0, free[0])
-
-
 # --- memory -------------------------------------------------------------------------------------------------------
 
 
@@ -274,7 +260,7 @@ def _on(
         tokens_per_second=speed.likely if speed is not None else 0.0,
         seconds=taken,
         memory_bytes=memory(tokens, work, engines, measured),
-        queue_seconds=queue_seconds(engines),
+        queue_seconds=engines.wait,
         price=_times(taken, hour * work.workers / 3600) if taken is not None and hour is not None else None,
     )
 

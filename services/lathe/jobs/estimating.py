@@ -2,32 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
-from dataclasses import dataclass
-from datetime import datetime
+from dataclasses import dataclass, replace
 
 from lathe.common.clock import Clock
 from lathe.common.errors import FieldViolation, InvalidArgument
 from lathe.jobs import auditing, estimates, hyperparameters
 from lathe.jobs.estimates import Engines
 from lathe.jobs.figures import NO_PRICES, BreakEven, JobEstimate, Prices, ReplacedPrompt, Speed, Work
-from lathe.jobs.model import (
-    LEASED_STATES,
-    ONE_CLASS,
-    BaseRef,
-    ComputeSpec,
-    EngineClasses,
-    EngineRecord,
-    EngineState,
-    Job,
-    JobError,
-    JobState,
-    Place,
-)
+from lathe.jobs.forecast import Scene, seconds_until
+from lathe.jobs.model import ONE_CLASS, EngineClasses, Job, JobError, JobState
 from lathe.jobs.ports import Audit, JobStore, User
+from lathe.jobs.quotas import Quotas
 from lathe.jobs.requests import JobRequest
 from lathe.jobs.service import JobsService
 from lathe.jobs.training import Hyperparameters
+from lathe.jobs.workers import holding
 
 # Attempts on record that are looked at.
 _ON_RECORD = 500
@@ -38,20 +29,38 @@ class Estimator:
     """device and threads: of the engines that this platform starts; `` and 0 if that is not known to it."""
 
     store: JobStore
+    quotas: Quotas
     clock: Clock
     prices: Prices = NO_PRICES
     classes: EngineClasses = ONE_CLASS
     device: str = ""
     threads: int = 0
 
-    async def estimate(
-        self, base: BaseRef, compute: ComputeSpec, chosen: Hyperparameters, audits: Sequence[Audit]
-    ) -> JobEstimate:
-        """audits: READY; of the training file and, if there is one, the validation file."""
+    async def estimate(self, job: Job, chosen: Hyperparameters, audits: Sequence[Audit]) -> JobEstimate:
+        """job: one that waits or is about to, kept already or not. audits: READY; of the training file and, if there is
+        one, the validation file."""
+        now = self.clock.now()
+        asking = replace(
+            job,
+            state=JobState.QUEUED,
+            queue_time=job.queue_time or now,
+            hyperparameters=chosen,
+            estimate=None,
+        )
         async with self.store.read() as session:
             measured = await session.speeds(_ON_RECORD)
-            engines = await session.engines()
-            jobs = await session.jobs_in([*sorted(LEASED_STATES), JobState.QUEUED])
+            others = [one for one in await session.jobs_in([JobState.QUEUED]) if one.id != job.id]
+            scene = Scene(
+                now,
+                running=await holding(session),
+                engines=await session.engines(),
+                attempts=await session.open_attempts(),
+            )
+        scene = replace(
+            scene,
+            queued=others,
+            quotas=await self.quotas.running(one.project for one in (*others, asking)),
+        )
         training, validation = audits[0], audits[1] if len(audits) > 1 else Audit("", audits[0].state)
         tokens = estimates.tokens_of(
             chosen,
@@ -63,51 +72,27 @@ class Estimator:
             validation_examples=validation.rows,
             validation_tokens=validation.input_tokens,
         )
+        base, compute = job.base, job.compute
         work = Work(base.digest, base.parameter_count, chosen.method, chosen.full_parameter, compute.workers)
         names = [compute.engine_class, *(one for one in self.classes.known if one != compute.engine_class)]
-        classes = [
-            self._class(Place(base.digest, name), compute.dedicated, engines, jobs, measured)
-            for name in names
-        ]
+        # In a thread: a long line takes a while to play through.
+        classes = await asyncio.to_thread(
+            lambda: [self._class(_of_class(asking, name), scene, measured) for name in names]
+        )
         return estimates.job_estimate(tokens, work, classes, measured, self.prices)
 
-    def _class(
-        self,
-        place: Place,
-        dedicated: bool,
-        engines: Sequence[EngineRecord],
-        jobs: Sequence[Job],
-        measured: Sequence[Speed],
-    ) -> Engines:
-        alike = [one for one in engines if one.engine_class == place.engine_class and one.device]
-        seen = [one for one in measured if one.engine_class == place.engine_class]
+    def _class(self, asking: Job, scene: Scene, measured: Sequence[Speed]) -> Engines:
+        name = asking.compute.engine_class
+        alike = [one for one in scene.engines if one.engine_class == name and one.device]
+        seen = [one for one in measured if one.engine_class == name]
         known = [(one.device, one.threads) for one in alike] + [(one.device, one.threads) for one in seen]
         device, threads = (*known, (self.device, self.threads))[0]
-        if dedicated:
-            # One is started for it; nothing is before it in the line.
-            return Engines(place.engine_class, device, threads, free_in=(0.0,))
-        free_in, ahead = _line(place, engines, jobs, self.clock.now())
-        return Engines(place.engine_class, device, threads, free_in, ahead)
+        wait = seconds_until(asking, replace(scene, queued=[*scene.queued, asking]))
+        return Engines(name, device, threads, wait)
 
 
-def _line(
-    place: Place, engines: Sequence[EngineRecord], jobs: Sequence[Job], now: datetime
-) -> tuple[list[float | None], list[float | None]]:
-    """When each place for a job is free, and how long those who wait for one will take; seconds."""
-    serving = [one for one in engines if one.place == place and not one.draining]
-    places = sum(one.max_attempts for one in serving if one.state is EngineState.READY)
-    free_in: list[float | None] = []
-    ahead: list[float | None] = []
-    for job in jobs:
-        if job.place != place:
-            continue
-        if job.state in LEASED_STATES:
-            end = job.estimated_finish_time
-            free_in.append(max(0.0, (end - now).total_seconds()) if end is not None else None)
-        else:
-            taken = job.estimate.engines[0].seconds if job.estimate is not None else None
-            ahead.append(taken.likely if taken is not None else None)
-    return [*free_in[:places], *([0.0] * (places - len(free_in)))], ahead
+def _of_class(job: Job, engine_class: str) -> Job:
+    return replace(job, compute=replace(job.compute, engine_class=engine_class))
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,7 +132,8 @@ class EstimatesService:
         if not auditing.are_ready(audits):
             return Answer()
         chosen = hyperparameters.resolve(spec, base, audits[0].rows)
-        found = await self.estimator.estimate(base, asked.compute, chosen, audits)
+        draft = self.jobs.draft(request, asked)
+        found = await self.estimator.estimate(draft, chosen, audits)
         if replaced is None:
             return Answer(found)
         return Answer(found, estimates.break_even(found, replaced, self.estimator.prices))

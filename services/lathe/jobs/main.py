@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import sys
-from collections.abc import AsyncIterator, Coroutine, Mapping
+from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 
-from lathe.common.background import Wakeup, repeat
+from lathe.common.background import Wakeup, in_background, repeat
 from lathe.common.clock import Clock, SystemClock
 from lathe.common.db import Database, check_schema
 from lathe.common.dependencies import watch_dependencies
@@ -95,7 +94,7 @@ async def running(
         service = JobsService(store, accounts, models, datasets, changes, clock, ids, classes, gangs)
         workers = WorkersService(store, quotas, changes, contact, clock, ids, metrics, terms, classes)
         reports = ReportsService(store, changes, clock, ids)
-        estimator = _estimator(settings, store, clock)
+        estimator = _estimator(settings, store, quotas, clock)
         estimates = EstimatesService(service, estimator)
         directory = EngineDirectory(store, models, changes, contact, clock, limits, classes)
 
@@ -133,8 +132,6 @@ async def running(
             store, launcher, quotas, changes, contact, clock, ids, metrics, limits, pace, classes
         )
         steps = JobSteps(store, datasets, models, changes, clock, estimator, pace)
-        await stack.enter_async_context(_background(reconciler.run()))
-        await stack.enter_async_context(_background(steps.run()))
         keeping = repeat(
             "Keeping tokens",
             TokenKeeper(store, datasets).step,
@@ -143,9 +140,9 @@ async def running(
             interval=_KEEP_TOKENS_EVERY_S,
             retry=60.0,
         )
-        await stack.enter_async_context(_background(keeping))
         watching = watch_dependencies("jobs", {"database": db.check}, metrics, clock)
-        await stack.enter_async_context(_background(watching))
+        working = in_background(reconciler.run(), steps.run(), keeping, watching)
+        await stack.enter_async_context(working)
         yield answering
 
 
@@ -162,12 +159,13 @@ def _limits(settings: JobsSettings) -> Limits:
     )
 
 
-def _estimator(settings: JobsSettings, store: JobStore, clock: Clock) -> Estimator:
+def _estimator(settings: JobsSettings, store: JobStore, quotas: Quotas, clock: Clock) -> Estimator:
     prices, launcher = settings.prices, settings.launcher
     # On Kubernetes each class has its own, which its engines say when they register.
     local = launcher.engine_env if launcher.kind in ("subprocess", "ray") else None
     return Estimator(
         store,
+        quotas,
         clock,
         Prices(prices.currency, prices.engine_hour, prices.hosting_hour),
         settings.classes,
@@ -220,16 +218,6 @@ def _on_kubernetes(
         owner_deployment=chosen.owner_deployment,
         engines=chosen.engines,
     )
-
-
-@asynccontextmanager
-async def _background(work: Coroutine[object, object, None]) -> AsyncIterator[None]:
-    task = asyncio.create_task(work)
-    try:
-        yield
-    finally:
-        task.cancel()
-        await asyncio.gather(task, return_exceptions=True)
 
 
 def main() -> int:

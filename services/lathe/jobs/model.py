@@ -265,6 +265,8 @@ class Job:
     estimate: JobEstimate | None = None
     # No attempt before this time (back-off after a retryable error).
     hold_until: datetime | None = None
+    # Since when it is its turn, though no engine was empty enough for it; nobody passes it from then on.
+    turn_time: datetime | None = None
     # None until the files are valid; again in a queued job that a replica of version 0.1 resolved during an upgrade.
     hyperparameters: Hyperparameters | None = None
     training_tokens: TokenObject | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
@@ -112,18 +113,24 @@ def next_job(
 ) -> Job | None:
     """The job that an engine of this place should take.
 
-    Among the projects with room in their quota the one with the fewest running jobs; the oldest of its jobs.
+    Among the projects with room in their quota the one with the fewest running jobs; the oldest of its jobs. One whose
+    turn had come before, but for which there was not enough room, goes before them.
     """
-    counts = _counts(running)
+    counts = running_counts(running)
     ready = [
         job
         for job in queued
         if job.place == place
         and job.hyperparameters is not None
         and (job.hold_until is None or job.hold_until <= now)
-        and _has_room(job.project, counts, quotas)
+        and within_quota(job.project, counts, quotas)
     ]
-    return min(ready, key=lambda job: (counts.get(job.project, 0), *_age(job)), default=None)
+    return min(ready, key=lambda job: turn(job, counts), default=None)
+
+
+def turn(job: Job, counts: Mapping[str, int]) -> tuple[bool, int, datetime, str]:
+    """Sorts waiting jobs by whose turn it is. counts: project -> running jobs."""
+    return (job.turn_time is None, counts.get(job.project, 0), job.queue_time or job.create_time, job.id)
 
 
 def alone_on(attempts: Sequence[Attempt], running: Sequence[Running]) -> frozenset[str]:
@@ -143,15 +150,24 @@ def has_room(engine: EngineRecord, job: Job, held: int, *, runs_alone: bool) -> 
 
 
 def line(queued: Sequence[Job], running: Sequence[Running]) -> list[Job]:
-    """The waiting jobs in the order in which fair share will likely take them."""
-    counts = dict(_counts(running))
-    rest = sorted(queued, key=_age)
+    """The waiting jobs in the order in which fair share would take them if none ended meanwhile."""
+    counts = running_counts(running)
+    # Of each project, the next one last; between the projects, the one whose next one it is.
+    waiting: dict[str, list[Job]] = {}
+    for job in sorted(queued, key=lambda one: turn(one, {}), reverse=True):
+        waiting.setdefault(job.project, []).append(job)
+    heads = [(turn(jobs[-1], counts), project) for project, jobs in waiting.items()]
+    heapq.heapify(heads)
     order = []
-    while rest:
-        job = min(rest, key=lambda candidate: (counts.get(candidate.project, 0), *_age(candidate)))
-        rest.remove(job)
-        counts[job.project] = counts.get(job.project, 0) + 1
-        order.append(job)
+    while heads:
+        _, project = heads[0]
+        jobs = waiting[project]
+        order.append(jobs.pop())
+        counts[project] = counts.get(project, 0) + 1
+        if jobs:
+            heapq.heapreplace(heads, (turn(jobs[-1], counts), project))
+        else:
+            heapq.heappop(heads)
     return order
 
 
@@ -160,11 +176,15 @@ def decide(picture: Snapshot) -> list[Decision]:
     return [*_launches(picture), *_stops(picture), *_words(picture)]
 
 
+def takes_work(engine: EngineRecord) -> bool:
+    """Registered and staying, so that it may lease."""
+    return engine.state is EngineState.READY and not engine.draining
+
+
 def is_serving(engine: EngineRecord, now: datetime, limits: Limits) -> bool:
     """Registered, heard of lately and staying."""
     return (
-        engine.state is EngineState.READY
-        and not engine.draining
+        takes_work(engine)
         and engine.heartbeat_time is not None
         and (now - engine.heartbeat_time).total_seconds() <= limits.engine_silence_s
     )
@@ -208,29 +228,27 @@ def backoff_s(failures: int) -> float:
     return float(min(MAX_BACKOFF_S, 2 ** max(0, min(failures, 10) - 1)))
 
 
-def _age(job: Job) -> tuple[datetime, str]:
-    return (job.queue_time or job.create_time, job.id)
-
-
-def _counts(running: Sequence[Running]) -> dict[str, int]:
+def running_counts(running: Sequence[Running]) -> dict[str, int]:
+    """Project -> how many of its jobs hold a place."""
     counts: dict[str, int] = {}
     for job in running:
         counts[job.project] = counts.get(job.project, 0) + 1
     return counts
 
 
-def _has_room(project: str, counts: Mapping[str, int], quotas: Mapping[str, int]) -> bool:
+def within_quota(project: str, counts: Mapping[str, int], quotas: Mapping[str, int]) -> bool:
+    """Whether one more job of the project may run."""
     limit = quotas.get(project, 0)
     return limit == 0 or counts.get(project, 0) < limit
 
 
 def _wanted(picture: Snapshot) -> dict[Place, Launch]:
     """Engines that somebody waits for, oldest wish first."""
-    counts = _counts(picture.holders)
+    counts = running_counts(picture.holders)
     wanted = {
         job.place: Launch(job.base, job.place, job.compute.workers)
         for job in line(picture.queued, picture.holders)
-        if _has_room(job.project, counts, picture.quotas)
+        if within_quota(job.project, counts, picture.quotas)
     }
     for pool in picture.pools:
         if pool.demand_time is not None:
@@ -357,7 +375,7 @@ def _demand(engine: EngineRecord, picture: Snapshot) -> datetime:
 def _words(picture: Snapshot) -> list[Decision]:
     decisions: list[Decision] = []
     pools = {pool.place: pool for pool in picture.pools}
-    counts = _counts(picture.holders)
+    counts = running_counts(picture.holders)
     ahead: dict[Place, int] = {}
     for job in line(picture.queued, picture.holders):
         before = ahead.get(job.place, 0)
@@ -374,7 +392,7 @@ def _words(picture: Snapshot) -> list[Decision]:
             )
             continue
         reason = _why(job, picture, serving, pool=pool, counts=counts, ahead=before)
-        if _has_room(job.project, counts, picture.quotas):
+        if within_quota(job.project, counts, picture.quotas):
             ahead[job.place] = before + 1
         if reason != job.state_reason:
             decisions.append(Explain(job.id, reason))
@@ -408,7 +426,7 @@ def _why(
     limit = picture.quotas.get(job.project, 0)
     if limit == UNKNOWN_QUOTA:
         return "Waits until the project's quota can be read."
-    if not _has_room(job.project, counts, picture.quotas):
+    if not within_quota(job.project, counts, picture.quotas):
         noun = "job" if limit == 1 else "jobs"
         return f"The project's quota of {limit} running {noun} is used up.{_when(job, picture, 0)}"
     if job.hold_until is not None and job.hold_until > picture.now:

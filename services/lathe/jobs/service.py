@@ -92,7 +92,7 @@ class JobsService:
         earlier = await self._by_request(request.project, request.request_id)
         if earlier is not None:
             return earlier
-        job = self._new_job(request, await self.checked(request, user))
+        job = self.draft(request, await self.checked(request, user))
         return await self._add(job, messages.created(job.id), request.request_id)
 
     async def checked(self, request: JobRequest, user: User) -> CheckedRequest:
@@ -193,7 +193,8 @@ class JobsService:
                 retry_after=60.0,
             )
 
-    def _new_job(self, request: JobRequest, checked: CheckedRequest) -> Job:
+    def draft(self, request: JobRequest, checked: CheckedRequest) -> Job:
+        """The job that the request asks for; it is not kept."""
         resolved = checked.model
         job_id = self.ids.new("ftjob")
         return Job(

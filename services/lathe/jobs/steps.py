@@ -119,7 +119,7 @@ class JobSteps:
         reason = messages.files_valid(len(events))
         if job.rerun_of and job.training_tokens and training.tokens != job.training_tokens:
             events.append(messages.other_tokens(job.rerun_of))
-        estimate = await self.estimator.estimate(job.base, job.compute, chosen, audits)
+        estimate = await self.estimator.estimate(job, chosen, audits)
         now = self.clock.now()
         changed = replace(
             job,

@@ -174,7 +174,7 @@ class WorkersService:
         async with self.store.read() as session:
             engine = await _registered(session, engine_id)
             waiting = [job for job in await session.jobs_in([JobState.QUEUED]) if job.place == engine.place]
-        if not waiting or engine.draining or engine.state is not EngineState.READY:
+        if not waiting or not policy.takes_work(engine):
             return None
         if config_version != CONFIG_VERSION:
             return None
@@ -192,28 +192,42 @@ class WorkersService:
     async def _take(self, session: JobSession, engine_id: str, quotas: dict[str, int]) -> Lease | None:
         now = self.clock.now()
         engine = await session.engine(engine_id, lock=True)
-        if engine is None or engine.draining or engine.state is not EngineState.READY:
+        if engine is None or not policy.takes_work(engine):
             return None
         held = await session.open_attempts(engine_id)
-        running = await _running(session)
+        running = await holding(session)
         runs_alone = bool(policy.alone_on(held, running))
         if not policy.free_places(engine, len(held), runs_alone=runs_alone):
             return None
         # A project whose quota was not looked up in time waits for the next call.
         queued = [job for job in await session.jobs_in([JobState.QUEUED]) if job.project in quotas]
         chosen = policy.next_job(engine.place, queued, running, quotas, now)
-        if chosen is None or not policy.has_room(engine, chosen, len(held), runs_alone=runs_alone):
-            # One that must be alone waits here for the others' end. As long as it is the next in line nobody passes it;
-            # a job of a project that has fewer running jobs by then does.
+        if chosen is None:
             return None
+        if policy.has_room(engine, chosen, len(held), runs_alone=runs_alone):
+            return await self._take_one(session, chosen, engine, quotas)
+        await self._keep_turn(session, chosen)
+        return None
+
+    async def _take_one(
+        self, session: JobSession, chosen: Job, engine: EngineRecord, quotas: dict[str, int]
+    ) -> Lease | None:
         # Another engine may have taken a job of this project since: look again with the project locked.
         await session.lock_project(chosen.project)
         job = await session.job(chosen.id, lock=True)
         if job is None or job.state is not JobState.QUEUED:
             return None
-        if policy.next_job(engine.place, [job], await _running(session), quotas, now) is None:
+        running = await holding(session)
+        if policy.next_job(engine.place, [job], running, quotas, self.clock.now()) is None:
             return None
         return await self._start(session, job, engine)
+
+    async def _keep_turn(self, session: JobSession, chosen: Job) -> None:
+        """One that must be alone waits for the others' end. Nobody passes it: a job of a project that has fewer running
+        jobs by then would, and the engine never be empty."""
+        job = await session.job(chosen.id, lock=True)
+        if job is not None and job.state is JobState.QUEUED and job.turn_time is None:
+            await session.save(job, replace(job, turn_time=self.clock.now()))
 
     async def _start(self, session: JobSession, job: Job, engine: EngineRecord) -> Lease:
         now = self.clock.now()
@@ -237,6 +251,7 @@ class WorkersService:
             lease_token=attempt.lease_token,
             attempt_count=attempt.number,
             hold_until=None,
+            turn_time=None,
         )
         saved = await session.save(job, leased)
         await session.add_attempt(attempt)
@@ -352,8 +367,8 @@ async def _registered(session: JobSession, engine_id: str) -> EngineRecord:
     return engine
 
 
-async def _running(session: JobSession) -> list[policy.Running]:
-    """Jobs that hold a place: a job that waits for its registration alone does not."""
+async def holding(session: JobSession) -> list[policy.Running]:
+    """Jobs that hold a place: one that only waits for its registration does not."""
     known = [job for job in await session.jobs_in(sorted(LEASED_STATES)) if not job.final_attempt_id]
     return [*known, *(job for job in await session.newer_jobs() if job.leased)]
 

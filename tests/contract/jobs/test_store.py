@@ -105,6 +105,7 @@ def full_job(now: FakeClock) -> Job:
         finish_time=at,
         estimated_finish_time=at,
         hold_until=at,
+        turn_time=at,
         hyperparameters=Hyperparameters(
             1, 2, 0.5, 1e-3, 4, 8.0, ("q_proj",), method=Method.DPO, beta=0.2, use_dora=True, eval_every=3
         ),
@@ -163,7 +164,8 @@ async def test_the_version_before_finds_what_it_knows(world: World, db: Database
         *("n_epochs", "batch_size", "learning_rate_multiplier", "lora_r", "lora_alpha", "target_modules")
     }
     assert set(body["compute"]) == {"engine_class", "dedicated"}
-    assert not {"parent_model", "rerun_of", "halvings", "compare_with", "comparison", "estimate"} & set(body)
+    later = {"parent_model", "rerun_of", "halvings", "compare_with", "comparison", "estimate", "turn_time"}
+    assert not later & set(body)
     async with world.store.read() as session:
         found = await session.job(job.id)
     assert found is not None and found.hyperparameters is not None

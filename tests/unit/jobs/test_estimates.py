@@ -28,7 +28,7 @@ TOKENS = Tokens(
     validation=0,
     max_row=200,
 )
-CPU = Engines("default", "cpu", 2, free_in=(0.0,))
+CPU = Engines("default", "cpu", 2, wait=0.0)
 
 
 def speed(rate: float = 100.0, work: Work = WORK, **fields: object) -> Speed:
@@ -97,24 +97,6 @@ def test_the_validation_file_counts_once_an_epoch_and_a_batch_between() -> None:
 
     assert validated() == 2 * 400 + 4 * 100
     assert validated(early_stopping_patience=1) == 2 * 400 + 4 * 400
-
-
-@pytest.mark.parametrize(
-    ("free_in", "ahead", "expected"),
-    [
-        ((), (), None),
-        ((0.0,), (), 0.0),
-        ((30.0, 10.0), (), 10.0),
-        ((30.0, 10.0), (60.0,), 30.0),
-        ((30.0, 10.0), (60.0, 5.0), 35.0),
-        ((30.0, None), (), None),
-        ((0.0,), (None,), None),
-    ],
-)
-def test_the_wait_is_until_a_place_is_free(
-    free_in: tuple[float | None, ...], ahead: tuple[float | None, ...], expected: float | None
-) -> None:
-    assert estimates.queue_seconds(Engines("default", free_in=free_in, ahead=ahead)) == expected
 
 
 def test_memory_is_what_was_measured_and_more_for_a_longer_row() -> None:

@@ -5,10 +5,10 @@ from datetime import timedelta
 
 import pytest
 
-from lathe.common.errors import InvalidArgument, NotFound
+from lathe.common.errors import InvalidArgument, NotFound, Unavailable
 from lathe.jobs.figures import Basis, Prices, ReplacedPrompt
 from lathe.jobs.model import ComputeSpec, EngineClasses, JobState, Outcome
-from lathe.jobs.ports import Audit, AuditState, FileFinding
+from lathe.jobs.ports import Audit, AuditState, FileFinding, Quota
 from lathe.jobs.progress import Note
 from lathe.jobs.requests import JobRequest
 from lathe.jobs.settings import JobsSettings
@@ -82,6 +82,26 @@ async def test_the_job_keeps_its_estimate_and_says_when_it_will_be_done(world: W
     second = await world.queued(spec=TrainingSpec(n_epochs=2))
     # The first one is before it.
     assert second.estimated_finish_time == world.clock.now() + timedelta(seconds=200)
+
+
+async def test_the_wait_knows_quotas_and_places(world: World) -> None:
+    await run_one(world)
+    await world.register("eng-b")
+    world.accounts.quota = Quota(max_running_jobs=1)
+    await world.queued(spec=TrainingSpec(n_epochs=2))
+    lease = await world.workers.lease("eng-a")
+    assert lease is not None
+    # A place is free, but not for this project; a dedicated job waits for the quota as well.
+    for compute in (ComputeSpec(), ComputeSpec(dedicated=True)):
+        found = (await world.estimates.estimate(replace(REQUEST, compute=compute), None, USER)).estimate
+        assert found is not None and found.engines[0].queue_seconds == 100.0
+    other, there = replace(USER, project="beta"), replace(REQUEST, project="beta")
+    found = (await world.estimates.estimate(there, None, other)).estimate
+    assert found is not None and found.engines[0].queue_seconds == 0.0
+    world.accounts.down = Unavailable("away")
+    world.start()
+    found = (await world.estimates.estimate(REQUEST, None, USER)).estimate
+    assert found is not None and found.engines[0].queue_seconds is None
 
 
 async def test_nothing_is_guessed_of_engines_that_never_were(world: World) -> None:

@@ -4,6 +4,8 @@ from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from lathe.jobs import hyperparameters, policy
 from lathe.jobs.model import (
@@ -74,6 +76,62 @@ def test_the_oldest_job_of_the_least_busy_project_is_next() -> None:
     assert policy.next_job(Place(BASE.digest), queued, [], {}, NOW) == queued[0]
     assert policy.next_job(Place(BASE.digest), queued, [job("r", "acme")], {}, NOW) == queued[2]
     assert [j.id for j in policy.line(queued, [])] == ["a", "c", "b"]
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from("abcd"), st.integers(0, 9), st.booleans()), max_size=12),
+    st.lists(st.sampled_from("abcd"), max_size=4),
+)
+def test_the_line_is_one_turn_after_the_other(
+    waiting: list[tuple[str, int, bool]], running: list[str]
+) -> None:
+    queued = [
+        job(f"j{n}", project, age, turn_time=NOW if turned else None)
+        for n, (project, age, turned) in enumerate(waiting)
+    ]
+    there = [job(f"r{n}", project) for n, project in enumerate(running)]
+    expected: list[Job] = []
+    while len(expected) < len(queued):
+        rest = [one for one in queued if one not in expected]
+        chosen = policy.next_job(Place(BASE.digest), rest, [*there, *expected], {}, NOW)
+        assert chosen is not None
+        expected.append(chosen)
+    assert policy.line(queued, there) == expected
+
+
+class Counted(datetime):
+    """A time that counts how often it was compared."""
+
+    compared = 0
+
+    def __lt__(self, other: datetime) -> bool:
+        Counted.compared += 1
+        return super().__lt__(other)
+
+    def __eq__(self, other: object) -> bool:
+        Counted.compared += 1
+        return super().__eq__(other)
+
+    __hash__ = datetime.__hash__
+
+
+def test_a_line_of_ten_times_as_many_takes_little_more_than_ten_times_as_long() -> None:
+    def compared(jobs: int) -> int:
+        times = [Counted.fromtimestamp(1e9 + n * 7919 % jobs, UTC) for n in range(jobs)]
+        queued = [job(f"j{n}", f"p{n % 50}", queue_time=time) for n, time in enumerate(times)]
+        Counted.compared = 0
+        assert len(policy.line(queued, [])) == jobs
+        return Counted.compared
+
+    assert compared(3000) < 15 * compared(300)
+
+
+def test_a_job_whose_turn_came_goes_before_projects_with_fewer_running_jobs() -> None:
+    waiting = [job("a", rerun_of="z", turn_time=NOW), job("b", "beta", 90)]
+    assert policy.next_job(Place(BASE.digest), waiting, [job("r")], {}, NOW) == waiting[0]
+    assert policy.line(waiting, [job("r")]) == waiting
+    # Its quota holds all the same.
+    assert policy.next_job(Place(BASE.digest), waiting, [job("r")], {"acme": 1}, NOW) == waiting[1]
 
 
 def test_a_job_that_must_be_alone_waits_until_its_engine_is_empty() -> None:

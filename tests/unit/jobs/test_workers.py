@@ -89,6 +89,32 @@ async def test_a_job_that_trains_the_whole_model_shares_its_engine_with_nobody(w
     assert after.job.id == last.id
 
 
+async def test_a_job_that_must_be_alone_is_not_passed_for_ever(world: World) -> None:
+    await world.register("eng-o", OTHER)
+    await world.queued(model="other")
+    # acme runs one job, as the other projects do, which always have a next one.
+    assert await world.workers.lease("eng-o") is not None
+    await world.register(max_attempts=3)
+    running = []
+    for project in ("beta", "gamma"):
+        await world.queued(project=project)
+        running.append(await world.workers.lease("eng-a"))
+    whole = await world.queued(spec=TrainingSpec(full_parameter=True))
+    taken = []
+    for lease in running:
+        assert lease is not None
+        await world.queued(project=lease.job.project)
+        taken.append(await world.workers.lease("eng-a"))
+        await world.complete(lease, Outcome.SUCCEEDED)
+        taken.append(await world.workers.lease("eng-a"))
+    alone = taken.pop()
+    assert taken == [None, None, None]
+    assert alone is not None and alone.job.id == whole.id
+    await world.complete(alone, Outcome.SUCCEEDED)
+    after = await world.workers.lease("eng-a")
+    assert after is not None and (await world.job(whole.id)).turn_time is None
+
+
 async def test_the_quota_of_running_jobs_is_kept(world: World) -> None:
     world.accounts.quota = Quota(max_running_jobs=1)
     await world.leased()

@@ -47,7 +47,9 @@ _JOB_COLUMNS = frozenset(
 JOB_FORMAT = 1
 # What version 0.1 knows of a job is in `body`, all else in `extra`: it reads a member of a member that it does not know
 # as an error, and drops a member that it does not know when it writes the body.
-_EXTRA = frozenset({"parent_model", "rerun_of", "halvings", "compare_with", "comparison", "estimate"})
+_EXTRA = frozenset(
+    {"parent_model", "rerun_of", "halvings", "compare_with", "comparison", "estimate", "turn_time"}
+)
 _BODY_OF = {
     "spec": frozenset(
         {"n_epochs", "batch_size", "learning_rate_multiplier", "lora_r", "lora_alpha", "target_modules"}
@@ -127,6 +129,7 @@ _READERS: dict[str, Callable[[Any], Any]] = {
     "finish_time": _time,
     "estimated_finish_time": _time,
     "hold_until": _time,
+    "turn_time": _time,
 }
 
 
