@@ -30,6 +30,7 @@ def estimate(
     n_epochs: Annotated[int | None, typer.Option(help="Times over the data; auto if unset.")] = None,
     settings: Annotated[list[str] | None, SETTINGS] = None,
     engine_class: Annotated[str, typer.Option(help="Which kind of engine; all are shown.")] = "",
+    dedicated: Annotated[bool, typer.Option("--dedicated", help="On an engine of its own.")] = False,
     workers: Annotated[int, typer.Option(help="Processes that train it together.")] = 1,
     prompt_tokens_saved: Annotated[
         float, typer.Option(min=0, help="Fewer tokens of a request's prompt once the model is tuned.")
@@ -53,15 +54,10 @@ def estimate(
     as_json: JSON = False,
 ) -> None:
     """What a job would take: tokens, time, memory and money; and when it pays for itself. Starts nothing."""
-    replaces: pb.ReplacedPrompt | None = None
     if compare is not None:
-        replaces = replaced_of(_document(compare), replaced_arm, price_per_million)
-    elif price_per_million is not None or seconds_saved is not None:
-        replaces = pb.ReplacedPrompt(prompt_tokens_saved=prompt_tokens_saved)
-        if price_per_million is not None:
-            replaces.price_per_million_tokens = price_per_million
-        elif seconds_saved is not None:
-            replaces.seconds_saved = seconds_saved
+        replaces: pb.ReplacedPrompt | None = replaced_of(_document(compare), replaced_arm, price_per_million)
+    else:
+        replaces = _replaced(prompt_tokens_saved, price_per_million, seconds_saved)
     if replaces is not None:
         replaces.requests_per_hour = requests_per_hour
     others = dict(parsed(method, one) for one in settings or [])
@@ -73,6 +69,7 @@ def estimate(
             method=method,
             settings=others | {"n_epochs": n_epochs},
             engine_class=engine_class,
+            dedicated=dedicated,
             workers=workers,
             replaces=replaces,
         )
@@ -196,6 +193,17 @@ def replaced_of(report: dict[str, Any], arm: str, price_per_million: float | Non
         return pb.ReplacedPrompt(prompt_tokens_saved=tokens, price_per_million_tokens=price_per_million)
     seconds = before["seconds"] / before["count"] - after["seconds"] / after["count"]
     return pb.ReplacedPrompt(prompt_tokens_saved=tokens, seconds_saved=max(0.0, seconds))
+
+
+def _replaced(tokens: float, price: float | None, seconds: float | None) -> pb.ReplacedPrompt | None:
+    """None where nothing was said. Raises InvalidArgument for what nothing can be reckoned from."""
+    if price is not None and seconds is not None:
+        raise InvalidArgument("Give --price-per-million or --seconds-saved, not both.")
+    if bool(tokens) != (price is not None):
+        raise InvalidArgument("--prompt-tokens-saved and --price-per-million are given together.")
+    if price is not None:
+        return pb.ReplacedPrompt(prompt_tokens_saved=tokens, price_per_million_tokens=price)
+    return pb.ReplacedPrompt(seconds_saved=seconds) if seconds is not None else None
 
 
 def _document(path: Path) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from lathe.cli.estimates import asked_of, confirm, estimate, estimate_lines
 from lathe.cli.jobview import JobView, metrics_line
 from lathe.cli.output import (
     JSON,
+    enum_word,
     note,
     plain,
     print_facts,
@@ -23,6 +24,7 @@ from lathe.cli.output import (
 from lathe.cli.training_files import dataset_of
 from lathe.client import Client
 from lathe.client.jobsettings import parsed
+from lathe.common.errors import InvalidArgument
 from lathe.v1 import jobs_pb2 as pb
 
 app = typer.Typer(no_args_is_help=True, help="Fine-tuning jobs.")
@@ -100,10 +102,17 @@ def watch(context: typer.Context, job: JOB, as_json: JSON = False) -> None:
 
 
 @app.command(name="list")
-def list_(context: typer.Context, as_json: JSON = False) -> None:
+def list_(
+    context: typer.Context,
+    state: Annotated[
+        list[str] | None, typer.Option(help="Only those in it, such as queued or running; repeatable.")
+    ] = None,
+    as_json: JSON = False,
+) -> None:
     """Your jobs, newest first."""
+    states = [_state(word) for word in state or []]
     with client_of(context) as client:
-        jobs = list(client.jobs.list())
+        jobs = list(client.jobs.list(states))
     if as_json:
         print_messages(jobs)
         return
@@ -161,6 +170,7 @@ def show(context: typer.Context, job: JOB, as_json: JSON = False) -> None:
                 f"{found.attempt_count}, {found.lost_lease_count} lost" if found.attempt_count else "",
             ),
             ("created", when(found.create_time)),
+            ("likely done", when(found.estimated_finish_time)),
             ("finished", when(found.finish_time)),
             *(("checkpoint", one.model_id) for one in checkpoints),
         )
@@ -178,8 +188,11 @@ def receipt(
         document = client.jobs.receipt(job)
     if output is None:
         print(document, end="")
-    else:
+        return
+    try:
         output.write_text(document, encoding="utf-8")
+    except OSError as error:
+        raise InvalidArgument(f"{output} cannot be written ({error.strerror}).") from error
 
 
 @app.command()
@@ -252,6 +265,15 @@ def _compared(job: pb.Job) -> str:
     return f"differ from the first's by at most {found.largest_difference:.3g} ({found.tensor})"
 
 
+def _state(word: str) -> pb.JobState.ValueType:
+    """Raises InvalidArgument for what is no state of a job."""
+    words = {enum_word(pb.JobState.DESCRIPTOR, number): number for number in pb.JobState.values() if number}
+    found = words.get(word.strip().lower().replace(" ", "_").replace("-", "_"))
+    if found is None:
+        raise InvalidArgument(f"--state {word!r} is no state of a job; choose from {', '.join(words)}.")
+    return found
+
+
 def job_id(job: pb.Job) -> str:
     """ftjob-…"""
     return job.name.rsplit("/", 1)[-1]
@@ -260,17 +282,17 @@ def job_id(job: pb.Job) -> str:
 def _watch(client: Client, name: str, as_json: bool) -> int:
     """Watch until the end; the exit code."""
     job = pb.Job()
-    if as_json:
-        for update in client.jobs.watch(name):
-            job = update.job
-            print_json(update)
-    else:
-        try:
+    try:
+        if as_json:
+            for update in client.jobs.watch(name):
+                job = update.job
+                print_json(update)
+        else:
             with JobView() as view:
                 for update in client.jobs.watch(name):
                     job = update.job
                     view.update(update)
-        except KeyboardInterrupt:
-            note(f"The job goes on. Watch it again with: lathe jobs watch {name.rsplit('/', 1)[-1]}")
-            return exits.INTERRUPTED
+    except KeyboardInterrupt:
+        note(f"The job goes on. Watch it again with: lathe jobs watch {name.rsplit('/', 1)[-1]}")
+        return exits.INTERRUPTED
     return exits.OK if job.state == pb.JOB_STATE_SUCCEEDED else exits.FAILED

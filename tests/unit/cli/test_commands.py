@@ -7,6 +7,7 @@ import socket
 import stat
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -181,6 +182,70 @@ def test_a_setting_that_a_method_has_not_is_wrong_input() -> None:
     create = ["jobs", "create", "--model", "m", "--train", "t", "--set", "beta=0.2"]
     error = CliRunner().invoke(main.app, create).exception
     assert isinstance(error, errors.InvalidArgument) and "supervised has no setting 'beta'" in error.message
+
+
+@pytest.mark.parametrize(
+    ("saved", "said"),
+    [
+        (["--prompt-tokens-saved", "9"], "given together"),
+        (["--price-per-million", "2"], "given together"),
+        (["--price-per-million", "2", "--seconds-saved", "1"], "not both"),
+    ],
+)
+def test_what_says_too_little_of_what_is_saved_is_refused(saved: list[str], said: str) -> None:
+    error = (
+        CliRunner().invoke(main.app, ["jobs", "estimate", "--model", "m", "--train", "t", *saved]).exception
+    )
+    assert isinstance(error, errors.InvalidArgument) and said in error.message
+
+
+def test_a_state_that_no_job_has_is_refused_with_those_there_are() -> None:
+    error = CliRunner().invoke(main.app, ["jobs", "list", "--state", "done"]).exception
+    assert (
+        isinstance(error, errors.InvalidArgument) and "choose from validating_files, queued," in error.message
+    )
+
+
+class OnlyJobs:
+    """A client whose platform has jobs alone."""
+
+    def __init__(self, jobs: object) -> None:
+        self.jobs = jobs
+
+    def __enter__(self) -> "OnlyJobs":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
+def test_a_watch_that_is_left_says_how_to_come_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Watched:
+        def watch(self, name: str) -> Iterator[jobs_pb2.WatchJobResponse]:
+            yield job_update(1, 2.0)
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Connection, "client", lambda self: OnlyJobs(Watched()))
+    for arguments in ([], ["--json"]):
+        result = CliRunner().invoke(main.app, ["jobs", "watch", "ftjob-1", *arguments])
+        assert result.exit_code == exits.INTERRUPTED
+        assert "lathe jobs watch ftjob-1" in result.stderr
+    assert json.loads(result.stdout)["job"]["state"] == "running"
+
+
+def test_a_receipt_that_cannot_be_written_is_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    class Kept:
+        def receipt(self, name: str) -> str:
+            return "{}"
+
+    monkeypatch.setattr(Connection, "client", lambda self: OnlyJobs(Kept()))
+    there = ["jobs", "receipt", "ftjob-1", "-o", str(tmp_path / "r.json")]
+    assert CliRunner().invoke(main.app, there).exit_code == exits.OK
+    assert (tmp_path / "r.json").read_text() == "{}"
+    error = CliRunner().invoke(main.app, ["jobs", "receipt", "ftjob-1", "-o", str(tmp_path)]).exception
+    assert isinstance(error, errors.InvalidArgument) and "cannot be written" in error.message
 
 
 # --- what is printed ---
