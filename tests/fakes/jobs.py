@@ -18,6 +18,7 @@ from lathe.jobs.directory import EngineDirectory
 from lathe.jobs.estimating import EstimatesService, Estimator
 from lathe.jobs.figures import NO_PRICES, Prices
 from lathe.jobs.gangs import Gangs
+from lathe.jobs.leftovers import Leftovers
 from lathe.jobs.model import (
     ONE_CLASS,
     AdapterObject,
@@ -141,6 +142,8 @@ class FakeModels:
     )
     adapters: dict[str, AdapterRegistration] = dataclasses.field(default_factory=dict)
     refused: dict[str, LatheError] = dataclasses.field(default_factory=dict)
+    # Job -> the folders that stayed when its files were swept.
+    swept: dict[str, list[str]] = dataclasses.field(default_factory=dict)
     down: LatheError | None = None
 
     async def resolve(self, project: str, model_id: str) -> ResolvedModel:
@@ -156,6 +159,11 @@ class FakeModels:
         if adapter.object.prefix in self.refused:
             raise self.refused[adapter.object.prefix]
         self.adapters.setdefault(adapter.model_id, adapter)
+
+    async def sweep_files(self, job: Job, kept: Sequence[str]) -> None:
+        if self.down is not None:
+            raise self.down
+        self.swept[job.id] = sorted(kept)
 
 
 @dataclasses.dataclass
@@ -286,6 +294,7 @@ class World:
         self.estimator = Estimator(self.store, quotas, self.clock, self.prices, self.classes)
         self.estimates = EstimatesService(self.service, self.estimator)
         self.steps = JobSteps(self.store, self.datasets, self.models, changes, self.clock, self.estimator)
+        self.leftovers = Leftovers(self.store, self.models, self.clock)
         self.directory = EngineDirectory(
             self.store, self.models, changes, self.contact, self.clock, self.limits, self.classes
         )

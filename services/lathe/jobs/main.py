@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Coroutine, Iterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 
 from lathe.common.background import Wakeup, in_background, repeat
@@ -29,6 +29,7 @@ from lathe.jobs.gangs import Gangs
 from lathe.jobs.launchers.processes import ENGINE_MODULE
 from lathe.jobs.launchers.ray import RayLauncher
 from lathe.jobs.launchers.subprocess import SubprocessLauncher
+from lathe.jobs.leftovers import Leftovers
 from lathe.jobs.peers import RpcAccounts, RpcDatasets, RpcModels
 from lathe.jobs.policy import Limits
 from lathe.jobs.ports import JobStore, Launcher
@@ -55,6 +56,8 @@ from lathe.v1.worker_pb2_grpc import add_WorkerServiceServicer_to_server
 PACKAGE = "lathe.jobs"
 # datasets wants to hear it once a day.
 _KEEP_TOKENS_EVERY_S = 6 * 3600.0
+# Nobody waits for it.
+_SWEEP_EVERY_S = 60.0
 
 
 @asynccontextmanager
@@ -132,18 +135,19 @@ async def running(
             store, launcher, quotas, changes, contact, clock, ids, metrics, limits, pace, classes
         )
         steps = JobSteps(store, datasets, models, changes, clock, estimator, pace)
-        keeping = repeat(
-            "Keeping tokens",
-            TokenKeeper(store, datasets).step,
-            clock=machine_clock,
-            wakeup=Wakeup(),
-            interval=_KEEP_TOKENS_EVERY_S,
-            retry=60.0,
-        )
         watching = watch_dependencies("jobs", {"database": db.check}, metrics, clock)
-        working = in_background(reconciler.run(), steps.run(), keeping, watching)
+        housekeeping = _housekeeping(TokenKeeper(store, datasets), Leftovers(store, models, clock), clock)
+        working = in_background(reconciler.run(), steps.run(), watching, *housekeeping)
         await stack.enter_async_context(working)
         yield answering
+
+
+def _housekeeping(
+    tokens: TokenKeeper, leftovers: Leftovers, clock: Clock
+) -> Iterator[Coroutine[object, object, None]]:
+    keep, sweep = _KEEP_TOKENS_EVERY_S, _SWEEP_EVERY_S
+    yield repeat("Keeping tokens", tokens.step, clock=clock, wakeup=Wakeup(), interval=keep, retry=60.0)
+    yield repeat("Sweeping files", leftovers.sweep, clock=clock, wakeup=Wakeup(), interval=sweep, retry=60.0)
 
 
 def _limits(settings: JobsSettings) -> Limits:

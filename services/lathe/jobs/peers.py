@@ -10,7 +10,7 @@ from lathe.common import names
 from lathe.common.errors import Internal
 from lathe.common.rpc.channel import call
 from lathe.common.rpc.principal import Principal
-from lathe.jobs.model import AdapterObject, BaseRef, TokenObject
+from lathe.jobs.model import AdapterObject, BaseRef, Job, TokenObject
 from lathe.jobs.ports import (
     AdapterRegistration,
     Audit,
@@ -44,6 +44,8 @@ _AUDIT_STATES: dict[int, AuditState] = {
     datasets_pb2.AUDIT_STATE_READY: AuditState.READY,
     datasets_pb2.AUDIT_STATE_ERROR: AuditState.ERROR,
 }
+# What many files take longer than that for goes on at the next try.
+_SWEEP_TIMEOUT_S = 60.0
 T = TypeVar("T")
 
 
@@ -176,6 +178,10 @@ class RpcModels:
             ),
         )
         await call(self._internal.RegisterAdapter, request)
+
+    async def sweep_files(self, job: Job, kept: Sequence[str]) -> None:
+        request = models_pb2.SweepJobFilesRequest(job=job.name, kept_prefixes=kept)
+        await call(self._internal.SweepJobFiles, request, timeout=_SWEEP_TIMEOUT_S)
 
 
 class RpcAccounts:

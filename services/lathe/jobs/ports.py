@@ -194,6 +194,10 @@ class Models(Protocol):
         """Safe to repeat."""
         ...
 
+    async def sweep_files(self, job: Job, kept: Sequence[str]) -> None:
+        """Remove what a job that has ended left in the store, but for the folders `kept`. Safe to repeat."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class Quota:
@@ -325,6 +329,14 @@ class JobSession(Protocol):
 
     async def count_by_state(self) -> dict[JobState, int]:
         """Every state that this version knows; jobs of a newer one's states are left out."""
+        ...
+
+    async def unswept(self, limit: int) -> Sequence[Job]:
+        """Jobs that have ended and whose files were not swept since; the oldest first."""
+        ...
+
+    async def set_swept(self, job_id: str) -> None:
+        """The job's files were swept."""
         ...
 
     async def lock_project(self, project: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
@@ -302,6 +302,28 @@ def refuse_remote_code(documents: Mapping[str, Mapping[str, Any]]) -> None:
                 f"{path} has 'auto_map': this model needs code of its own, which Lathe does not run. "
                 "Import a model of an architecture that Lathe knows."
             )
+
+
+def job_folder(job: str) -> str:
+    """Where all attempts of a job write; with a slash at the end."""
+    return f"jobs/{job}/"
+
+
+def folders_to_keep(folder: str, kept: Iterable[str]) -> set[str]:
+    """`kept` without slashes at the end. Raise InvalidArgument for one that is not below `folder`."""
+    found = {prefix.rstrip("/") for prefix in kept}
+    for prefix in sorted(found):
+        if not prefix.startswith(folder) or any(part in ("", ".", "..") for part in prefix.split("/")):
+            raise invalid(
+                "kept_prefixes", f"kept_prefixes has {prefix!r}, which is no folder below {folder}."
+            )
+    return found
+
+
+def not_below(keys: Iterable[str], folders: Collection[str]) -> list[str]:
+    """The keys that lie in none of the folders; manifests first, so that nothing looks whole when it is not."""
+    others = (key for key in keys if not any(key.startswith(f"{folder}/") for folder in folders))
+    return sorted(others, key=lambda key: (not key.endswith("/manifest.json"), key))
 
 
 def invalid(field: str, message: str) -> InvalidArgument:

@@ -85,6 +85,10 @@ class ModelStore(Protocol):
         """Oldest first, the ones after (create_time, id)."""
         ...
 
+    async def adapter_prefixes(self, below: str) -> set[str]:
+        """Where the adapters whose prefix begins so have their files; without those being deleted."""
+        ...
+
     async def begin_delete_adapter(self, project: str, adapter_id: str) -> bool:
         """Mark it deleting; False if there is none."""
         ...

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 
@@ -309,3 +309,17 @@ class ModelsService:
         if not await self.store.begin_delete_adapter(project, adapter_id):
             raise NotFound(f"projects/{project}/adapters/{adapter_id} was not found.")
         self.cleanup.set()
+
+    # --- jobs that have ended ---------------------------------------------------------------------------------
+
+    async def sweep_job_files(self, job: str, kept: Collection[str]) -> None:
+        """Remove what the job with this id left in the store, but for the folders `kept` and registered adapters. Call
+        when nothing of it runs any more. What an error leaves there goes when it is repeated."""
+        folder = rules.job_folder(job)
+        stay = rules.folders_to_keep(folder, kept)
+        keys = [info.key async for info in self.objects.list(folder)]
+        gone = rules.not_below(keys, stay | await self.store.adapter_prefixes(folder))
+        for key in gone:
+            await self.objects.delete(key)
+        if gone:
+            log.info("Removed %d files that job %s left.", len(gone), job)

@@ -140,6 +140,12 @@ class ModelsInternalServicer(pb_grpc.ModelsInternalServiceServicer):
         )
         return protos.adapter_pb(adapter)
 
+    async def SweepJobFiles(self, request: pb.SweepJobFilesRequest, context: ServicerContext) -> Empty:
+        _, job = names.JOB.parse(request.job, field="job")
+        require_project(request.job, field="job")
+        await self._service.sweep_job_files(job, request.kept_prefixes)
+        return Empty()
+
 
 # A base model lists its files and its template: a page must stay below gRPC's 4 MiB.
 _MAX_BASE_MODELS = 50

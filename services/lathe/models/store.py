@@ -274,6 +274,13 @@ class SqlModelStore:
         async with self._db.read() as connection:
             return [_adapter(row) for row in await connection.execute(query)]
 
+    async def adapter_prefixes(self, below: str) -> set[str]:
+        query = sa.select(adapters.c.prefix).where(
+            ~adapters.c.deleting, adapters.c.prefix.startswith(below, autoescape=True)
+        )
+        async with self._db.read() as connection:
+            return set((await connection.execute(query)).scalars())
+
     async def begin_delete_adapter(self, project: str, adapter_id: str) -> bool:
         statement = (
             adapters.update()

@@ -695,3 +695,27 @@ class RegisterAdapterRequest(message.Message):
     _ClearFieldArgType: _TypeAlias = typing.Literal["adapter", b"adapter", "parent", b"parent"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class SweepJobFilesRequest(message.Message):
+    DESCRIPTOR: descriptor.Descriptor
+
+    JOB_FIELD_NUMBER: builtins.int
+    KEPT_PREFIXES_FIELD_NUMBER: builtins.int
+    job: builtins.str
+    """projects/{project}/jobs/{job}"""
+    @builtins.property
+    def kept_prefixes(self) -> containers.RepeatedScalarFieldContainer[builtins.str]:
+        """Folders of the object store that stay, such as jobs/{job}/{attempt}/final."""
+
+    def __init__(
+        self,
+        *,
+        job: builtins.str = ...,
+        kept_prefixes: abc.Iterable[builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["job", b"job", "kept_prefixes", b"kept_prefixes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...

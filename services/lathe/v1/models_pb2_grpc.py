@@ -563,6 +563,11 @@ class ModelsInternalServiceStub:
                 request_serializer=lathe_dot_v1_dot_models__pb2.RegisterAdapterRequest.SerializeToString,
                 response_deserializer=lathe_dot_v1_dot_models__pb2.Adapter.FromString,
                 _registered_method=True)
+        self.SweepJobFiles = channel.unary_unary(
+                '/lathe.v1.ModelsInternalService/SweepJobFiles',
+                request_serializer=lathe_dot_v1_dot_models__pb2.SweepJobFilesRequest.SerializeToString,
+                response_deserializer=google_dot_protobuf_dot_empty__pb2.Empty.FromString,
+                _registered_method=True)
 
 
 class ModelsInternalServiceServicer:
@@ -590,6 +595,14 @@ class ModelsInternalServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def SweepJobFiles(self, request, context):
+        """Removes what a job that has ended left in the store: all but the folders to keep and registered adapters. Safe to
+        repeat.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ModelsInternalServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -607,6 +620,11 @@ def add_ModelsInternalServiceServicer_to_server(servicer, server):
                     servicer.RegisterAdapter,
                     request_deserializer=lathe_dot_v1_dot_models__pb2.RegisterAdapterRequest.FromString,
                     response_serializer=lathe_dot_v1_dot_models__pb2.Adapter.SerializeToString,
+            ),
+            'SweepJobFiles': grpc.unary_unary_rpc_method_handler(
+                    servicer.SweepJobFiles,
+                    request_deserializer=lathe_dot_v1_dot_models__pb2.SweepJobFilesRequest.FromString,
+                    response_serializer=google_dot_protobuf_dot_empty__pb2.Empty.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -691,6 +709,33 @@ class ModelsInternalService:
             '/lathe.v1.ModelsInternalService/RegisterAdapter',
             lathe_dot_v1_dot_models__pb2.RegisterAdapterRequest.SerializeToString,
             lathe_dot_v1_dot_models__pb2.Adapter.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SweepJobFiles(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/lathe.v1.ModelsInternalService/SweepJobFiles',
+            lathe_dot_v1_dot_models__pb2.SweepJobFilesRequest.SerializeToString,
+            google_dot_protobuf_dot_empty__pb2.Empty.FromString,
             options,
             channel_credentials,
             insecure,

@@ -182,6 +182,10 @@ class ModelsInternalServiceStub:
     """What a model id that a client wrote means inside its project. NOT_FOUND when it means nothing there."""
     RegisterAdapter: _grpc.UnaryUnaryMultiCallable[_models_pb2.RegisterAdapterRequest, _models_pb2.Adapter]
     """Registers what a job produced. The same model_id again answers with what is registered."""
+    SweepJobFiles: _grpc.UnaryUnaryMultiCallable[_models_pb2.SweepJobFilesRequest, _empty_pb2.Empty]
+    """Removes what a job that has ended left in the store: all but the folders to keep and registered adapters. Safe to
+    repeat.
+    """
 
 @_typing.type_check_only
 class ModelsInternalServiceAsyncStub(ModelsInternalServiceStub):
@@ -194,6 +198,10 @@ class ModelsInternalServiceAsyncStub(ModelsInternalServiceStub):
     """What a model id that a client wrote means inside its project. NOT_FOUND when it means nothing there."""
     RegisterAdapter: _aio.UnaryUnaryMultiCallable[_models_pb2.RegisterAdapterRequest, _models_pb2.Adapter]  # type: ignore[assignment]
     """Registers what a job produced. The same model_id again answers with what is registered."""
+    SweepJobFiles: _aio.UnaryUnaryMultiCallable[_models_pb2.SweepJobFilesRequest, _empty_pb2.Empty]  # type: ignore[assignment]
+    """Removes what a job that has ended left in the store: all but the folders to keep and registered adapters. Safe to
+    repeat.
+    """
 
 class ModelsInternalServiceServicer(metaclass=_abc_1.ABCMeta):
     """For the gateway, datasets and jobs only; never forwarded to clients."""
@@ -221,5 +229,15 @@ class ModelsInternalServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_models_pb2.Adapter, _abc.Awaitable[_models_pb2.Adapter]]:
         """Registers what a job produced. The same model_id again answers with what is registered."""
+
+    @_abc_1.abstractmethod
+    def SweepJobFiles(
+        self,
+        request: _models_pb2.SweepJobFilesRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_empty_pb2.Empty, _abc.Awaitable[_empty_pb2.Empty]]:
+        """Removes what a job that has ended left in the store: all but the folders to keep and registered adapters. Safe to
+        repeat.
+        """
 
 def add_ModelsInternalServiceServicer_to_server(servicer: ModelsInternalServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

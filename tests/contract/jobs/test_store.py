@@ -19,6 +19,7 @@ from lathe.common.errors import Aborted, AlreadyExists, Unavailable
 from lathe.jobs.figures import EngineEstimate, JobEstimate, Range, Speed, Work
 from lathe.jobs.model import (
     DEFAULT_CLASS,
+    TERMINAL_STATES,
     AdapterObject,
     Attempt,
     BaseRef,
@@ -208,6 +209,26 @@ async def test_a_job_of_a_newer_format_is_left_to_newer_replicas(world: World, d
         attempt = await session.attempt(lease.attempt.id)
         assert attempt is not None and attempt.outcome is None
         assert await session.job_state(newer.id) == "evaluating"
+
+
+async def test_jobs_that_have_ended_are_swept_once_the_oldest_first(world: World, db: Database) -> None:
+    job, at = full_job(world.clock), world.clock.now()
+    ends = [*TERMINAL_STATES, JobState.RUNNING, JobState.QUEUED]
+    async with world.store.write() as session:
+        for number, state in enumerate(ends):
+            created = at - timedelta(seconds=number)
+            await session.add_job(
+                replace(job, id=f"ftjob-{number}", state=state, create_time=created), "", []
+            )
+    async with world.store.write() as session:
+        assert [found.id for found in await session.unswept(5)] == ["ftjob-2", "ftjob-1", "ftjob-0"]
+        assert [found.id for found in await session.unswept(1)] == ["ftjob-2"]
+        await session.set_swept("ftjob-2")
+        assert [found.id for found in await session.unswept(5)] == ["ftjob-1", "ftjob-0"]
+    async with db.write() as connection:
+        await connection.execute(update(tables.jobs).where(tables.jobs.c.id == "ftjob-1").values(format=2))
+    async with world.store.read() as session:
+        assert [found.id for found in await session.unswept(5)] == ["ftjob-0"]
 
 
 async def test_a_request_id_is_used_once_per_project(world: World) -> None:

@@ -162,3 +162,18 @@ async def test_adapters(store):
     with pytest.raises(FailedPrecondition):
         await store.add_adapter(made[0])
     assert await store.get_adapter("p", "adp-0") is None
+
+
+async def test_the_folders_of_adapters_are_found_by_what_they_begin_with(store):
+    await store.add_base_model(model(), "")
+    await store.set_stored("one", {"config.json", "model.safetensors"})
+    await store.finish("one", FACTS)
+    for number, prefix in enumerate(("jobs/j_1/a/final", "jobs/j_1/b/final", "jobs/jx1/a/final")):
+        made = replace(
+            adapter(f"adp-{number}", f"ft:one:p:s:{number}"), object=AdapterObject(prefix, "0" * 64)
+        )
+        await store.add_adapter(made)
+    # An underscore is no wildcard.
+    assert await store.adapter_prefixes("jobs/j_1/") == {"jobs/j_1/a/final", "jobs/j_1/b/final"}
+    await store.begin_delete_adapter("p", "adp-0")
+    assert await store.adapter_prefixes("jobs/j_1/") == {"jobs/j_1/b/final"}

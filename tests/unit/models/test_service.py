@@ -368,3 +368,48 @@ async def test_what_a_stream_stored_after_its_import_was_over_is_swept(world, mo
     # The import itself is abandoned after a day, with what it stored.
     left = set(world.objects.keys())
     assert not left & {*late, *others[:1]} and others[1] in left
+
+
+async def keys(world, prefix="jobs/"):
+    return [info.key async for info in world.objects.list(prefix)]
+
+
+async def test_what_an_ended_job_left_goes_but_for_what_stays_and_is_registered(world, models, base):
+    final = await world.put_adapter()
+    await models.register_adapter("acme", TUNED, "tiny", final, LINEAGE, is_final=True)
+    shown, left = "jobs/ftjob-1/att-1/checkpoints/step-2", "jobs/ftjob-1/att-0/checkpoints/step-20"
+    for prefix in (shown, left, "jobs/ftjob-10/att-1/final"):
+        await world.put_adapter(prefix)
+    before = await keys(world)
+    await models.sweep_job_files("ftjob-1", [f"{shown}/"])
+    assert await keys(world) == [key for key in before if not key.startswith(left)]
+    await models.sweep_job_files("ftjob-1", [shown])
+    assert len(await keys(world)) == len(before) - 4
+
+
+async def test_only_folders_of_the_job_itself_can_be_kept(world, models):
+    await world.put_adapter()
+    for prefix in ("jobs/ftjob-2/att-1/final", "jobs/ftjob-1/../x", "jobs/ftjob-1/"):
+        with pytest.raises(InvalidArgument, match="kept_prefixes"):
+            await models.sweep_job_files("ftjob-1", [prefix])
+    assert len(await keys(world)) == 4
+
+
+async def test_a_sweep_of_a_job_that_breaks_off_leaves_nothing_that_looks_whole(world, models):
+    await world.put_adapter()
+    deleted = []
+    delete = world.objects.delete
+
+    async def breaks_off(key):
+        if deleted:
+            raise Unavailable("away")
+        deleted.append(key)
+        await delete(key)
+
+    world.objects.delete = breaks_off
+    with pytest.raises(Unavailable):
+        await models.sweep_job_files("ftjob-1", [])
+    assert deleted == [f"{PREFIX}/manifest.json"]
+    world.objects.delete = delete
+    await models.sweep_job_files("ftjob-1", [])
+    assert not await keys(world)

@@ -208,6 +208,22 @@ class _Jobs(_Base):
         found = {JobState(state): int(count) for state, count in await self._connection.execute(query)}
         return {state: found.get(state, 0) for state in JobState}
 
+    async def unswept(self, limit: int) -> Sequence[Job]:
+        query = (
+            select(t.jobs)
+            .where(
+                ~t.jobs.c.swept,
+                t.jobs.c.state.in_([str(state) for state in sorted(TERMINAL_STATES)]),
+                t.jobs.c.format <= rows.JOB_FORMAT,
+            )
+            .order_by(t.jobs.c.create_time, t.jobs.c.id)
+            .limit(limit)
+        )
+        return [rows.job(row) for row in await self._all(query)]
+
+    async def set_swept(self, job_id: str) -> None:
+        await self._connection.execute(update(t.jobs).where(t.jobs.c.id == job_id).values(swept=True))
+
     async def lock_project(self, project: str) -> None:
         await self._connection.execute(
             update(t.projects)

@@ -16,6 +16,7 @@ from sqlalchemy import (
     Table,
     Text,
     UniqueConstraint,
+    false,
 )
 
 from lathe.common.db import UtcDateTime
@@ -40,10 +41,13 @@ jobs = Table(
     Column("extra", JSON(none_as_null=True)),
     # What a replica must know to act on the job; see JOB_FORMAT. One that knows less leaves it alone.
     Column("format", Integer, nullable=False, server_default="1"),
+    # Whether what it left in the object store was removed after its end.
+    Column("swept", Boolean, nullable=False, server_default=false()),
     UniqueConstraint("project", "request_id", name="jobs_request_id"),
 )
 Index("jobs_by_project", jobs.c.project, jobs.c.create_time, jobs.c.id)
 Index("jobs_by_state", jobs.c.state)
+Index("jobs_to_sweep", jobs.c.swept, jobs.c.create_time)
 
 job_metadata = Table(
     "job_metadata",
