@@ -88,7 +88,8 @@ async def running(
         truncations = Truncations(indexes, tokenizers)
         preparation = PreparationService(service, indexes, truncations)
         busy: set[str] = set()
-        preparing = Preparing(store, objects, indexes, truncations, busy, service.validation)
+        indexed = (service.comparing, service.preparing)
+        preparing = Preparing(store, objects, indexes, truncations, busy, service.validation, indexed)
         blobs = Blobs(store, objects, clock, ids)
         validation = Validation(blobs, busy, folder=folder / "conversions")
         await validation.start()
@@ -165,14 +166,6 @@ def _loops(
             # Files that are READY now have rows to index.
             service.indexing.set()
 
-    async def index() -> None:
-        try:
-            await preparing.index_all()
-        finally:
-            # What waits for these indexes.
-            service.comparing.set()
-            service.preparing.set()
-
     def loop(
         name: str, step: Callable[[], Awaitable[None]], wakeup: Wakeup, interval: float
     ) -> Coroutine[Any, Any, None]:
@@ -184,7 +177,7 @@ def _loops(
     ]
     return [
         *validations,
-        loop("Indexing", index, service.indexing, _LOOK_EVERY_S),
+        loop("Indexing", preparing.index_all, service.indexing, _LOOK_EVERY_S),
         loop("Comparing", preparing.compare_all, service.comparing, _LOOK_EVERY_S),
         loop("Preparation", preparing.write_all, service.preparing, _LOOK_EVERY_S),
         loop("The audit", auditor.step, service.auditing, _LOOK_EVERY_S),

@@ -7,7 +7,7 @@ import asyncio
 import hashlib
 import logging
 from array import array
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -57,7 +57,7 @@ class Preparing:
     and doing it again gives the same.
 
     busy: names of the datasets that are written just now, shared with the cleaner, which leaves them alone.
-    validation: set when there is something to validate.
+    validation: set when there is something to validate. indexed: set when there is one index more.
     """
 
     store: DatasetStore
@@ -66,6 +66,7 @@ class Preparing:
     truncations: Truncations
     busy: set[str] = field(default_factory=set)
     validation: Wakeup = field(default_factory=Wakeup)
+    indexed: Sequence[Wakeup] = ()
     pauses: Pauses = field(default_factory=Pauses)
 
     async def index_all(self) -> None:
@@ -114,6 +115,9 @@ class Preparing:
             return
         if not await self.store.set_indexed(sha256, VERSION):
             await self.objects.delete_prefix(index_prefix(sha256))
+            return
+        for waiting in self.indexed:
+            waiting.set()
 
     async def find_overlap(self, pair: Overlap) -> None:
         """Count the rows of a file that are in a frozen one. Raises Unavailable while one of them is not indexed."""

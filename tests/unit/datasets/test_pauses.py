@@ -4,6 +4,7 @@ from datetime import timedelta
 
 import pytest
 
+from lathe.common.background import Wakeup
 from lathe.common.errors import Unavailable
 from lathe.datasets.model import DatasetState, blob_key, index_key
 from lathe.datasets.operations import Sample
@@ -29,6 +30,13 @@ class Broken:
             self.tries += 1
             raise OSError("No space left on device")
         return self._objects.stream(key, **options)
+
+
+class Woken(Wakeup):
+    times = 0
+
+    def set(self):
+        self.times += 1
 
 
 async def for_ten_hours(world, step):
@@ -75,8 +83,11 @@ async def test_indexing_pauses_ever_longer_for_one_file_and_not_for_others(world
     bad, good = await world.ready(BAD), await world.ready()
     objects = Broken(world.objects, lambda key: key == blob_key(bad.sha256))
     service = world.preparation(objects=objects)
-    step = Preparing(world.store, objects, service.indexes, service.truncations).index_all
+    woken = Woken()
+    step = Preparing(world.store, objects, service.indexes, service.truncations, indexed=(woken,)).index_all
     await for_ten_hours(world, step)
+    # What waits for the bad one asks for it again and again: it is not told to look before there is one index more.
+    assert woken.times == 1
     assert 60 <= objects.tries <= 80
     assert await world.objects.head(index_key(good.sha256)) is not None
 
