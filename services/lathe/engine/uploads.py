@@ -6,12 +6,14 @@ import asyncio
 import logging
 from collections import deque
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from shutil import rmtree
 
 from lathe.common.clock import Clock
 from lathe.common.errors import LatheError
 from lathe.common.objectstore.base import ObjectStore
+from lathe.engine.apart import apart
 from lathe.engine.basecache import ensure_adapter
 from lathe.engine.checkpoints import Manifest, checkpoint_prefix, delete, describe, sweep, upload
 from lathe.engine.model import (
@@ -147,4 +149,4 @@ class Uploads:
             )
         except LatheError as error:
             return WeightComparison(bit_identical=False, not_compared_reason=error.message)
-        return await asyncio.to_thread(compare, first, final)
+        return await apart(partial(compare, first, final))

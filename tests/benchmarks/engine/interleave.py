@@ -17,7 +17,7 @@ from lathe.engine.model import AttemptEvent, StepMetrics
 from lathe.engine.sampling import Sampled, SamplingParams
 from tests.benchmarks.engine import model
 from tests.benchmarks.engine.rounds import Setting, Turns, alternate
-from tests.benchmarks.engine.verbs import model_thread, supervised
+from tests.benchmarks.engine.verbs import loaded_apart, model_thread, supervised
 
 TOKENS, ALONE, PROMPT = 60, 32, 128
 TIMEOUT_S = 120.0
@@ -41,7 +41,7 @@ def measure(setting: Setting) -> dict[str, float]:
 
 
 def ours(setting: Setting, turns: Turns) -> None:
-    engine = model.load_engine(setting)
+    engine = loaded_apart(lambda: model.load_engine(setting))
     rows = model.chat_rows(setting.folder, 400)
     steps: list[StepMetrics] = []
 

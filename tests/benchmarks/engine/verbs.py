@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
@@ -18,6 +20,8 @@ from lathe.engine.recipes.recipe import TrainData
 from lathe.engine.recipes.run import Run
 from lathe.engine.recipes.sft import SupervisedRecipe
 from tests.benchmarks.engine import model
+
+E = TypeVar("E", bound=Engine)
 
 SLICE_TOKENS = 320  # the setting's default on a CPU
 MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -67,6 +71,12 @@ def supervised(
         folder=place,
         clock=SystemClock(),
     )
+
+
+def loaded_apart(load: Callable[[], E]) -> E:
+    """An engine for a model thread, loaded by a thread that ends: see engine/apart.py."""
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(load).result()
 
 
 @contextmanager

@@ -28,7 +28,7 @@ from lathe.text.arrow import TokenRow, write_tokens
 from lathe.text.formats import Role
 from tests.benchmarks.engine import model
 from tests.benchmarks.engine.rounds import Setting, Turns, alternate
-from tests.benchmarks.engine.verbs import model_thread, slice_plan, training_config
+from tests.benchmarks.engine.verbs import loaded_apart, model_thread, slice_plan, training_config
 from tests.fakes.worker_jobs import FakeJobs
 
 ROWS = 512
@@ -63,8 +63,7 @@ class WatchedEngine(Engine):
 
 
 def ours(setting: Setting, turns: Turns) -> None:
-    engine = WatchedEngine.load(setting.folder, threads=setting.threads)
-    assert isinstance(engine, WatchedEngine)
+    engine = loaded_apart(lambda: WatchedEngine.load(setting.folder, threads=setting.threads))
     number = 0
     with tempfile.TemporaryDirectory() as name, model_thread(engine) as loop:
         folder = Path(name)
