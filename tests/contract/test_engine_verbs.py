@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from lathe.common.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound
 from lathe.engine.batch import CrossEntropy, TrainRow, TrainSlice
@@ -142,6 +143,39 @@ def test_a_stop_token_ends_a_sequence(engine: FakeEngine | Engine) -> None:
     while state.finished is None:
         engine.step([state])
     assert (state.tokens, state.finished) == (first.tokens[:1], "stop")
+
+
+def test_a_sequence_that_gets_no_number_fails_alone(engine: FakeEngine | Engine, tmp_path: Path) -> None:
+    make_overflow(engine, "huge", tmp_path)
+    alone = engine.open_sequence("", [1, 2, 3], GREEDY)
+    while alone.finished is None:
+        engine.step([alone])
+
+    states = [engine.open_sequence(key, [1, 2, 3], GREEDY) for key in ("huge", "", "huge")]
+    outputs = []
+    while any(state.finished is None for state in states):
+        outputs += engine.step(states, prefill_tokens=5)
+
+    assert [state.finished for state in states] == ["error", "length", "error"]
+    assert states[1].tokens == alone.tokens == [output.sampled.token for output in outputs]
+    for state in (states[0], states[2]):
+        assert state.tokens == [] and state.failure is not None
+        assert state.failure.reason == "MODEL_NOT_FINITE"
+        engine.close_sequence(state)
+    engine.drop_adapter("huge")
+
+
+def make_overflow(engine: FakeEngine | Engine, key: str, folder: Path) -> None:
+    """Loads an adapter of finite weights whose products are infinite."""
+    engine.create_adapter("a", LoraSpec(r=4, target_modules=("q_proj", "o_proj")), seed=1)
+    engine.save("a", folder, with_optimizer=False)
+    engine.drop_adapter("a")
+    if isinstance(engine, FakeEngine):
+        engine.overflows.add(key)
+    else:
+        path = folder / "adapter_model.safetensors"
+        save_file({name: tensor.fill_(1e25) for name, tensor in load_file(path).items()}, path)
+    engine.load_adapter(key, folder)
 
 
 def test_what_cannot_be_sampled(engine: FakeEngine | Engine, tmp_path: Path) -> None:

@@ -13,13 +13,13 @@ from pathlib import Path
 
 import torch
 
-from lathe.common.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound
+from lathe.common.errors import AlreadyExists, FailedPrecondition, InvalidArgument, LatheError, NotFound
 from lathe.engine.batch import CrossEntropy, SliceResult, TrainRow, TrainSlice, trained_tokens
 from lathe.engine.engine import EngineMemory
 from lathe.engine.full import FullSpec
 from lathe.engine.lora_config import ALL_LINEAR, LoraSpec
 from lathe.engine.sampling import Sampled, SamplingParams
-from lathe.engine.sequences import StepOutput
+from lathe.engine.sequences import StepOutput, spoil
 from lathe.text.architectures import LINEAR_MODULES
 
 CONTEXT = 64
@@ -37,6 +37,7 @@ class FakeSequence:
     done: int = 0
     tokens: list[int] = field(default_factory=list)
     finished: str | None = None
+    failure: LatheError | None = None
     cached_tokens: int = 0
     closed: bool = False
 
@@ -60,7 +61,7 @@ class FakeEngine:
     `sample <n>`.
 
     before_pass: called with each training pass's slices; may raise, as torch does out of memory. bytes_per_token: what
-    measure says that a pass takes.
+    measure says that a pass takes. overflows: for which adapters the model's numbers are not finite.
     """
 
     bytes_per_token = 1000
@@ -72,6 +73,7 @@ class FakeEngine:
         self._adapters: dict[str, _Adapter] = {}
         self.open: list[FakeSequence] = []
         self.context_length = CONTEXT
+        self.overflows: set[str] = set()
 
     def create_adapter(self, key: str, config: LoraSpec | FullSpec, seed: int) -> None:
         self._new(key)
@@ -185,6 +187,9 @@ class FakeEngine:
             taken = min(missing, room)
             state.done, room = state.done + taken, room - taken
             if state.done < len(state.prompt):
+                continue
+            if state.key in self.overflows:
+                spoil(state)  # type: ignore[arg-type]
                 continue
             token = int(_hash(state.prompt, len(state.tokens))[:4], 16) % VOCABULARY
             state.tokens.append(token)

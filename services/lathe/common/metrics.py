@@ -118,6 +118,11 @@ class Metrics:
             ("kind",),
             registry=reg,
         )
+        self.engine_failed_sequences = Counter(
+            "lathe_engine_failed_sequences_total",
+            "Sequences that ended because the model gave NaN or infinity instead of a next token.",
+            registry=reg,
+        )
         self.engine_memory_bytes = Gauge(
             "lathe_engine_memory_bytes",
             "Memory that the engine holds: resident, or allocated on a GPU.",

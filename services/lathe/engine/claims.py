@@ -36,7 +36,7 @@ class Claims:
         begun: list[SequenceState] = []
         room = prefill_tokens
         for state in work:
-            if state.kv_slot is not None and self._far(state.total) and not self._far(state.done):
+            if state.kv_slot is not None and self._far(state.total) != state.far:
                 self.release(state)  # its keys were rotated by the other frequencies
             pending = state.pending()
             if state.kv_slot is not None and len(pending) == 1:
@@ -57,9 +57,10 @@ class Claims:
         return self._extend(work, wanted)
 
     def release(self, state: SequenceState) -> None:
-        """Gives its room back; what it computed stays for prompts that begin alike, until the room is needed."""
+        """Gives its room back; what it computed stays for prompts that begin alike, until the room is needed. Nothing
+        stays of one that failed."""
         if state.kv_slot is not None:
-            self._cache.free(state.kv_slot)
+            self._cache.free(state.kv_slot, spoilt=state.failure is not None)
             state.kv_slot, state.done = None, 0
 
     def forget(self, cache_key: str) -> None:
@@ -75,16 +76,19 @@ class Claims:
         )
 
     def _allocate(self, state: SequenceState, cache_key: str, *, others: bool) -> bool:
-        tokens = state.all_tokens()
+        far = self._far(state.total)
         try:
-            mark = _FAR if self._far(len(tokens)) else ""
-            state.kv_slot, state.done = self._cache.allocate(tokens, cache_key + mark)
+            state.kv_slot, state.done = self._cache.allocate(
+                state.all_tokens(), cache_key + (_FAR if far else "")
+            )
         except ResourceExhausted:
             if others:
                 return False
             raise
-        if not state.tokens:
+        if state.far is None:
+            # Later ones find what the sequence itself has computed.
             state.cached_tokens = state.done
+        state.far = far
         return True
 
     def _extend(self, work: Sequence[SequenceState], wanted: list[Chunk]) -> list[Chunk]:

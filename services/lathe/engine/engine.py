@@ -35,8 +35,8 @@ from lathe.engine.model import OPTIMIZER_FILE
 from lathe.engine.optim import AdamW
 from lathe.engine.parts import ALWAYS_THERE
 from lathe.engine.passes import check_rows, pack, rows_pass, run_slices
-from lathe.engine.sampling import Sampler, SamplingParams, sample_batch
-from lathe.engine.sequences import SequenceState, StepOutput, emit, slot_of
+from lathe.engine.sampling import Sampler, SamplingParams, finite_rows, sample_batch
+from lathe.engine.sequences import SequenceState, StepOutput, emit, slot_of, spoil
 from lathe.engine.weights import Placement, Whole, choose_dtype, load_weights, read_spec
 
 SEED = "dropout_seed"
@@ -327,8 +327,9 @@ class Engine:
     def step(self, sequences: Sequence[SequenceState], *, prefill_tokens: int = 256) -> list[StepOutput]:
         """One pass: a token for each sequence past its prompt, and up to prefill_tokens of the others' prompts.
 
-        Prompts are taken in the order given; a sequence that gets no token is absent from the answer. Raises
-        ResourceExhausted when the cache cannot hold even one of them.
+        Prompts are taken in the order given; a sequence that gets no token is absent from the answer, and so is one for
+        which the model gives no number, which has failed then (see sequences.spoil). Raises ResourceExhausted when the
+        cache cannot hold even one of them.
         """
         work = [s for s in sequences if s.finished is None and not s.closed]
         chunks = self._claims.take(work, prefill_tokens, self._cache_key)
@@ -346,9 +347,9 @@ class Engine:
                 for state, _ in chunks:
                     self._cache.truncate(slot_of(state), state.done)
                 raise
-        for out in outputs:
-            if out.state.finished is not None:
-                self._claims.release(out.state)
+        for state, _ in chunks:
+            if state.finished is not None:
+                self._claims.release(state)
         return outputs
 
     def close_sequence(self, state: SequenceState) -> None:
@@ -475,20 +476,30 @@ class Engine:
     def _sampled_pass(
         self, decoder: Decoder, chunks: Sequence[tuple[SequenceState, list[int]]]
     ) -> list[StepOutput]:
-        """The pass of one decoder's sequences, and a token for each that is past its prompt."""
+        """The pass of one decoder's sequences, and a token for each that is past its prompt. Spoils those that it gave
+        no numbers for."""
         hidden = self._cached_pass(decoder, chunks)
+        finite = finite_rows(hidden)
         ends, last = [], 0
         for state, tokens in chunks:
-            last += len(tokens)
+            first, last = last, last + len(tokens)
             state.done += len(tokens)
-            if state.done == state.total:
+            if not all(finite[first:last]):
+                spoil(state)
+            elif state.done == state.total:
                 ends.append((state, last - 1))
         if not ends:
             return []
         rows = hidden[torch.tensor([row for _, row in ends], device=self.device)]
         lora = self._bank.plan_head([self._slot(state.key) for state, _ in ends], [1] * len(ends))
         sampled = sample_batch(decoder.logits(rows, lora), [state.sampler for state, _ in ends])
-        return [emit(state, one) for (state, _), one in zip(ends, sampled, strict=True)]
+        outputs: list[StepOutput] = []
+        for (state, _), one in zip(ends, sampled, strict=True):
+            if one is None:
+                spoil(state)
+            else:
+                outputs.append(emit(state, one))
+        return outputs
 
     def _cached_pass(self, decoder: Decoder, chunks: Sequence[tuple[SequenceState, list[int]]]) -> Tensor:
         lengths = [len(tokens) for _, tokens in chunks]

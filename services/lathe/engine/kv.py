@@ -103,9 +103,13 @@ class KVCache:
     def tokens_in(self, slot: int) -> int:
         return len(self._entries[slot].tokens)
 
-    def free(self, slot: int) -> None:
-        """The sequence is over; its tokens stay for reuse."""
-        self._entries[slot].live = False
+    def free(self, slot: int, *, spoilt: bool = False) -> None:
+        """The sequence is over; its tokens stay for reuse, unless what was written for them is spoilt."""
+        entry = self._entries[slot]
+        entry.live = False
+        if spoilt:
+            self.data[:, slot, : len(entry.tokens)].zero_()
+            entry.tokens.clear()
 
     def forget(self, key: str) -> None:
         """Drops what retired slots hold under this key (its adapter changed or went away)."""

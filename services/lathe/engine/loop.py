@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import queue
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
@@ -268,7 +268,20 @@ class ModelLoop:
             if entry is not None:
                 self._deliver(entry, output)
         self._metrics.engine_tokens.labels("sampled").inc(len(outputs))
+        self._end_failed([*own, *states], entries)
         return True
+
+    def _end_failed(self, states: Sequence[SequenceState], entries: Mapping[int, _Open]) -> None:
+        """Those that the model gave no number for; an attempt sees its own ones by itself."""
+        for state in states:
+            if state.failure is None:
+                continue
+            logger.warning("a sequence of %r failed: %s", state.key or "the base", state.failure)
+            self._metrics.engine_failed_sequences.inc()
+            entry = entries.get(id(state))
+            if entry is not None:
+                self._active.remove(entry)
+                self._fail(entry, state.failure)
 
     def _deliver(self, entry: _Open, output: StepOutput) -> None:
         if not entry.started:

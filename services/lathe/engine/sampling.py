@@ -110,7 +110,9 @@ class Sampler:
 
     def _draw(self, logits: Tensor) -> int:
         p = self.params
-        probabilities = torch.softmax(logits / p.temperature, -1, dtype=torch.float64)
+        # The likeliest token's is 0, so that the lowest temperature takes it and divides nothing to infinity.
+        below = (logits - logits.max()).double()
+        probabilities = torch.softmax(below / p.temperature, -1)
         point = float(torch.rand((), dtype=torch.float64, generator=self._generator))
         ids: Tensor | None = None
         if p.top_p < 1:
@@ -134,15 +136,27 @@ def nucleus(probabilities: Tensor, top_p: float) -> Tensor:
     return ids[:kept].sort().values
 
 
-def sample_batch(logits: Tensor, samplers: Sequence[Sampler]) -> list[Sampled]:
-    """One token for each row of fp32 logits [n, vocab]."""
+def sample_batch(logits: Tensor, samplers: Sequence[Sampler]) -> list[Sampled | None]:
+    """One token for each row of fp32 logits [n, vocab]; None for a row that is no distribution."""
+    # NaN if there is one in the row. A single -inf is a probability of 0.
+    usable = logits.amax(-1).isfinite().tolist()
     greedy = logits.argmax(-1).tolist() if any(sampler.plain for sampler in samplers) else []
     others = any(not sampler.plain for sampler in samplers)
     rows = logits.cpu() if others else logits
     return [
-        Sampled(greedy[i], math.nan, ()) if sampler.plain else sampler.choose(rows[i])
+        None
+        if not usable[i]
+        else Sampled(greedy[i], math.nan, ())
+        if sampler.plain
+        else sampler.choose(rows[i])
         for i, sampler in enumerate(samplers)
     ]
+
+
+def finite_rows(values: Tensor) -> list[bool]:
+    """Which rows of [n, width] have neither NaN nor infinity in them."""
+    finite: list[bool] = values.abs().amax(-1).isfinite().tolist()
+    return finite
 
 
 def _within(name: str, value: float, low: float, high: float) -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from lathe.common.errors import Internal, LatheError
 from lathe.engine.sampling import Sampled, Sampler
 
 
 @dataclass(eq=False)
 class SequenceState:
-    """One sequence being sampled. `finished`: None, "stop" (a stop id, last of `tokens`) or "length"."""
+    """One sequence being sampled. `finished`: None, "stop" (a stop id, last of `tokens`), "length", or "error", for
+    which `failure` says why."""
 
     key: str
     prompt: tuple[int, ...]
@@ -17,9 +19,13 @@ class SequenceState:
     limit: int
     tokens: list[int] = field(default_factory=list)
     finished: str | None = None
+    failure: LatheError | None = None
     cached_tokens: int = 0
     kv_slot: int | None = None
     done: int = 0  # tokens whose keys and values are in the slot
+    far: bool | None = (
+        None  # whether they are rotated as beyond longrope's original context; None before the first slot
+    )
     closed: bool = False
 
     @property
@@ -60,3 +66,14 @@ def emit(state: SequenceState, sampled: Sampled) -> StepOutput:
     elif len(state.tokens) >= state.limit:
         state.finished = "length"
     return StepOutput(state, sampled)
+
+
+def spoil(state: SequenceState) -> None:
+    """Ends a sequence for which the model gave NaN or infinity: there is no next token."""
+    state.finished = "error"
+    state.failure = Internal(
+        f"The model gave no next token after {len(state.prompt)} tokens of prompt and {len(state.tokens)} of the "
+        "answer: what it computed is not finite (NaN or infinity), because its weights are too large. Use an earlier "
+        "checkpoint, or tune it again with a lower learning rate.",
+        reason="MODEL_NOT_FINITE",
+    )

@@ -325,11 +325,15 @@ class Trainer:
     def _look_at_sequences(self, item: _Training) -> None:
         if not isinstance(item.request, Generate) or any(state.finished is None for state in item.sequences):
             return
+        failure = next((state.failure for state in item.sequences if state.failure is not None), None)
         answers = [
             tuple(state.tokens[:-1] if state.finished == "stop" else state.tokens) for state in item.sequences
         ]
         self._close_sequences(item)
-        item.answered(answers)
+        if failure is None:
+            item.answered(answers)
+        else:
+            item.failed(failure)
 
     def _close_sequences(self, item: _Training) -> None:
         for state in item.sequences:

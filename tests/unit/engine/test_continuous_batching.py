@@ -6,11 +6,13 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
 from lathe.engine.base import Decoder
 from lathe.engine.batch import CrossEntropy, TrainRow, TrainSlice
@@ -78,6 +80,7 @@ def test_an_adapter_that_overflows_spoils_no_other_sequence() -> None:
             engine.step(states)
         for state in states:
             engine.close_sequence(state)
+            assert (state.finished == "error") == (state.key == "huge")
         return [state.tokens for state in states]
 
     expected = answers("")
@@ -86,9 +89,39 @@ def test_an_adapter_that_overflows_spoils_no_other_sequence() -> None:
     huge = engine._held["huge"].adapter
     huge.master.fill_(1e25)
     huge.publish()
-    assert answers("huge", "")[len(prompts) :] == expected
+    assert answers("huge", "") == [[] for _ in prompts] + expected
+    assert engine._cache.data.isfinite().all()
     engine.drop_adapter("huge")
     assert answers("") == expected
+
+
+@pytest.mark.parametrize("chunk", [256, 3])
+def test_a_prompt_with_one_token_that_overflows_fails_and_leaves_nothing(
+    make_engine: MakeEngine, tmp_path: Path, chunk: int
+) -> None:
+    # The keys and values of such a token are cut to what the cache may hold, so what follows it is finite again.
+    engine = make_engine()
+    engine.create_adapter("a", LoraSpec(r=4, target_modules=("embed_tokens",)), seed=1)
+    engine.save("a", tmp_path, with_optimizer=False)
+    path = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(path)
+    for name, tensor in tensors.items():
+        if "embedding_A" in name:
+            tensor.zero_()[:, 7] = 1e30
+        else:
+            tensor.fill_(1e30)
+    save_file(tensors, path)
+    engine.load_adapter("seven", tmp_path)
+
+    params = SamplingParams(max_tokens=3, temperature=0.0)
+    for _ in range(2):
+        prompts = ([5, 7, 6, 8], [5, 6, 8, 9])
+        states = [engine.open_sequence("seven", prompt, params) for prompt in prompts]
+        while any(state.finished is None for state in states):
+            engine.step(states, prefill_tokens=chunk)
+        assert [state.finished for state in states] == ["error", "length"]
+        assert states[0].tokens == []
+        assert states[0].cached_tokens <= 1  # what both have in common, and nothing from the 7 on
 
 
 def drive(engine: Engine, requests: list[Request]) -> dict[int, list[Sampled]]:

@@ -202,6 +202,36 @@ def test_a_sequence_that_cannot_be_opened_ends_with_the_reason(
     assert loop.open_sequences == 0
 
 
+def test_a_sequence_that_gets_no_number_ends_alone_with_the_reason(
+    engine: FakeEngine, clock: FakeClock
+) -> None:
+    metrics = Metrics()
+    loop = ModelLoop(engine, clock, LoopLimits(), metrics)  # type: ignore[arg-type]
+    engine.create_adapter("huge", LoraSpec(r=2), 1)
+    engine.overflows.add("huge")
+    failing, other = opened(loop, 2, "huge"), opened(loop, 2)
+    while loop.run_once():
+        pass
+    (error,) = failing.take()
+    assert isinstance(error, LatheError) and error.reason == "MODEL_NOT_FINITE"
+    assert other.take()[-1] == StreamFinished("length")
+    assert not engine.open and loop.open_sequences == 0
+    assert metrics.registry.get_sample_value("lathe_engine_failed_sequences_total") == 1
+
+
+def test_held_out_prompts_that_get_no_number_tell_the_attempt(engine: FakeEngine, clock: FakeClock) -> None:
+    loop = ModelLoop(engine, clock, LoopLimits())  # type: ignore[arg-type]
+    engine.overflows.add("")
+    events: list[AttemptEvent] = []
+    loop.start("att-1", Asking(engine, "a", 0), events.append)
+    while loop.run_once():
+        pass
+    (ended,) = events
+    assert isinstance(ended, Ended) and ended.error is not None
+    assert "not finite" in ended.error.message
+    assert not engine.open
+
+
 @pytest.mark.parametrize(
     ("error", "outcome"),
     [

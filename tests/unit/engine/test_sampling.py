@@ -47,7 +47,23 @@ def test_a_sequence_draws_the_same_whatever_runs_beside_it() -> None:
     mine = Sampler(params, 50)
     for _ in range(20):
         batch = sample_batch(logits.clone(), [*beside, mine])
-        assert batch[5].token == sample_batch(logits[5:].clone(), [alone])[0].token
+        (expected,) = sample_batch(logits[5:].clone(), [alone])
+        assert batch[5] is not None and expected is not None
+        assert batch[5].token == expected.token
+
+
+@pytest.mark.parametrize("settings", [{"temperature": 0}, {"temperature": 1.0, "seed": 3}])
+def test_a_row_that_is_no_distribution_gets_no_token(settings: dict[str, Any]) -> None:
+    nan, inf = float("nan"), float("inf")
+    rows = [[0, 1, nan], [0, inf, 1], [-inf, -inf, -inf], [-inf, 3, -inf]]
+    samplers = [Sampler(SamplingParams(**settings), 3) for _ in rows]
+    found = sample_batch(torch.tensor(rows), samplers)
+    assert [one and one.token for one in found] == [None, None, None, 1]
+
+
+@pytest.mark.parametrize("temperature", [1e-30, 1e-45, 1e-300])
+def test_the_lowest_temperatures_take_the_likeliest(temperature: float) -> None:
+    assert draws(3, temperature=temperature) == [1, 1, 1]
 
 
 def test_bias_and_penalties() -> None:

@@ -11,6 +11,7 @@ import pytest
 
 from lathe.common.errors import (
     FailedPrecondition,
+    Internal,
     InvalidArgument,
     NotFound,
     PermissionDenied,
@@ -241,6 +242,18 @@ async def test_an_engine_lost_later_is_an_error(world: World, end: list[Any]) ->
     with pytest.raises(Unavailable, match="middle"):
         await gather(world, ASK)
     assert len(world.engines.calls) == 1
+
+
+@pytest.mark.parametrize("began", [True, False])
+async def test_a_model_that_gives_no_number_says_so_and_is_not_tried_again(world: World, began: bool) -> None:
+    tokens = [SampleEvent((SampledToken(70),))] if began else []
+    world.engines.scripts = {"a:1": [*tokens, Internal("not finite", reason="MODEL_NOT_FINITE")]}
+    for _ in range(2):  # nor is the engine thought to be lost
+        with pytest.raises(Internal, match="not finite") as caught:
+            await world.inference.chat(ALICE, ASK)
+        assert caught.value.reason == "MODEL_NOT_FINITE"
+    assert [address for address, _ in world.engines.calls] == ["a:1", "a:1"]
+    assert world.engines.open == 0
 
 
 async def test_a_client_that_goes_frees_the_engine(world: World) -> None:

@@ -52,7 +52,7 @@ KINDS: dict[type[LatheError], Kind] = {
 }
 _UNKNOWN = Kind(500, "server_error", "server_error")
 # These answer with the same code whatever the reason behind it is.
-_ONE_CODE = (errors.Unauthenticated, errors.DataLoss, errors.Internal)
+_ONE_CODE = (errors.Unauthenticated, errors.DataLoss)
 _HIDDEN = (
     "The server had an error while it processed the request; its log has the details under this request id."
 )
@@ -85,13 +85,14 @@ def error_body(
 
 
 def error_answer(error: LatheError) -> ErrorAnswer:
-    """Status, body and headers for an error. Faults of the server itself are not described to the client."""
+    """Status, body and headers for an error. Faults of the server itself are not described to the client, but for
+    those that have a reason of their own: they were raised for somebody to read."""
     kind = kind_of(error)
     own_reason = error.reason != type(error).default_reason and not isinstance(error, _ONE_CODE)
     code = error.reason.lower() if own_reason else kind.code
     if isinstance(error, RowError):
         code = error.code
-    message = _HIDDEN if kind.status == 500 else _RESOURCE.sub("", error.message)
+    message = _HIDDEN if kind.status == 500 and not own_reason else _RESOURCE.sub("", error.message)
     param = error.violations[0].field if error.violations else None
     headers: dict[str, str] = {}
     if kind.status in (429, 503):

@@ -31,6 +31,7 @@ from lathe.text.errors import RowError
         (errors.Cancelled("x"), 503, "server_error", "service_unavailable"),
         (errors.DataLoss("x", reason="DIGEST"), 500, "server_error", "server_error"),
         (errors.Internal("x"), 500, "server_error", "server_error"),
+        (errors.Internal("x", reason="MODEL_NOT_FINITE"), 500, "server_error", "model_not_finite"),
         (LatheError("x"), 500, "server_error", "server_error"),
         (
             RowError("messages[0].role", "unrecognized_role", "x"),
@@ -45,6 +46,15 @@ def test_the_table(error: LatheError, status: int, type_: str, code: str) -> Non
     body = answer.body["error"]
     assert (answer.status, body["type"], body["code"]) == (status, type_, code)
     assert status != 409 and ("retry-after" in answer.headers) == (status in (429, 503))
+
+
+def test_a_fault_is_described_only_where_somebody_is_to_read_it() -> None:
+    def told(error: LatheError) -> str:
+        return str(error_answer(error).body["error"]["message"])
+
+    assert told(errors.Internal("its weights", reason="MODEL_NOT_FINITE")) == "its weights"
+    for hidden in (errors.Internal("its weights"), errors.DataLoss("its weights", reason="DIGEST")):
+        assert "its weights" not in told(hidden)
 
 
 def test_every_class_is_in_the_table() -> None:
