@@ -166,7 +166,7 @@ class StepMetrics:
 @dataclass(frozen=True, slots=True)
 class Note:
     """A sentence for the job's user. kind: `out_of_memory`, `early_stopping`, `generation`,
-    `checkpoint_damaged`, or `memory`, which `jobs` keeps for estimates; data: its parts."""
+    `checkpoint_damaged`, `sharded`, or `memory`, which `jobs` keeps for estimates; data: its parts."""
 
     step: int
     kind: str
@@ -204,8 +204,9 @@ class RunState:
 class Snapshot:
     """The state after `step` optimizer steps, written to a local folder by the model thread.
 
-    halvings: step index (-1: of every validation) -> how often its slices were halved for want of memory.
-    trained_tokens: of all steps so far, those of earlier attempts included. state: what else going on needs.
+    halvings: step index -> how often its slices were halved for want of memory; -n: those of the validations from step
+    n on, counted from 1, so that a run that is repeated cuts each validation as it was cut. trained_tokens: of all
+    steps so far, those of earlier attempts included. state: what else going on needs.
     """
 
     kind: SnapshotKind

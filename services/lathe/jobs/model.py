@@ -132,7 +132,7 @@ class EngineReceipt:
     """What only the engine knows of how an attempt was computed.
 
     versions: package -> version. flags: what else decides the bits. halvings: (step, how often its slices were halved
-    for want of memory). fused: some slice shared its pass with another job's.
+    for want of memory), as the contract counts them. fused: some slice shared its pass with another job's.
     """
 
     versions: Mapping[str, str] = field(default_factory=dict)

@@ -49,7 +49,7 @@ def document(job: Job, attempt: Attempt) -> str:
             "code_version": attempt.code_version,
             "versions": _sorted(engine.versions) if engine is not None else None,
             "flags": _sorted(engine.flags) if engine is not None else None,
-            "halvings": [{"step": step, "times": times} for step, times in engine.halvings]
+            "halvings": [_halving(step, times) for step, times in engine.halvings]
             if engine is not None
             else None,
             "fused": engine.fused if engine is not None else None,
@@ -73,6 +73,11 @@ def _parent(job: Job) -> dict[str, str] | None:
 
 def _file(dataset: DatasetRef, tokens: TokenObject | None) -> dict[str, str]:
     return {"id": dataset.id, "sha256": dataset.sha256, "tokens_sha256": tokens.sha256 if tokens else ""}
+
+
+def _halving(step: int, times: int) -> dict[str, int]:
+    """The contract's steps from 0 down are those from which validations were halved (worker.proto)."""
+    return {"step": step, "times": times} if step > 0 else {"validations_from_step": 1 - step, "times": times}
 
 
 def _sorted(values: Mapping[str, str]) -> dict[str, str]:

@@ -405,7 +405,7 @@ class Halving(message.Message):
     STEP_FIELD_NUMBER: builtins.int
     TIMES_FIELD_NUMBER: builtins.int
     step: builtins.int
-    """1-based; 0 stands for every validation."""
+    """1-based. 1 - n, which is 0 or below, stands for the validations from step n on."""
     times: builtins.int
     def __init__(
         self,

@@ -19,7 +19,7 @@ from lathe.engine.model import Note, SlicePlan, Snapshot, SnapshotKind, Training
 from lathe.engine.packing import slice_plan
 from lathe.engine.recipes.preflight import PADDING, Memory, estimated, heaviest, load_of
 from lathe.engine.recipes.recipe import TrainData
-from lathe.engine.recipes.run import VALIDATION, Run
+from lathe.engine.recipes.run import Run
 from lathe.engine.recipes.sft import SupervisedRecipe
 from lathe.engine.recipes.turns import Forward, Turn
 from tests.fakes.clock import FakeClock
@@ -146,7 +146,7 @@ def test_a_validation_has_no_more_room_and_its_halvings_are_recorded_too(tmp_pat
     events = list(served(run.turns(), engine))
     validated = [event for event in events if isinstance(event, Forward) and not event.training]
     assert max(event.input_tokens for event in validated) <= 31
-    assert all(event.halvings == {0: 2, VALIDATION: 2} for event in events if isinstance(event, Snapshot))
+    assert all(event.halvings == {0: 2, -1: 2} for event in events if isinstance(event, Snapshot))
 
 
 def test_that_a_heavier_slice_does_not_fit_says_nothing_of_a_lighter_one(tmp_path: Path) -> None:

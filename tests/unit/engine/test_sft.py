@@ -16,7 +16,7 @@ from lathe.common.errors import DataLoss, FailedPrecondition, InvalidArgument
 from lathe.engine.batch import CrossEntropy, SliceResult, TrainRow, TrainSlice, trained_tokens
 from lathe.engine.model import Note, SlicePlan, Snapshot, SnapshotKind, StepMetrics, TrainingConfig
 from lathe.engine.recipes.recipe import Job, TrainData
-from lathe.engine.recipes.run import VALIDATION, Run
+from lathe.engine.recipes.run import Run
 from lathe.engine.recipes.samples import Speech, held_out
 from lathe.engine.recipes.saving import Start
 from lathe.engine.recipes.sft import SupervisedRecipe
@@ -268,11 +268,43 @@ def test_the_slices_of_a_validation_are_recorded_and_stay_in_a_roomier_engine(tm
     # It ran out of memory once; what is tried later is known to fit.
     assert [tokens for tokens in _validated(events) if tokens > 8] == [16]
     first = snapshots_of(events)[0]
-    assert first.halvings == {VALIDATION: 1}
+    assert first.halvings == {-1: 1}
     roomy = Bench(tmp_path / "roomy")
     start = Start(first.folder, first.step, halvings=tuple(first.halvings.items()), state=first.state)
     assert set(_validated(list(roomy.turns("b", validation=4, start=start)))) == {8}
-    assert set(_validated(list(roomy.turns("c", validation=4, halvings=((VALIDATION, 1),))))) == {8}
+    assert set(_validated(list(roomy.turns("c", validation=4, halvings=((-1, 1),))))) == {8}
+
+
+def _validated_by_step(events: Sequence[Turn]) -> list[list[int]]:
+    """Rows of each validation pass, step by step."""
+    steps: list[list[int]] = [[]]
+    for event in events:
+        if isinstance(event, Forward) and not event.training:
+            steps[-1].append(len(event.rows))
+        elif isinstance(event, StepMetrics):
+            steps.append([])
+    return steps[:-1]
+
+
+def test_a_rerun_cuts_each_validation_as_it_was_cut(tmp_path: Path) -> None:
+    config = replace(CONFIG, early_stopping_patience=9)  # every validation in full too
+    engine = NoRoomToValidate()
+    engine.limit = 2
+    events: list[Turn] = []
+    for event in Bench(tmp_path, engine).turns(validation=6, config=config):
+        events.append(event)
+        if len(metrics_of(events)) == 2 and len(_validated_by_step([*events, metrics_of(events)[0]])[2]) == 3:
+            engine.limit = 1  # the batch has been validated in two passes, the whole file has not
+    first = _validated_by_step(events)
+    halvings = snapshots_of(events)[-1].halvings
+    assert halvings == {-3: 1}
+    roomy = list(
+        Bench(tmp_path / "roomy").turns(validation=6, config=config, halvings=tuple(halvings.items()))
+    )
+    again = _validated_by_step(roomy)
+    assert again == [first[0], first[1], [1] * len(again[2]), *first[3:]]
+    assert (set(first[0]), again[2]) == ({2}, first[2][-len(again[2]) :])
+    assert metrics_of(roomy) == metrics_of(events)
 
 
 def test_a_validation_row_that_never_fits_fails_the_job(tmp_path: Path) -> None:

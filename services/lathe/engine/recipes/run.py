@@ -37,8 +37,6 @@ from lathe.engine.watch import offenders
 
 # Between full validations (one an epoch), one batch is validated about this often over the whole job.
 VALIDATIONS_PER_JOB = 20
-# The validation's halvings stand beside those of the steps, under the index before the first one.
-VALIDATION = -1
 
 
 class Run:
@@ -64,7 +62,7 @@ class Run:
     ) -> None:
         """folder(kind, step): where a snapshot goes. initial_adapter: PEFT's folder that the job begins from.
 
-        halvings: (step index or VALIDATION, times) of an earlier run that is repeated, for the same slices. memory: for
+        halvings: as in Snapshot, of an earlier run that is repeated, for the same slices. memory: for
         the preflight; without it there is none. speech: for the answers to held-out prompts; without it there are none.
 
         Raises InvalidArgument for data or a configuration that cannot be trained.
@@ -307,15 +305,15 @@ class Run:
             return metrics
         size, count = config.batch_size * self._unit, len(rows)
         first = (step.index // every) % -(-count // size) * size
-        part = yield from self._evaluate(range(first, min(first + size, count)))
+        in_full = [range(count)] if step.ends_epoch or config.early_stopping_patience else []
+        part, *rest = yield from self._evaluations([range(first, min(first + size, count)), *in_full])
         metrics = replace(
             metrics,
             valid_loss=_mean_loss(part),
             valid_mean_token_accuracy=_accuracy(part),
             figures={**metrics.figures, **_prefixed("eval_", part.figures)},
         )
-        if step.ends_epoch or config.early_stopping_patience:
-            whole = yield from self._evaluate(range(count))
+        for whole in rest:
             metrics = replace(
                 metrics,
                 full_valid_loss=_mean_loss(whole),
@@ -323,6 +321,17 @@ class Run:
                 figures={**metrics.figures, **_prefixed("full_eval_", whole.figures)},
             )
         return metrics
+
+    def _evaluations(self, parts: Sequence[range]) -> Turns[list[SliceResult]]:
+        """A step's validations, all in slices of one size: a rerun knows only which size the step came to."""
+        while True:
+            results: list[SliceResult] = []
+            sizes: set[int] = set()
+            for chosen in parts:
+                results.append((yield from self._evaluate(chosen)))
+                sizes.add(self._validation_tokens())
+            if len(sizes) == 1:
+                return results
 
     def _evaluate(self, chosen: range) -> Turns[SliceResult]:
         rows = self._data.validation
@@ -346,12 +355,16 @@ class Run:
         room = self._room.tokens
         if room is not None:
             self._halve_validation(room)
-        return max(1, self._budget >> self._halvings.get(VALIDATION, 0))
+        return max(1, self._budget >> self._validation_halvings())
+
+    def _validation_halvings(self) -> int:
+        """How often they were halved by now. They stand beside those of the steps, under -n from step n's on."""
+        return max((times for n, times in self._halvings.items() if -self.step <= n < 0), default=0)
 
     def _halve_validation(self, room: int) -> None:
         """Plan its slices, from now on, with at most `room` tokens."""
-        while self._budget >> self._halvings.get(VALIDATION, 0) > max(1, room):
-            self._halvings[VALIDATION] = self._halvings.get(VALIDATION, 0) + 1
+        while self._budget >> self._validation_halvings() > max(1, room):
+            self._halvings[-self.step] = self._validation_halvings() + 1
 
     def _snapshot(self, kind: SnapshotKind, state: RunState) -> Snapshot:
         best = state.evaluations.best_step if self._config.early_stopping_patience else 0
