@@ -192,7 +192,9 @@ class AttemptRunner:
         found = prepared.found
         self._outbox.first = Progress(slice_plan=prepared.plan, total_steps=prepared.run.total_steps)
         self._outbox.notes.extend(prepared.damaged)
-        if found is not None:
+        if found is None:
+            self._outbox.notes.extend(self._settings.notes)
+        else:
             self._uploads.found(found.stored, found.epochs)
             self._outbox.metrics.extend(found.manifest.unreported)
 

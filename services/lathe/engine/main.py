@@ -31,8 +31,8 @@ from lathe.engine.engine import Engine
 from lathe.engine.jobs_client import GrpcJobs
 from lathe.engine.loop import LoopLimits, ModelLoop
 from lathe.engine.memory import MemoryBook
+from lathe.engine.model import Note, SlicePlan, TrainingConfig
 from lathe.engine.model import Registration as EngineRegistration
-from lathe.engine.model import SlicePlan, TrainingConfig
 from lathe.engine.preparing import AttemptSettings
 from lathe.engine.receipt import environment
 from lathe.engine.recipes.preflight import Memory
@@ -315,6 +315,7 @@ def _worker(
         memory=partial(_memory, settings, engine, plan),
         checkpoint_interval_s=settings.checkpoint_interval_s,
         speech=speech,
+        notes=_notes(engine),
     )
     return Worker(
         registration=registration,
@@ -326,6 +327,17 @@ def _worker(
         attempts=attempts,
         settings=WorkerSettings(settings.orphan_timeout_s, partial(parent_died, settings.parent_pid)),
     )
+
+
+def _notes(engine: Engine) -> tuple[Note, ...]:
+    """What its users are told before a job's first step."""
+    if not engine.sharded:
+        return ()
+    from lathe.engine.distributed.fit import serving_note
+    from lathe.engine.distributed.joining import need_of
+
+    need = need_of(engine.spec, engine.dtype, engine.device, engine.workers)
+    return (serving_note(need, world=engine.workers),)
 
 
 def _memory(settings: EngineSettings, engine: Engine, plan: SlicePlan, config: TrainingConfig) -> Memory:

@@ -43,7 +43,8 @@ class AttemptSettings:
     """work: a local folder of this engine's own. cache: verified adapters. plan: for jobs without one yet.
 
     read_rows: the rows of an Arrow object in a file; may block. environment: what this process computes with. memory:
-    for a job's preflight, None for none. speech: for the answers to held-out prompts, None for none.
+    for a job's preflight, None for none. speech: for the answers to held-out prompts, None for none. notes: what every
+    job is told before its first step here.
     """
 
     work: Path
@@ -57,6 +58,7 @@ class AttemptSettings:
     retry_max_s: float = 15.0
     report_rows: int = REPORT_ROWS
     speech: Speech | None = None
+    notes: tuple[Note, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

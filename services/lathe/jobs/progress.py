@@ -25,7 +25,8 @@ MAX_NOTE = 4000
 MEMORY = "memory"
 # The kind of the note on a checkpoint that no attempt can go on from.
 DAMAGED = "checkpoint_damaged"
-_WARNINGS = frozenset({DAMAGED, "out_of_memory"})
+# Warnings: what costs the user something; sharded: that not every engine can serve the result.
+_WARNINGS = frozenset({DAMAGED, "out_of_memory", "sharded"})
 
 
 @dataclass(frozen=True, slots=True)

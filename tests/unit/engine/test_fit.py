@@ -1,18 +1,28 @@
 from __future__ import annotations
 
-import json
 import pickle
 import re
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
 
 from lathe.common.errors import FailedPrecondition
-from lathe.engine.distributed.fit import Footprint, ShardBase, check_shard, footprint, is_sharded
-from lathe.engine.distributed.joining import told
+from lathe.engine.distributed.fit import (
+    Footprint,
+    ShardBase,
+    check_choice,
+    check_shard,
+    footprint,
+    serving_note,
+    wants_shards,
+)
+from lathe.engine.distributed.joining import is_sharded, told
 from lathe.engine.full import parameters
 from lathe.engine.settings import EngineSettings
 from lathe.engine.spec import DecoderSpec
+from tests.fixtures.gang import Together
 from tests.unit.engine.conftest import CONFIG
 
 NEED = Footprint(whole=800, shard=400, gathered=100)
@@ -33,13 +43,22 @@ NEED = Footprint(whole=800, shard=400, gathered=100)
 def test_a_base_is_sharded_when_it_does_not_fit(
     choice: ShardBase, free: int | None, world: int, sharded: bool
 ) -> None:
-    assert is_sharded(choice, NEED, free, world=world, nf4=False) is sharded
+    assert wants_shards(choice, NEED, free, world=world, nf4=False) is sharded
+
+
+@pytest.mark.parametrize("wishes", [(False, False, False), (False, True, False), (True, False, False)])
+def test_the_rank_with_the_least_room_decides_for_all(wishes: tuple[bool, ...]) -> None:
+    group = Together(len(wishes))
+    with ThreadPoolExecutor(len(wishes)) as ranks:
+        answers = list(ranks.map(lambda wish: is_sharded(wish, group, torch.device("cpu")), wishes))
+    assert answers == [any(wishes)] * len(wishes)
 
 
 def test_four_bits_are_never_sharded() -> None:
-    assert not is_sharded("auto", NEED, 10, world=2, nf4=True)
+    assert not wants_shards("auto", NEED, 10, world=2, nf4=True)
+    check_choice("auto", nf4=True)
     with pytest.raises(FailedPrecondition, match="nf4"):
-        is_sharded("always", NEED, 10, world=2, nf4=True)
+        check_choice("always", nf4=True)
 
 
 def test_a_share_that_does_not_fit_is_refused_with_numbers() -> None:
@@ -50,6 +69,13 @@ def test_a_share_that_does_not_fit_is_refused_with_numbers() -> None:
         FailedPrecondition, match=r"takes 140 GB.*over 2 workers.*70 GB.*6 GB more.*75 GB are free"
     ):
         check_shard(need, 75_000_000_000, world=2)
+
+
+def test_the_user_is_told_what_serving_the_result_takes() -> None:
+    note = serving_note(Footprint(140_000_000_000, 35_000_000_000, 6_000_000_000), world=4)
+    assert note.kind == "sharded"
+    assert "takes 140 GB and is sharded over the 4 workers" in note.message
+    assert "a worker with 175 GB free" in note.message
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -66,7 +92,6 @@ def test_the_footprint_counts_every_weight(tied: bool) -> None:
 def test_the_other_ranks_are_told_everything_but_keys(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
     store = {"kind": "s3", "endpoint": "s3:8333", "bucket": "b", "access_key": "sesame", "secret_key": "hush"}
     settings = EngineSettings.model_validate(
         {
@@ -75,9 +100,9 @@ def test_the_other_ranks_are_told_everything_but_keys(
         }
     )  # fmt: skip
 
-    rank = told(settings, tmp_path)
+    rank = told(settings)
 
-    assert rank.sharded and rank.world == 2
+    assert (rank.shard_base, rank.world) == ("always", 2)
     assert not {b"sesame", b"hush"} & set(re.findall(rb"[a-z]+", pickle.dumps(rank)))
     monkeypatch.setenv("LATHE_STORE__ACCESS_KEY", "its own")
     monkeypatch.setenv("LATHE_ENGINE_STORE__SECRET_KEY", "secret")

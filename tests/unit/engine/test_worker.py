@@ -21,6 +21,7 @@ from lathe.engine.model import (
     Attempt,
     EngineReceipt,
     Environment,
+    Note,
     Outcome,
     Registration,
     SlicePlan,
@@ -69,7 +70,7 @@ class Bench:
         self.parent_dead = False
         self._tasks: list[asyncio.Task[Left]] = []
 
-    def start(self, max_attempts: int = 1, report_rows: int = 200) -> None:
+    def start(self, max_attempts: int = 1, report_rows: int = 200, notes: tuple[Note, ...] = ()) -> None:
         self.engine = FakeEngine()
         self.loop = ModelLoop(self.engine, self.clock, LoopLimits())  # type: ignore[arg-type]
         registration = Registration(
@@ -89,6 +90,7 @@ class Bench:
                 read_rows,
                 environment=ENVIRONMENT,
                 report_rows=report_rows,
+                notes=notes,
             ),
             settings=WorkerSettings(600.0, lambda: self.parent_dead),
         )
@@ -543,6 +545,16 @@ async def test_a_cancel_between_the_preparation_and_the_start_is_not_lost(bench:
     task = asyncio.create_task(runner.run())
     await bench.until(task.done)
     assert bench.jobs.job.outcomes == [Outcome.CANCELLED]
+
+
+async def test_what_an_engine_tells_every_job_comes_before_its_first_step(bench: Bench) -> None:
+    note = Note(0, "sharded", "The base model is sharded.")
+    bench.jobs.offer(attempt())
+    bench.start(notes=(note,))
+    await bench.until(lambda: bool(bench.jobs.job.notes))
+    assert bench.jobs.job.notes[0] == note and not bench.jobs.job.metrics
+    await bench.until(lambda: bool(bench.jobs.job.outcomes))
+    assert bench.jobs.job.outcomes == [Outcome.SUCCEEDED]
 
 
 async def test_reports_that_are_refused_for_good_end_the_attempt(bench: Bench) -> None:

@@ -29,7 +29,7 @@ from lathe.v1 import worker_pb2
 from tests.fakes.jobs import OTHER, USER, World, measured
 
 PLAN = SlicePlan(320, 2, "bfloat16", "cpu")
-RECEIPT = EngineReceipt({"torch": "2.13.0"}, {"cpu_capability": "AVX512"}, ((3, 1),), False, "e" * 64)
+RECEIPT = EngineReceipt({"torch": "2.13.0"}, {"cpu_capability": "AVX512"}, ((-6, 2), (3, 1)), False, "e" * 64)
 
 
 async def succeeded(world: World, **fields: Any) -> Job:
@@ -59,7 +59,10 @@ async def test_the_receipt_says_what_the_job_was_made_from(world: World) -> None
     assert found["slice_plan"]["train_tokens_per_slice"] == 320
     assert found["workers"] == 1
     assert found["engine"]["versions"] == {"torch": "2.13.0"}
-    assert found["engine"]["halvings"] == [{"step": 3, "times": 1}]
+    assert found["engine"]["halvings"] == [
+        {"validations_from_step": 7, "times": 2},
+        {"step": 3, "times": 1},
+    ]
     assert found["adapter"]["model"] == job.fine_tuned_model
     assert found["adapter"]["weights_sha256"] == "e" * 64
     assert (
@@ -88,7 +91,10 @@ async def test_a_rerun_is_given_all_that_decided_the_numbers(world: World) -> No
     await world.steps.run_once()
     lease = await dedicated(world, again)
     attempt = protos.attempt_pb(lease)
-    assert list(attempt.halvings) == [worker_pb2.Halving(step=3, times=1)]
+    assert list(attempt.halvings) == [
+        worker_pb2.Halving(step=-6, times=2),
+        worker_pb2.Halving(step=3, times=1),
+    ]
     assert attempt.compare_with.manifest_sha256 == "f" * 64
     assert attempt.slice_plan.threads == 2
     same = WeightComparison(bit_identical=True)
@@ -196,6 +202,7 @@ async def test_a_sentence_of_the_engine_is_told_once(world: World) -> None:
     lease = await world.leased()
     notes = [
         Note(2, "out_of_memory", "Halved."),
+        Note(2, "sharded", "Who can serve it?"),
         Note(2, "generation", "x" * 5000, {"prompt": "p"}),
         Note(2, "out_of_memory", "Halved."),
     ]
@@ -205,10 +212,11 @@ async def test_a_sentence_of_the_engine_is_told_once(world: World) -> None:
         told = [event for event in await session.events(lease.job.id, after=0, limit=100) if event.kind]
     assert [(event.kind, event.level, event.step) for event in told] == [
         ("out_of_memory", EventLevel.WARN, 2),
+        ("sharded", EventLevel.WARN, 2),
         ("generation", EventLevel.INFO, 2),
     ]
-    assert len(told[1].message) == MAX_NOTE and told[1].data == {"prompt": "p"}
-    assert protos.event_pb(told[1]).data["prompt"] == "p"
+    assert len(told[2].message) == MAX_NOTE and told[2].data == {"prompt": "p"}
+    assert protos.event_pb(told[2]).data["prompt"] == "p"
 
 
 def reported(lease: Lease, step: int) -> ReportedCheckpoint:

@@ -7,6 +7,7 @@ from typing import Literal
 
 from lathe.common.errors import FailedPrecondition
 from lathe.engine.full import parameters
+from lathe.engine.model import Note
 from lathe.engine.spec import DecoderSpec
 
 ShardBase = Literal["auto", "always", "never"]
@@ -44,14 +45,17 @@ def footprint(spec: DecoderSpec, itemsize: int, world: int, *, packed: bool, nf4
     return Footprint(whole, -(-count * itemsize // world), _GATHERED * largest)
 
 
-def is_sharded(choice: ShardBase, need: Footprint, free: int | None, *, world: int, nf4: bool) -> bool:
-    """free: bytes that rank 0 may take, None where nobody knows. Raises FailedPrecondition for a 4-bit base that is to
-    be sharded."""
+def check_choice(choice: ShardBase, *, nf4: bool) -> None:
+    """Raises FailedPrecondition for a 4-bit base that is to be sharded."""
     if choice == "always" and nf4:
         raise FailedPrecondition(
             "A base in 4 bits (base_quantization nf4) cannot be sharded: set shard_base to auto or never, or "
             "base_quantization to none."
         )
+
+
+def wants_shards(choice: ShardBase, need: Footprint, free: int | None, *, world: int, nf4: bool) -> bool:
+    """Whether a rank with so many free bytes (None where nobody knows) cannot keep the base whole, or shall not."""
     if world == 1 or nf4 or choice == "never":
         return False
     return choice == "always" or (free is not None and need.whole > WHOLE_SHARE * free)
@@ -69,5 +73,18 @@ def check_shard(need: Footprint, free: int | None, *, world: int) -> None:
     )
 
 
-def _gb(size: int) -> str:
+def serving_note(need: Footprint, *, world: int) -> Note:
+    """What the user of a sharded base is to know before the job takes its time: who can serve the result."""
+    return Note(
+        0,
+        "sharded",
+        f"The base model takes {_gb(need.whole)} GB and is sharded over the {world} workers of this job. To chat with "
+        "the tuned model, and for the check of what is served, an engine must hold the base whole: that takes a "
+        f"worker with {_gb(need.whole / WHOLE_SHARE)} GB free. Where no engine class has one, the result can be "
+        "exported only; cancel the job now if that will not do.",
+        {"base_bytes": str(need.whole), "workers": str(world)},
+    )
+
+
+def _gb(size: float) -> str:
     return f"{size / 1e9:.3g}"

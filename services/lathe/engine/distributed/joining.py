@@ -11,9 +11,16 @@ from typing import TypeVar
 import torch
 
 from lathe.common.settings import StoreSettings
-from lathe.engine.distributed.fit import Footprint, check_shard, footprint, is_sharded
+from lathe.engine.distributed.fit import (
+    Footprint,
+    ShardBase,
+    check_choice,
+    check_shard,
+    footprint,
+    wants_shards,
+)
 from lathe.engine.distributed.group import ProcessGroup
-from lathe.engine.distributed.ranks import RankEngine
+from lathe.engine.distributed.ranks import Group, RankEngine
 from lathe.engine.frozen import can_pack
 from lathe.engine.memory import free_bytes
 from lathe.engine.settings import EngineSettings, StoreKeys
@@ -29,7 +36,8 @@ R = TypeVar("R", bound=RankEngine)
 class RankSettings:
     """What rank 0 tells the others. No key is among it: each takes the store's from its own environment.
 
-    dtype and sharded are what rank 0 made of `auto`. threads: None for all cores that a rank may use.
+    dtype is what rank 0 made of `auto`; of shard_base the ranks make the same together (`is_sharded`). threads: None
+    for all cores that a rank may use.
     """
 
     world: int
@@ -42,7 +50,7 @@ class RankSettings:
     base_quantization: str
     threads: int | None
     kv_budget_mb: int
-    sharded: bool
+    shard_base: ShardBase
 
     def own_store(self) -> StoreSettings:
         """The store, with this process's keys."""
@@ -50,16 +58,9 @@ class RankSettings:
         return self.store.model_copy(update={"access_key": keys.access_key, "secret_key": keys.secret_key})
 
 
-def told(settings: EngineSettings, folder: Path) -> RankSettings:
-    """What all ranks do with the base in this folder. Raises FailedPrecondition; InvalidArgument for its config."""
-    device = torch.device(settings.device)
-    dtype = choose_dtype(settings.dtype, device)
-    nf4 = settings.base_quantization == "nf4"
-    need = _need(read_spec(folder), dtype, device, settings.workers, nf4=nf4)
-    free = free_bytes(device)
-    sharded = is_sharded(settings.shard_base, need, free, world=settings.workers, nf4=nf4)
-    if sharded:
-        logger.info("The base model is sharded over %d workers.", settings.workers)
+def told(settings: EngineSettings) -> RankSettings:
+    """What all ranks do. Raises FailedPrecondition for settings that exclude each other."""
+    check_choice(settings.shard_base, nf4=settings.base_quantization == "nf4")
     return RankSettings(
         world=settings.workers,
         timeout_s=settings.rank_timeout_s,
@@ -67,17 +68,33 @@ def told(settings: EngineSettings, folder: Path) -> RankSettings:
         base_digest=settings.base_digest,
         cache_folder=settings.cache_folder,
         device=settings.device,
-        dtype=str(dtype).removeprefix("torch."),
+        dtype=str(choose_dtype(settings.dtype, torch.device(settings.device))).removeprefix("torch."),
         base_quantization=settings.base_quantization,
         threads=settings.threads,
         kv_budget_mb=settings.kv_budget_mb,
-        sharded=sharded,
+        shard_base=settings.shard_base,
     )
+
+
+def is_sharded(mine: bool, group: Group, device: torch.device) -> bool:
+    """Whether the base is sharded: on all ranks, if one of them wants it. Each tells its own wish; the answer is the
+    same on all."""
+    votes = torch.tensor([float(mine)], device=device)
+    group.add_up(votes)
+    return bool(votes.item() > 0)
 
 
 def load_rank(kind: type[R], rank: RankSettings, threads: int, folder: Path, group: ProcessGroup) -> R:
     """This rank's engine. Raises InvalidArgument, FailedPrecondition (no room for its shard)."""
-    to = _sharded(rank, folder, group) if rank.sharded else Whole(rank.base_quantization)
+    device, nf4 = torch.device(rank.device), rank.base_quantization == "nf4"
+    need = need_of(read_spec(folder), choose_dtype(rank.dtype, device), device, rank.world, nf4=nf4)
+    free = free_bytes(device)
+    wish = wants_shards(rank.shard_base, need, free, world=rank.world, nf4=nf4)
+    to: Placement = Whole(rank.base_quantization)
+    if is_sharded(wish, group, device):
+        logger.info("The base model is sharded over %d workers.", rank.world)
+        check_shard(need, free, world=rank.world)
+        to = _sharded(group)
     engine = kind.load(
         folder,
         device=rank.device,
@@ -90,16 +107,16 @@ def load_rank(kind: type[R], rank: RankSettings, threads: int, folder: Path, gro
     return engine
 
 
-def _sharded(rank: RankSettings, folder: Path, group: ProcessGroup) -> Placement:
+def _sharded(group: ProcessGroup) -> Placement:
     # FSDP2 takes a second or two to load.
     from lathe.engine.distributed.sharded import FsdpShards, Sharded
 
-    device = torch.device(rank.device)
-    need = _need(read_spec(folder), choose_dtype(rank.dtype, device), device, rank.world, nf4=False)
-    check_shard(need, free_bytes(device), world=rank.world)
     return Sharded(partial(FsdpShards, mesh=group.mesh()))
 
 
-def _need(spec: DecoderSpec, dtype: torch.dtype, device: torch.device, world: int, *, nf4: bool) -> Footprint:
+def need_of(
+    spec: DecoderSpec, dtype: torch.dtype, device: torch.device, world: int, *, nf4: bool = False
+) -> Footprint:
+    """What a rank on such a device takes for the base."""
     packed = device.type == "cpu" and dtype == torch.bfloat16 and can_pack()
     return footprint(spec, dtype.itemsize, world, packed=packed, nf4=nf4)

@@ -83,7 +83,7 @@ def assemble(settings: EngineSettings, folder: Path, leave: Callable[[], None]) 
 
     Raises Unavailable when they are not there within gang_timeout_s, and what loading raises.
     """
-    rank = told(settings, folder)
+    rank = told(settings)
     ray.init(address=settings.ray_address, log_to_driver=False, include_dashboard=False)
     actors = _actors(settings, rank)
     host = str(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]
