@@ -29,7 +29,7 @@ from lathe.common.rpc.tokens import read_token
 from lathe.common.service import metrics_endpoint
 from lathe.common.settings import DatabaseSettings, MetricsSettings, RpcSettings, StoreSettings
 from lathe.datafolder import DataFolder, write_endpoint
-from lathe.datasets.settings import DatasetsSettings, ImportSettings
+from lathe.datasets.settings import DatasetsSettings
 from lathe.gateway.settings import GatewaySettings
 from lathe.jobs.settings import JobsSettings, LauncherSettings
 from lathe.models.settings import ModelsSettings
@@ -83,12 +83,13 @@ async def running(folder: DataFolder, options: UpOptions) -> AsyncIterator[Endpo
             for module, its_settings in ((lathe.accounts.main, accounts), (lathe.models.main, models)):
                 service = await stack.enter_async_context(module.running(its_settings, metrics))
                 addresses[f"{service.name}_address"] = f"127.0.0.1:{service.port}"
-            datasets = DatasetsSettings(
+            datasets = DatasetsSettings.load(
                 **_common(folder, "datasets"),
                 store=_store(folder),
                 cache_folder=folder.root / "cache",
                 models_address=addresses["models_address"],
-                imports=ImportSettings(enabled=True),
+                # A mapping: the environment adds the rest.
+                imports={"enabled": True},
             )
             service = await stack.enter_async_context(lathe.datasets.main.running(datasets, metrics))
             addresses["datasets_address"] = f"127.0.0.1:{service.port}"

@@ -70,6 +70,41 @@ def test_openais_client_uploads_them_too(sdk: openai.OpenAI) -> None:
         assert len(lines) == 12 and all(isinstance(json.loads(line), dict) for line in lines)
 
 
+def test_openais_client_maps_columns(sdk: openai.OpenAI) -> None:
+    columns = {"prompt_text_column": "prompt", "text_column": "good", "rejected_text_column": "bad"}
+    content = (FORMATS / "autotrain_preference.csv").read_bytes()
+    made = sdk.files.create(
+        file=("table.txt", content), purpose="fine-tune", extra_body={"columns": columns, "file_type": "csv"}
+    )
+    assert sdk.files.wait_for_processing(made.id, poll_interval=0.1).status == "processed"
+    assert json.loads(sdk.files.content(made.id).text.splitlines()[0]).keys() == {
+        "prompt",
+        "chosen",
+        "rejected",
+    }
+    upload = sdk.uploads.create(
+        bytes=len(content),
+        filename="table.csv",
+        mime_type="text/csv",
+        purpose="fine-tune",
+        extra_body={"columns": columns},
+    )
+    part = sdk.uploads.parts.create(upload.id, data=content)
+    done = sdk.uploads.complete(upload.id, part_ids=[part.id])
+    assert done.file is not None
+    assert sdk.files.content(sdk.files.wait_for_processing(done.file.id, poll_interval=0.1).id).text
+    for wrong, param in (
+        ({"columns": {"promt": "x"}}, "columns[promt]"),
+        ({"file_type": "xlsx"}, "file_type"),
+    ):
+        with pytest.raises(openai.BadRequestError) as refused:
+            sdk.files.create(file=("a.csv", b"a,b"), purpose="fine-tune", extra_body=wrong)
+        assert refused.value.param == param
+    with pytest.raises(openai.BadRequestError) as refused:
+        sdk.files.create(file=("a.csv", b"a"), purpose="evals", extra_body={"file_type": "csv"})
+    assert refused.value.param == "file_type"
+
+
 def test_what_no_method_trains_on_is_stored_and_a_job_says_so(client: Client, base_model: str) -> None:
     dataset = client.datasets.wait(client.datasets.upload(FORMATS / "triplets.jsonl").name)
     assert (dataset.state, dataset.report.format) == (READY, "triplet")

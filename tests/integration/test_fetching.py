@@ -47,6 +47,8 @@ def site() -> Iterator[type[Site]]:
 
     Own.pages, Own.seen, Own.secrets = {}, [], []
     server = ThreadingHTTPServer(("127.0.0.1", 0), Own)
+    # It prints what its handlers raise: a client that hangs up is no news here.
+    server.handle_error = lambda *_: None  # type: ignore[method-assign]
     Own.port = server.server_port  # type: ignore[attr-defined]
     threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
     yield Own

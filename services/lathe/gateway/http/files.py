@@ -16,13 +16,13 @@ from lathe.common.errors import Aborted, LatheError, NotFound
 from lathe.common.names import DATASET, PROJECT
 from lathe.common.rpc.principal import Principal
 from lathe.gateway.gateway import Gateway
+from lathe.gateway.http.conversion import ConversionBody, new_dataset
 from lathe.gateway.http.errors import cursor_errors, door_words, invalid
 from lathe.gateway.http.files_json import FIELDS, RESULTS_PURPOSE, disposition, file_json
 from lathe.gateway.http.idempotency import Begun, Creates, is_retry
 from lathe.gateway.http.multipart import Event, FileForm, file_bytes, parts, read_head
 from lathe.gateway.http.requests import (
     GatewayDep,
-    Model,
     PrincipalDep,
     json_digest,
     list_body,
@@ -80,7 +80,7 @@ class _Incoming:
 
 
 async def _upload(gateway: Gateway, principal: Principal, head: FileForm, incoming: _Incoming) -> bytes:
-    dataset = pb.Dataset(display_name=head.filename, purpose=head.purpose)
+    dataset = new_dataset(head.filename, head.purpose, head.file_type, head.columns)
     if head.expires_after_s is not None:
         dataset.expire_time.FromDatetime(gateway.clock.now() + timedelta(seconds=head.expires_after_s))
     wanted = pb.CreateDatasetRequest(parent=PROJECT.format(principal.project), dataset=dataset)
@@ -105,7 +105,7 @@ async def _upload(gateway: Gateway, principal: Principal, head: FileForm, incomi
     return body
 
 
-class ImportBody(Model):
+class ImportBody(ConversionBody):
     """Azure's files/import."""
 
     purpose: str
@@ -122,7 +122,7 @@ async def import_file(request: Request, gateway: GatewayDep, principal: Principa
     async def work(request_id: str) -> bytes:
         wanted = pb.ImportDatasetRequest(
             parent=PROJECT.format(principal.project),
-            dataset=pb.Dataset(display_name=body.filename, purpose=body.purpose),
+            dataset=new_dataset(body.filename, body.purpose, body.file_type, body.columns),
             source=body.content_url,
             request_id=request_id,
         )

@@ -6,6 +6,7 @@ from urllib.parse import quote
 
 from lathe.common.names import last_id
 from lathe.gateway.http.answers import Json, stamp
+from lathe.gateway.http.conversion import CONVERSION_FIELDS
 from lathe.v1 import datasets_pb2 as pb
 
 RESULTS_PURPOSE = "fine-tune-results"
@@ -16,6 +17,7 @@ FIELDS = (
     ("dataset.purpose", "purpose"),
     ("dataset.expire_time", "expires_after.seconds"),
     ("page_size", "limit"),
+    *CONVERSION_FIELDS,
 )
 _STATUS = {
     # Azure's word for an import that is under way; what is uploaded is no file before it is whole.

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, AsyncIterator
+import re
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from dataclasses import dataclass, field
 
 from python_multipart.exceptions import FormParserError
@@ -133,11 +134,14 @@ def _broken(why: str) -> InvalidArgument:
 
 @dataclass(frozen=True, slots=True)
 class FileForm:
-    """What files.create says of a file before its bytes. expires_after_s: seconds, None for never."""
+    """What files.create says of a file before its bytes. expires_after_s: seconds, None for never. file_type, columns:
+    Lathe's own, see `ConversionBody`."""
 
     purpose: str
     filename: str
     expires_after_s: int | None
+    file_type: str = ""
+    columns: Mapping[str, str] = field(default_factory=dict)
 
 
 async def read_head(form: AsyncIterator[Event]) -> FileForm:
@@ -152,7 +156,7 @@ async def read_head(form: AsyncIterator[Event]) -> FileForm:
             return _file_form(fields, event.filename or "file")
         if len(fields) >= MAX_FIELDS:
             raise _broken(f"it has more than {MAX_FIELDS} fields")
-        if event.name not in _FIELDS:
+        if not _is_field(event.name):
             raise invalid(event.name, f"Unknown parameter: '{event.name[:100]}'.", "UNKNOWN_PARAMETER")
         if event.name in fields:
             raise invalid(event.name, f"'{event.name}' is given twice.")
@@ -170,7 +174,12 @@ async def read_to_data(form: AsyncIterator[Event]) -> None:
     raise invalid("data", "Missing required parameter: 'data'.", "MISSING_REQUIRED_PARAMETER")
 
 
-_FIELDS = frozenset({"purpose", "expires_after[anchor]", "expires_after[seconds]"})
+_FIELDS = frozenset({"purpose", "expires_after[anchor]", "expires_after[seconds]", "file_type"})
+_COLUMN = re.compile(r"columns\[([^\[\]]{1,64})\]")
+
+
+def _is_field(name: str) -> bool:
+    return name in _FIELDS or _COLUMN.fullmatch(name) is not None
 
 
 async def _value(form: AsyncIterator[Event], name: str) -> str:
@@ -191,7 +200,8 @@ def _file_form(fields: dict[str, str], filename: str) -> FileForm:
             "Missing required parameter: 'purpose'. It must come before 'file' in the form.",
             "MISSING_REQUIRED_PARAMETER",
         )
-    return FileForm(fields["purpose"], filename, _life(fields))
+    columns = {found[1]: value for name, value in fields.items() if (found := _COLUMN.fullmatch(name))}
+    return FileForm(fields["purpose"], filename, _life(fields), fields.get("file_type", ""), columns)
 
 
 def _life(fields: dict[str, str]) -> int | None:
@@ -236,7 +246,7 @@ async def file_bytes(form: AsyncIterator[Event]) -> AsyncGenerator[bytes, None]:
 def _check_trailing(name: str) -> None:
     if name in ("file", "data"):
         raise invalid(name, f"A request takes one {name}; send the others by themselves.")
-    if name in _FIELDS:
+    if _is_field(name):
         raise invalid(
             name.replace("[", ".").rstrip("]"), f"'{name}' comes after 'file'; it must come before it."
         )

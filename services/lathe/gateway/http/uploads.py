@@ -14,6 +14,7 @@ from lathe.common.errors import NotFound
 from lathe.common.names import DATASET, PROJECT
 from lathe.common.rpc.principal import Principal
 from lathe.gateway.http.answers import seconds
+from lathe.gateway.http.conversion import ConversionBody, new_dataset
 from lathe.gateway.http.errors import door_words, invalid
 from lathe.gateway.http.idempotency import Creates, is_retry
 from lathe.gateway.http.multipart import MAX_LIFE_S, MIN_LIFE_S, Event, file_bytes, parts, read_to_data
@@ -41,7 +42,7 @@ class ExpiresAfter(Model):
     seconds: int = Field(ge=MIN_LIFE_S, le=MAX_LIFE_S)
 
 
-class UploadBody(Model):
+class UploadBody(ConversionBody):
     """uploads.create. mime_type: OpenAI demands one; here a file is what its bytes are."""
 
     bytes: int = Field(ge=1, le=MAX_RESUMABLE_BYTES)
@@ -65,7 +66,7 @@ async def create(request: Request, gateway: GatewayDep, principal: PrincipalDep)
     body = validated(UploadBody, data)
 
     async def work(request_id: str) -> bytes:
-        dataset = pb.Dataset(display_name=body.filename, purpose=body.purpose)
+        dataset = new_dataset(body.filename, body.purpose, body.file_type, body.columns)
         if body.expires_after is not None:
             life = timedelta(seconds=body.expires_after.seconds)
             dataset.expire_time.FromDatetime(gateway.clock.now() + life)

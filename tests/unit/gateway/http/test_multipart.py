@@ -63,6 +63,19 @@ async def test_expiry_and_file_names() -> None:
     assert head.filename == "file"
 
 
+async def test_how_the_file_is_read() -> None:
+    own = (
+        part("file_type", b"csv")
+        + part("columns[prompt]", b"question")
+        + part("columns[completion]", b"a[1]")
+    )
+    head, _ = await read(own + PURPOSE + part("file", b"x", "a") + END)
+    assert (head.file_type, head.columns) == ("csv", {"prompt": "question", "completion": "a[1]"})
+    for wrong in ("columns", "columns[]", "columns[a][b]", "columns[" + "a" * 65 + "]"):
+        assert await refused(PURPOSE + part(wrong, b"x") + part("file", b"x") + END) == wrong
+    assert await refused(PURPOSE + part("file", b"x") + part("columns[a]", b"x") + END) == "columns.a"
+
+
 async def test_what_comes_after_the_file() -> None:
     file = part("file", b"x", "a")
     assert (await read(PURPOSE + file + part("note", b"harmless") + END))[1] == b"x"
