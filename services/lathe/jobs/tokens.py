@@ -19,9 +19,13 @@ class TokenKeeper:
     datasets: Datasets
 
     async def step(self) -> None:
-        """Say it once. Raises Unavailable while datasets or the database is away."""
+        """Say it once, if all of it is known here. Raises Unavailable while datasets or the database is away."""
         async with self.store.read() as session:
+            newer = await session.newer_jobs()
             jobs = await session.jobs_in(_UNFINISHED)
+        if newer:
+            # What these need only a newer replica knows; it says so for all.
+            return
         await self.datasets.keep_tokens(sorted(needed(jobs)))
 
 
