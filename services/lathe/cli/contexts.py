@@ -42,8 +42,10 @@ class Contexts:
     def get(self, name: str) -> PlatformContext:
         """Raises NotFound naming those that there are."""
         if name not in self.known:
-            names = ", ".join(sorted(self.known)) or "none yet: make one with `lathe login ADDRESS`"
-            raise NotFound(f"There is no context {name!r}; known are {LOCAL} and {names}.")
+            names = ", ".join((LOCAL, *sorted(self.known)))
+            raise NotFound(
+                f"There is no context {name!r}; known: {names}. `lathe login ADDRESS` makes another."
+            )
         return self.known[name]
 
     def using(self, name: str) -> Contexts:

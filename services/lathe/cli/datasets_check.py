@@ -15,7 +15,7 @@ from lathe.cli.datasets_audit import METHOD, MODEL, print_audit, print_sequence
 from lathe.cli.estimates import answer_lines
 from lathe.cli.output import JSON, note, plain, print_json
 from lathe.client import Client
-from lathe.client.jobsettings import parsed
+from lathe.client.jobsettings import asked_settings
 from lathe.common.errors import InvalidArgument
 from lathe.v1 import datasets_pb2 as pb
 from lathe.v1 import jobs_pb2
@@ -59,7 +59,7 @@ def check(
     Exit code 3 if it cannot be trained on.
     """
     mapped = columns_of(columns or [], "--map")
-    others = dict(parsed(method, one) for one in settings or [])
+    wanted = asked_settings(method, settings or [], {})
     audit, preview, answer = pb.Audit(), pb.PreviewDatasetResponse(), jobs_pb2.EstimateJobResponse()
     with client_of(context) as client:
         dataset, known = _uploaded(client, path, file_type, mapped)
@@ -68,7 +68,7 @@ def check(
         usable = audit.state == pb.AUDIT_STATE_READY
         if usable:
             preview = client.datasets.preview(dataset.name, model, method=method)
-            answer = client.jobs.estimate(model, dataset.name, method=method, settings=others)
+            answer = client.jobs.estimate(model, dataset.name, method=method, settings=wanted)
     if as_json:
         parts = {"dataset": dataset, "audit": audit, "preview": preview, "estimate": answer}
         print_json({name: plain(part) for name, part in parts.items()})

@@ -81,6 +81,10 @@ def drop(
     as_json: JSON = False,
 ) -> None:
     """A dataset without some of its lines."""
+    if not lines and not finding:
+        raise InvalidArgument("Say what to drop: --lines 3,17,40-52, or --finding CODE with --model.")
+    if finding and not model:
+        raise InvalidArgument("--finding needs --model: the base model whose audit found it.")
     operation = drop_operation(
         parsed_lines(lines) if lines else [],
         finding or [],
@@ -208,6 +212,8 @@ def parsed_lines(text: str) -> list[int]:
         if range_ is None:
             raise InvalidArgument(f"--lines {text!r} must be lines and ranges of lines, such as 3,17,40-52.")
         first, last = int(range_["first"]), int(range_["last"] or range_["first"])
+        if first > last:
+            raise InvalidArgument(f"--lines {text!r}: the range {part.strip()} ends before it begins.")
         if last - first >= _MAX_LINES:
             raise InvalidArgument(
                 f"--lines {text!r} names more than {_MAX_LINES} lines; sample or split instead."

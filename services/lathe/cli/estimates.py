@@ -12,7 +12,7 @@ from lathe.cli.connection import client_of
 from lathe.cli.output import JSON, enum_word, note, print_json, size
 from lathe.cli.training_files import dataset_of
 from lathe.client import Client
-from lathe.client.jobsettings import parsed
+from lathe.client.jobsettings import asked_settings
 from lathe.common.errors import DeadlineExceeded, InvalidArgument, LatheError, Unimplemented
 from lathe.v1 import jobs_pb2 as pb
 
@@ -31,7 +31,7 @@ def estimate(
     settings: Annotated[list[str] | None, SETTINGS] = None,
     engine_class: Annotated[str, typer.Option(help="Which kind of engine; all are shown.")] = "",
     dedicated: Annotated[bool, typer.Option("--dedicated", help="On an engine of its own.")] = False,
-    workers: Annotated[int, typer.Option(help="Processes that train it together.")] = 1,
+    workers: Annotated[int, typer.Option(min=1, help="Processes that train it together.")] = 1,
     prompt_tokens_saved: Annotated[
         float, typer.Option(min=0, help="Fewer tokens of a request's prompt once the model is tuned.")
     ] = 0.0,
@@ -60,14 +60,14 @@ def estimate(
         replaces = _replaced(prompt_tokens_saved, price_per_million, seconds_saved)
     if replaces is not None:
         replaces.requests_per_hour = requests_per_hour
-    others = dict(parsed(method, one) for one in settings or [])
+    wanted = asked_settings(method, settings or [], {"n_epochs": n_epochs})
     with client_of(context) as client:
         found = client.jobs.estimate(
             model,
             dataset_of(client, train),
             validation_dataset=dataset_of(client, validation) if validation else "",
             method=method,
-            settings=others | {"n_epochs": n_epochs},
+            settings=wanted,
             engine_class=engine_class,
             dedicated=dedicated,
             workers=workers,

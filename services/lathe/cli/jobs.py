@@ -23,7 +23,7 @@ from lathe.cli.output import (
 )
 from lathe.cli.training_files import dataset_of
 from lathe.client import Client
-from lathe.client.jobsettings import parsed
+from lathe.client.jobsettings import asked_settings
 from lathe.common.errors import InvalidArgument
 from lathe.v1 import jobs_pb2 as pb
 
@@ -55,26 +55,26 @@ def create(
         bool, typer.Option("--dedicated", help="On an engine of its own, which ends with the job.")
     ] = False,
     workers: Annotated[
-        int, typer.Option(help="Processes that train it together, on an engine of its own.")
+        int, typer.Option(min=1, help="Processes that train it together, on an engine of its own.")
     ] = 1,
     watch: Annotated[bool, typer.Option("--watch", help="Watch it until it ends.")] = False,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask after the estimate.")] = False,
     as_json: JSON = False,
 ) -> None:
     """Ask for a model to be tuned on a file of examples; on a terminal, after a look at what that takes."""
-    others = dict(parsed(method, one) for one in settings or [])
+    named = {
+        "n_epochs": n_epochs,
+        "batch_size": batch_size,
+        "learning_rate_multiplier": learning_rate_multiplier,
+        "lora_r": lora_r,
+    }
+    wanted = asked_settings(method, settings or [], named)
     with client_of(context) as client:
         dataset = dataset_of(client, train)
         asked: dict[str, Any] = {
             "validation_dataset": dataset_of(client, validation) if validation else "",
             "method": method,
-            "settings": others
-            | {
-                "n_epochs": n_epochs,
-                "batch_size": batch_size,
-                "learning_rate_multiplier": learning_rate_multiplier,
-                "lora_r": lora_r,
-            },
+            "settings": wanted,
             "engine_class": engine_class,
             "dedicated": dedicated,
             "workers": workers,

@@ -30,7 +30,7 @@ from lathe.cli import (
 )
 from lathe.cli.connection import CHOICE, Connection, Environment, stored_contexts
 from lathe.cli.output import JSON
-from lathe.common.errors import LatheError
+from lathe.common.errors import FailedPrecondition, InvalidArgument, LatheError
 
 app = typer.Typer(
     name="lathe",
@@ -40,6 +40,8 @@ app = typer.Typer(
 )
 _USE = "Use a platform"
 _RUN = "Run a platform"
+# How protobuf begins what it says of such a number.
+_OUT_OF_RANGE = "Value out of range: "
 models.app.command()(export.export)
 app.add_typer(models.app, name="models", rich_help_panel=_USE)
 app.add_typer(datasets.app, name="datasets", rich_help_panel=_USE)
@@ -113,12 +115,32 @@ def version(as_json: JSON = False) -> None:
 
 
 def main() -> None:
-    """The console script. A LatheError is one sentence on stderr and an exit code that says what kind it was."""
+    """The console script. What went wrong is one sentence on stderr and an exit code that says what kind it was."""
     try:
         app()
-    except LatheError as error:
-        print(error.message, file=sys.stderr)
-        sys.exit(exits.exit_code(error))
+    except (LatheError, OSError, ValueError) as error:
+        known = as_lathe_error(error)
+        if known is None:
+            raise
+        print(known.message, file=sys.stderr)
+        sys.exit(exits.exit_code(known))
+
+
+def as_lathe_error(error: Exception) -> LatheError | None:
+    """The error in words for users; None for what is a fault of ours.
+
+    A file that cannot be read or written is one that the command line names. A number from there may be larger than
+    the contract's type: protobuf refuses it when the request is made.
+    """
+    if isinstance(error, LatheError):
+        return error
+    if isinstance(error, OSError) and error.filename is not None:
+        return FailedPrecondition(f"{error.filename} cannot be used: {error.strerror}.")
+    if isinstance(error, ValueError) and str(error).startswith(_OUT_OF_RANGE):
+        return InvalidArgument(
+            f"{str(error).removeprefix(_OUT_OF_RANGE)} is out of range; give another number."
+        )
+    return None
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from google.protobuf.descriptor import FieldDescriptor
@@ -31,11 +31,32 @@ def messages_of(method: str, settings: Mapping[str, Any]) -> tuple[pb.Method, pb
             continue
         part, field = _found(places, name, method)
         message = parts.get(part, options)
-        if field.is_repeated:
-            getattr(message, field.name).extend(value)
-        else:
-            setattr(message, field.name, value)
+        try:
+            if field.is_repeated:
+                getattr(message, field.name).extend(value)
+            else:
+                setattr(message, field.name, value)
+        except (TypeError, ValueError) as error:
+            # A number of the right kind that the contract's type cannot hold is a ValueError.
+            why = "is out of range" if isinstance(error, ValueError) else f"must be {_kind(field)}"
+            raise InvalidArgument(f"{name} is {str(value)[:40]!r}; it {why}.") from error
     return chosen, options
+
+
+def asked_settings(method: str, assignments: Iterable[str], named: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a command line by name. assignments: `NAME=VALUE` each. named: options of their own; None where
+    one was not given.
+
+    Raises InvalidArgument for a method or a setting that there is not, a wrong value, and a setting given twice.
+    """
+    settings = {name: value for name, value in named.items() if value is not None}
+    for assignment in assignments:
+        name, value = parsed(method, assignment)
+        if name in settings:
+            raise InvalidArgument(f"{name} is given twice; give it once.")
+        settings[name] = value
+    messages_of(method, settings)
+    return settings
 
 
 def parsed(method: str, assignment: str) -> tuple[str, Any]:
@@ -48,15 +69,18 @@ def parsed(method: str, assignment: str) -> tuple[str, Any]:
     try:
         return name, _value(field, text)
     except (ValueError, KeyError) as error:
-        kind = (
-            "a whole number"
-            if field.type in _WHOLE
-            else "true or false"
-            if field.type == field.TYPE_BOOL
-            else "a number"
-        )
         shown = f"{name} is {text!r}" if equals else f"{name} has no value"
-        raise InvalidArgument(f"{shown}; it must be {kind}.") from error
+        raise InvalidArgument(f"{shown}; it must be {_kind(field)}.") from error
+
+
+def _kind(field: FieldDescriptor) -> str:
+    if field.is_repeated:
+        return "a list of texts"
+    if field.type in _WHOLE:
+        return "a whole number"
+    if field.type == field.TYPE_BOOL:
+        return "true or false"
+    return "a text" if field.type == field.TYPE_STRING else "a number"
 
 
 def _value(field: FieldDescriptor, text: str) -> Any:

@@ -7,7 +7,7 @@ import socket
 import stat
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from lathe.cli.contexts import Contexts, PlatformContext, write_contexts
 from lathe.cli.estimates import answer_lines, confirm, replaced_of
 from lathe.cli.jobview import JobView, metrics_line, sparkline
 from lathe.cli.output import plain, size
+from lathe.cli.training_files import dataset_of
 from lathe.client.compare import ArmResult
 from lathe.common import errors
 from lathe.v1 import datasets_pb2, jobs_pb2
@@ -394,6 +395,51 @@ def test_results_are_reused_only_for_the_same_weights_requests_and_code(tmp_path
     for file in tmp_path.iterdir():
         file.write_text("{")
     assert cache.find("weights", "requests") is None
+
+
+# --- what users get wrong ---
+
+
+def failure(work: Callable[[], object]) -> Exception:
+    with pytest.raises(Exception) as raised:
+        work()
+    return raised.value
+
+
+def test_what_a_user_got_wrong_is_a_sentence(tmp_path: Path) -> None:
+    unwritable = tmp_path / "no" / "such" / "folder"
+    told = main.as_lathe_error(failure(lambda: unwritable.write_text("x")))
+    assert isinstance(told, errors.FailedPrecondition)
+    assert told.message == f"{unwritable} cannot be used: No such file or directory."
+    told = main.as_lathe_error(failure(lambda: jobs_pb2.ComputeSpec(workers=10**24)))
+    assert isinstance(told, errors.InvalidArgument)
+    assert told.message.startswith(f"{10**24} is out of range")
+
+
+def test_a_fault_of_ours_stays_one() -> None:
+    assert main.as_lathe_error(ValueError("x")) is None
+    assert main.as_lathe_error(ConnectionResetError()) is None
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ("", "is a folder; name one file"),
+        ("trian.jsonl", "There is no file"),
+        ("no/such/table", "There is no file"),
+    ],
+)
+def test_a_path_to_no_file_is_not_taken_for_a_dataset(
+    tmp_path: Path, listening: str, given: str, words: str
+) -> None:
+    with (
+        Connection(address=listening, api_key="x").client() as client,
+        pytest.raises(errors.InvalidArgument, match=words),
+    ):
+        dataset_of(client, str(tmp_path / given))
+    with Connection(address=listening, api_key="x").client() as client:
+        assert dataset_of(client, "file-1") == "file-1"
+        assert dataset_of(client, "projects/p/datasets/file-1") == "projects/p/datasets/file-1"
 
 
 # --- what is imported ---

@@ -1,7 +1,9 @@
 """How lines are named on the command line, and how an operation is told."""
 
 import pytest
+from typer.testing import CliRunner
 
+from lathe.cli import main
 from lathe.cli.datasets_rows import parsed_lines, said
 from lathe.client.rows import drop_operation, split_operation
 from lathe.common.errors import InvalidArgument
@@ -15,6 +17,17 @@ def test_lines_and_ranges() -> None:
             parsed_lines(wrong)
     with pytest.raises(InvalidArgument, match="more than 10000"):
         parsed_lines("1-999999999999")
+    with pytest.raises(InvalidArgument, match="the range 9-7 ends before it begins"):
+        parsed_lines("3, 9-7")
+
+
+@pytest.mark.parametrize(
+    ("given", "words"), [([], "Say what to drop"), (["--finding", "truncated"], "--finding needs --model")]
+)
+def test_what_to_drop_has_to_be_said(given: list[str], words: str) -> None:
+    result = CliRunner().invoke(main.app, ["datasets", "drop", "file-1", *given])
+    assert isinstance(result.exception, InvalidArgument)
+    assert words in result.exception.message
 
 
 def test_an_operation_reads_as_a_line() -> None:

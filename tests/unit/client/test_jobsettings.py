@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from lathe.client.jobsettings import messages_of, parsed
+from lathe.client.jobsettings import asked_settings, messages_of, parsed
 from lathe.common.errors import InvalidArgument
 from lathe.v1 import jobs_pb2 as pb
 
@@ -49,3 +49,30 @@ def test_a_command_lines_setting_has_the_contracts_type(given: str, name: str, v
 def test_a_wrong_setting_is_named(method: str, given: str, words: str) -> None:
     with pytest.raises(InvalidArgument, match=words):
         parsed(method, given)
+
+
+def test_what_set_says_is_kept_beside_options_that_were_not_given() -> None:
+    named = {"n_epochs": None, "batch_size": 4, "lora_r": None}
+    asked = asked_settings("supervised", ["n_epochs=2", "lora_r=8"], named)
+    assert asked == {"n_epochs": 2, "batch_size": 4, "lora_r": 8}
+
+
+@pytest.mark.parametrize(
+    ("method", "given", "words"),
+    [
+        ("supervised", ["batch_size=2"], "batch_size is given twice"),
+        ("supervised", ["lora_r=1", "lora_r=2"], "lora_r is given twice"),
+        ("supervised", ["n_epochs=99999999999999"], "n_epochs is '99999999999999'; it is out of range"),
+        ("ppo", [], "no method 'ppo'; choose from supervised"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused_before_anything_is_sent(
+    method: str, given: list[str], words: str
+) -> None:
+    with pytest.raises(InvalidArgument, match=words):
+        asked_settings(method, given, {"batch_size": 4})
+
+
+def test_a_setting_of_another_type_is_named() -> None:
+    with pytest.raises(InvalidArgument, match=r"n_epochs is '1\.5'; it must be a whole number"):
+        messages_of("supervised", {"n_epochs": 1.5})
