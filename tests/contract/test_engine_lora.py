@@ -255,12 +255,12 @@ def test_every_kind_in_one_batch_is_each_alone(folders: Mapping[str, Path], dtyp
     for key, prompt, state in zip(keys, prompts, mixed, strict=True):
         scored = engine.logprobs(key, [*prompt, *state.tokens])[len(prompt) - 1 :]
         assert scored == pytest.approx(logprobs[id(state)], abs=bound), key
-        if dtype == "bfloat16":
-            continue  # two tokens may be as likely as each other
         with torch.no_grad():
             row = [*prompt, *state.tokens[:-1]]
-            best = our_logits(engine, [row], key)[0][len(prompt) - 1 :].argmax(-1)
-        assert best.tolist() == state.tokens, key
+            logits = our_logits(engine, [row], key)[0][len(prompt) - 1 :].float()
+        # The likeliest, or as likely as it but for rounding.
+        chosen = logits.gather(-1, torch.tensor(state.tokens)[:, None])[:, 0]
+        assert float((logits.amax(-1) - chosen).max()) <= 2 * bound, key
 
 
 @pytest.mark.parametrize("kind", SPECS)
