@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
-from collections.abc import Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,10 +15,9 @@ import pytest
 from lathe.common.db import Database, migrate
 from lathe.common.errors import Internal, LatheError
 from lathe.datasets.auditing import Auditor
-from lathe.datasets.chunkwork import Chunker, ChunkResult, ChunkWork
+from lathe.datasets.chunkwork import Chunk, Chunker, ChunkResult, ChunkWork
 from lathe.datasets.model import AuditOptions, AuditState
-from lathe.datasets.workers import ChunkWorkers, Task, _work
-from lathe.text.jsonl import Line
+from lathe.datasets.workers import Processes, Task, Work, run_chunk
 from lathe.text.render import RenderOptions
 from lathe.text.tokenizer import Tokenizer
 from tests.fixtures.tiny import build_tiny_tokenizer
@@ -27,23 +27,33 @@ NOW = datetime(2026, 1, 1, tzinfo=UTC)
 CONTENT = jsonl(row(f"Hello {n}", f"Yes, {n} it is.") for n in range(200))
 
 
-def die_once(lines: Sequence[Line]) -> ChunkResult:
+def die_once(died: Path, task: Task, lines: Chunk) -> ChunkResult:
     """Kills its process over the second chunk, the first time."""
-    if lines[0].number == 65 and not (died := Path(os.environ["LATHE_TEST_DIED"])).exists():
+    if lines[0].number == 65 and not died.exists():
         died.touch()
-        os.kill(os.getpid(), signal.SIGKILL)
-    return _work(lines)
+        die()
+    return run_chunk(task, lines)
 
 
-def die(lines: Sequence[Line]) -> ChunkResult:
+def die() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
-    raise AssertionError
 
 
-async def chunks():
+def chunks():
     chunker = Chunker()
-    for lines in (*chunker.feed(CONTENT), *chunker.finish()):
-        yield lines
+    return [*chunker.feed(CONTENT), *chunker.finish()]
+
+
+async def works(do):
+    for lines in chunks():
+        yield Work(partial(do, lines), f"the lines from {lines[0].number} on")
+
+
+@pytest.fixture
+def one():
+    processes = Processes(1)
+    yield processes
+    processes.close()
 
 
 @pytest.fixture
@@ -59,34 +69,31 @@ def task(tmp_path):
     return Task(build_tiny_tokenizer(tmp_path / "tokenizer"), RenderOptions(512), NOW)
 
 
-async def test_a_killed_process_costs_nothing_but_time(task, tmp_path, monkeypatch):
-    monkeypatch.setenv("LATHE_TEST_DIED", str(tmp_path / "died"))
+async def test_a_killed_process_costs_nothing_but_time(task, tmp_path, one):
     work = ChunkWork(Tokenizer.from_folder(task.tokenizer), task.options, task.now)
-    expected = [work.run(lines) async for lines in chunks()]
-    workers = ChunkWorkers(task, 1, die_once)
-    try:
-        assert [result async for result in workers.results(chunks())] == expected
-    finally:
-        workers.close()
-    assert (tmp_path / "died").exists()
+    expected = [work.run(lines) for lines in chunks()]
+    died = tmp_path / "died"
+    assert [result async for result in one.results(works(partial(die_once, died, task)))] == expected
+    assert died.exists()
 
 
-async def test_a_chunk_that_kills_each_process_ends_the_audit(task):
-    workers = ChunkWorkers(task, 1, die)
-    try:
-        with pytest.raises(Internal, match="died 3 times at the lines from 1 on"):
-            [result async for result in workers.results(chunks())]
-    finally:
-        workers.close()
+async def test_work_that_kills_each_process_is_given_up(one):
+    with pytest.raises(Internal, match="died 3 times at the search for duplicates"):
+        await one.result(Work(die, "the search for duplicates"))
 
 
-async def test_a_tokenizer_that_cannot_be_read_is_told_of(task, tmp_path):
-    workers = ChunkWorkers(replace(task, tokenizer=tmp_path), 1)
-    try:
-        with pytest.raises(LatheError, match=r"tokenizer\.json"):
-            [result async for result in workers.results(chunks())]
-    finally:
-        workers.close()
+async def test_a_tokenizer_that_cannot_be_read_is_told_of(task, tmp_path, one):
+    elsewhere = partial(run_chunk, replace(task, tokenizer=tmp_path))
+    with pytest.raises(LatheError, match=r"tokenizer\.json"):
+        [result async for result in one.results(works(elsewhere))]
+
+
+async def test_a_full_disk_is_told_of_as_one(one):
+    """/dev/full has no room."""
+    write = partial(Path("/dev/full").write_bytes, bytes(1 << 16))
+    with pytest.raises(OSError, match="No space left") as raised:
+        await one.result(Work(write, "writing"))
+    assert raised.value.errno == errno.ENOSPC
 
 
 async def test_the_objects_do_not_depend_on_the_number_of_processes(world):

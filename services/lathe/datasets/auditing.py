@@ -5,14 +5,15 @@ from __future__ import annotations
 import asyncio
 import logging
 import shutil
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
-from contextlib import aclosing
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from lathe.common.errors import LatheError, NotFound, RetryableError, Unavailable
 from lathe.common.objectstore.base import ObjectStore, local_disk
-from lathe.datasets.chunkwork import Chunker, ChunkResult, ChunkWork
+from lathe.datasets.chunkwork import Chunk, Chunker, ChunkResult, ChunkWork
 from lathe.datasets.collecting import Collector, Outcome, file_sha256, overlap_finding
 from lathe.datasets.folders import work_folder
 from lathe.datasets.model import (
@@ -27,19 +28,18 @@ from lathe.datasets.model import (
 from lathe.datasets.ports import DatasetStore
 from lathe.datasets.service import render_options
 from lathe.datasets.tokenizers import TokenizerCache
-from lathe.datasets.workers import ChunkWorkers, Task
+from lathe.datasets.workers import Processes, Task, Threads, Work, Workers, run_chunk
 from lathe.text import VERSION
 from lathe.text.arrow import TokenWriter
-from lathe.text.duplicates import find_duplicates, find_overlap
+from lathe.text.duplicates import read_duplicates, write_duplicates
 from lathe.text.findinglines import FindingLines
 from lathe.text.findings import Tally
-from lathe.text.jsonl import Line
 from lathe.text.render import RenderOptions
 
 log = logging.getLogger(__name__)
 
 
-# A process takes a second or two to start, in which so much is audited.
+# A process takes a second or two to start, in which about so much is audited.
 BYTES_A_WORKER = 8 << 20
 
 
@@ -57,8 +57,9 @@ class Auditor:
         workers: int = 1,
         bytes_a_worker: int = BYTES_A_WORKER,
     ) -> None:
-        """workers: at most so many processes; bytes_a_worker: a file has another one for each so many bytes."""
-        self._workers = workers
+        """workers: at most so many processes; bytes_a_worker: smaller files have none, larger ones another one for each
+        so many bytes."""
+        self._most = workers
         self._bytes_a_worker = bytes_a_worker
         self._store = store
         self._objects = objects
@@ -101,7 +102,7 @@ class Auditor:
 
     async def _run(self, task: AuditTask) -> None:
         async with work_folder("audit-", self._work) as folder:
-            files = AuditFiles(folder / "tokens.arrow", folder / "findings.arrow")
+            files = AuditFiles(*(folder / name for name in ("tokens.arrow", "duplicates", "findings.arrow")))
             try:
                 outcome = await (
                     self._tokenise(task, files) if task.compared is None else self._compare(task, files)
@@ -153,35 +154,43 @@ class Auditor:
             "options": options.canonical(),
         }
         key = blob_key(task.dataset_sha256)
-        with local_disk(files.tokens), TokenWriter(files.tokens, metadata) as writer:
-            collector = Collector(writer)
-            async with aclosing(self._results(task, options, key)) as results:
-                async for result in results:
-                    # In a thread: the event loop stays free.
-                    await asyncio.to_thread(collector.add, result)
-        return await asyncio.to_thread(_concluded, collector, files, metadata)
-
-    async def _results(
-        self, task: AuditTask, options: RenderOptions, key: str
-    ) -> AsyncGenerator[ChunkResult, None]:
-        """Of the file's chunks, in order: from processes for a file that is worth starting them, else from threads."""
         found = await self._objects.head(key)
         size = found.size if found is not None else 0
-        count = min(self._workers, 1 + size // self._bytes_a_worker)
-        if count > 1:
-            folder = await self._tokenizers.folder(task.files)
-            workers = await asyncio.to_thread(ChunkWorkers, Task(folder, options, task.now), count)
-            try:
-                async for result in workers.results(self._chunks(key)):
-                    yield result
-            finally:
-                workers.close()
-            return
-        work = ChunkWork(await self._tokenizers.get(task.files), options, task.now)
-        async for lines in self._chunks(key):
-            yield await asyncio.to_thread(work.run, lines)
+        async with self._workers_for(size, self._most) as workers:
+            do = await self._chunk_work(task, options, workers)
+            with local_disk(files.tokens), TokenWriter(files.tokens, metadata) as writer:
+                collector = Collector(writer)
+                async with aclosing(workers.results(self._works(key, do))) as results:
+                    async for result in results:
+                        # In a thread: the event loop stays free.
+                        await asyncio.to_thread(collector.add, result)
+            await _search(workers, files, files.tokens)
+        return await asyncio.to_thread(_concluded, collector, files, metadata)
 
-    async def _chunks(self, key: str) -> AsyncIterator[Sequence[Line]]:
+    @asynccontextmanager
+    async def _workers_for(self, size: int, most: int) -> AsyncIterator[Workers]:
+        """Processes where there is so much to do that starting them is worth it. size: bytes to read."""
+        if size < self._bytes_a_worker:
+            yield Threads()
+            return
+        processes = await asyncio.to_thread(Processes, min(most, 1 + size // self._bytes_a_worker))
+        try:
+            yield processes
+        finally:
+            processes.close()
+
+    async def _chunk_work(
+        self, task: AuditTask, options: RenderOptions, workers: Workers
+    ) -> Callable[[Chunk], ChunkResult]:
+        if isinstance(workers, Threads):
+            return ChunkWork(await self._tokenizers.get(task.files), options, task.now).run
+        return partial(run_chunk, Task(await self._tokenizers.folder(task.files), options, task.now))
+
+    async def _works(self, key: str, do: Callable[[Chunk], ChunkResult]) -> AsyncIterator[Work[ChunkResult]]:
+        async for lines in self._chunks(key):
+            yield Work(partial(do, lines), f"the lines from {lines[0].number} on")
+
+    async def _chunks(self, key: str) -> AsyncIterator[Chunk]:
         chunker = Chunker()
         async for data in self._objects.stream(key, chunk_size=256 * 1024):
             for lines in await asyncio.to_thread(list, chunker.feed(data)):
@@ -199,7 +208,10 @@ class Auditor:
             path = files.tokens.with_name(f"{key}.arrow")
             await self._objects.fetch(audit.tokens_key, path)
             paths.append(path)
-        return await asyncio.to_thread(_compared, paths, files, {"key": task.key, "text": VERSION})
+        size = await asyncio.to_thread(lambda: sum(path.stat().st_size for path in paths))
+        async with self._workers_for(size, 1) as workers:
+            await _search(workers, files, *paths)
+        return await asyncio.to_thread(_compared, files, {"key": task.key, "text": VERSION})
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,22 +219,29 @@ class AuditFiles:
     """Where an audit writes before it stores."""
 
     tokens: Path
+    duplicates: Path
     findings: Path
+
+
+async def _search(workers: Workers, files: AuditFiles, *objects: Path) -> None:
+    """Write the duplicates within a token object, or between two."""
+    with local_disk(files.duplicates):
+        work = Work(partial(write_duplicates, files.duplicates, *objects), "the search for duplicates")
+        await workers.result(work)
 
 
 def _concluded(collector: Collector, files: AuditFiles, metadata: Mapping[str, str]) -> Outcome:
     with local_disk(files.findings):
-        outcome = collector.conclude(find_duplicates(files.tokens))
+        outcome = collector.conclude(read_duplicates(files.duplicates))
         collector.found.write(files.findings, metadata)
     tokens, findings = file_sha256(files.tokens), file_sha256(files.findings)
     return replace(outcome, result=replace(outcome.result, sha256=tokens, findings_sha256=findings))
 
 
-def _compared(paths: Sequence[Path], files: AuditFiles, metadata: Mapping[str, str]) -> Outcome:
-    training, validation = paths
+def _compared(files: AuditFiles, metadata: Mapping[str, str]) -> Outcome:
     tally, found = Tally(), FindingLines()
     with local_disk(files.findings):
-        for item in find_overlap(training, validation):
+        for item in read_duplicates(files.duplicates):
             finding = overlap_finding(item)
             tally.add(finding)
             found.add(finding.code, (finding.line,))

@@ -23,6 +23,7 @@ from lathe.text.tokenizer import Tokenizer
 # (measured: some 700 bytes a token at the peak). A line is tokenised whole, so that a long one may still take more.
 BATCH_ROWS = 64
 BATCH_BYTES = 1 << 20
+Chunk = Sequence[Line]
 # Longer answers are no labels.
 _LABEL_CHARACTERS = 40
 _OTHER = ""
@@ -60,25 +61,25 @@ class Chunker:
         self._lines: list[Line] = []
         self._size = 0
 
-    def feed(self, data: bytes) -> Iterator[Sequence[Line]]:
+    def feed(self, data: bytes) -> Iterator[Chunk]:
         """The chunks that these bytes complete."""
         for line in self._splitter.feed(data):
             yield from self._take(line)
 
-    def finish(self) -> Iterator[Sequence[Line]]:
+    def finish(self) -> Iterator[Chunk]:
         """The rest."""
         for line in self._splitter.finish():
             yield from self._take(line)
         if self._lines:
             yield self._cut()
 
-    def _take(self, line: Line) -> Iterator[Sequence[Line]]:
+    def _take(self, line: Line) -> Iterator[Chunk]:
         self._lines.append(line)
         self._size += len(line.data)
         if len(self._lines) == BATCH_ROWS or self._size >= BATCH_BYTES:
             yield self._cut()
 
-    def _cut(self) -> Sequence[Line]:
+    def _cut(self) -> Chunk:
         lines, self._lines, self._size = self._lines, [], 0
         return lines
 
@@ -95,7 +96,7 @@ class ChunkWork:
         self._now = now
         self._checks = RowChecks(tokenizer)
 
-    def run(self, lines: Sequence[Line]) -> ChunkResult:
+    def run(self, lines: Chunk) -> ChunkResult:
         """Parse, render, tokenise and check the rows of a chunk."""
         result = ChunkResult()
         parsed: list[tuple[int, TrainingRow]] = []

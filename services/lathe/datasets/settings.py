@@ -56,7 +56,7 @@ class DatasetsSettings(ProcessSettings, service="datasets"):
         0,
         ge=0,
         le=256,
-        description="processes that audit a large file (150 MB each); 0 for one a core, at most 4",
+        description="processes that audit a file of 8 MiB or more (0.25 GB each); 0 for one a core, at most 4",
     )
     sweep_interval_s: float = Field(
         300.0, gt=0, description="how often deleted and expired files are looked for"

@@ -1,5 +1,6 @@
-"""An audit's chunks done in several processes. Spawned, never forked; a process that dies costs its chunks, which are
-done again: the results come in the order of the file, so that nothing depends on who did what."""
+"""Who does the work of an audit: threads of this process, or processes of its own. These are spawned, never forked; one
+that dies costs what was in hand, which is done again. Results come in the order of the work, so that nothing depends on
+who did what."""
 
 from __future__ import annotations
 
@@ -10,27 +11,136 @@ import os
 import signal
 import threading
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from datetime import datetime
+from functools import lru_cache
 from pathlib import Path
+from typing import Generic, Protocol, TypeVar
 
 from lathe.common.errors import Internal
-from lathe.datasets.chunkwork import ChunkResult, ChunkWork
-from lathe.text.jsonl import Line
+from lathe.datasets.chunkwork import Chunk, ChunkResult, ChunkWork
 from lathe.text.render import RenderOptions
 from lathe.text.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 
-# How often in a row processes may die before the audit is given up: a chunk may be what kills them.
+# How often in a row processes may die before the audit is given up: the work may be what kills them.
 _DEATHS = 3
-# Chunks ahead of the oldest one that is not done, for each process.
+# Work ahead of the oldest that is not done, for each process.
 _AHEAD = 2
-# Each takes some 150 MB.
+# Each takes some 250 MB.
 _USUALLY_AT_MOST = 4
+
+R = TypeVar("R")
+
+
+@dataclass(frozen=True, slots=True)
+class Work(Generic[R]):
+    """do: whoever does it, and how often, the result is the same; another process is sent it pickled. name: what it
+    is."""
+
+    do: Callable[[], R]
+    name: str
+
+
+class Workers(Protocol):
+    """Raise what the work raises."""
+
+    def results(self, works: AsyncIterator[Work[R]]) -> AsyncGenerator[R, None]:
+        """In the order of the works. Raises Internal for one that cannot be done."""
+        ...
+
+    async def result(self, work: Work[R]) -> R:
+        """Of one. Raises Internal if it cannot be done."""
+        ...
+
+
+class Threads:
+    """One at a time."""
+
+    async def results(self, works: AsyncIterator[Work[R]]) -> AsyncGenerator[R, None]:
+        async for work in works:
+            yield await self.result(work)
+
+    async def result(self, work: Work[R]) -> R:
+        return await asyncio.to_thread(work.do)
+
+
+@dataclass(slots=True)
+class _Pending(Generic[R]):
+    work: Work[R]
+    future: Future[R]
+
+
+class Processes:
+    """So many at once."""
+
+    def __init__(self, count: int) -> None:
+        self._count = count
+        self._executor = self._started()
+
+    async def results(self, works: AsyncIterator[Work[R]]) -> AsyncGenerator[R, None]:
+        pending: deque[_Pending[R]] = deque()
+        async for work in works:
+            pending.append(_Pending(work, self._submitted(work)))
+            if len(pending) >= _AHEAD * self._count:
+                yield await self._oldest(pending)
+        while pending:
+            yield await self._oldest(pending)
+
+    async def result(self, work: Work[R]) -> R:
+        return await self._oldest(deque([_Pending(work, self._submitted(work))]))
+
+    def close(self) -> None:
+        """End the processes; what they still do is forgotten."""
+        self._executor.shutdown(wait=False, cancel_futures=True)
+
+    async def _oldest(self, pending: deque[_Pending[R]]) -> R:
+        for _ in range(_DEATHS):
+            try:
+                result = await asyncio.wrap_future(pending[0].future)
+            except BrokenProcessPool:
+                log.warning("A process of an audit died; what it had in hand is done again.")
+                self.close()
+                self._executor = self._started()
+                for item in pending:
+                    item.future = self._submitted(item.work)
+                continue
+            pending.popleft()
+            return result
+        raise Internal(f"The processes of the audit died {_DEATHS} times at {pending[0].work.name}.")
+
+    def _started(self) -> ProcessPoolExecutor:
+        return ProcessPoolExecutor(
+            self._count, mp_context=multiprocessing.get_context("spawn"), initializer=_begin
+        )
+
+    def _submitted(self, work: Work[R]) -> Future[R]:
+        try:
+            return self._executor.submit(work.do)
+        except BrokenProcessPool as error:
+            # Told when its turn comes, as of a process that dies over it.
+            failed: Future[R] = Future()
+            failed.set_exception(error)
+            return failed
+
+
+def usual_count(groups: Path = Path("/sys/fs/cgroup")) -> int:
+    """One for each core that this process may use, but few: a limit on memory knows nothing of cores."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(cores, _quota(groups), _USUALLY_AT_MOST))
+
+
+def _quota(groups: Path) -> int:
+    """The cores that a container's limit lets it use."""
+    try:
+        quota, period = (groups / "cpu.max").read_text(encoding="ascii").split()
+    except (OSError, ValueError):
+        return _USUALLY_AT_MOST
+    return _USUALLY_AT_MOST if quota == "max" else int(quota) // int(period)
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,101 +152,22 @@ class Task:
     now: datetime
 
 
-Chunk = Sequence[Line]
-Do = Callable[[Chunk], ChunkResult]
+def run_chunk(task: Task, lines: Chunk) -> ChunkResult:
+    """The chunk's result; the tokenizer of the last task is kept."""
+    return _chunk_work(task).run(lines)
 
 
-@dataclass(slots=True)
-class _Pending:
-    lines: Chunk
-    future: Future[ChunkResult]
+@lru_cache(maxsize=1)
+def _chunk_work(task: Task) -> ChunkWork:
+    return ChunkWork(Tokenizer.from_folder(task.tokenizer), task.options, task.now)
 
 
-class ChunkWorkers:
-    """count: processes. do: what a process does with a chunk; tests give one that dies."""
-
-    def __init__(self, task: Task, count: int, do: Do | None = None) -> None:
-        self._task = task
-        self._count = count
-        self._do = do or _work
-        self._executor = self._started()
-
-    async def results(self, chunks: AsyncIterator[Chunk]) -> AsyncIterator[ChunkResult]:
-        """In the order of the chunks. Raises Internal when processes die again and again, and what a chunk raises."""
-        pending: deque[_Pending] = deque()
-        async for lines in chunks:
-            pending.append(_Pending(lines, self._submitted(lines)))
-            if len(pending) >= _AHEAD * self._count:
-                yield await self._oldest(pending)
-        while pending:
-            yield await self._oldest(pending)
-
-    def close(self) -> None:
-        """End the processes; what they still do is forgotten."""
-        self._executor.shutdown(wait=False, cancel_futures=True)
-
-    async def _oldest(self, pending: deque[_Pending]) -> ChunkResult:
-        for _ in range(_DEATHS):
-            try:
-                result = await asyncio.wrap_future(pending[0].future)
-            except BrokenProcessPool:
-                log.warning("A process of an audit died; its chunks are done again.")
-                self.close()
-                self._executor = self._started()
-                for item in pending:
-                    item.future = self._submitted(item.lines)
-                continue
-            pending.popleft()
-            return result
-        first = pending[0].lines[0].number
-        raise Internal(f"The processes of the audit died {_DEATHS} times at the lines from {first} on.")
-
-    def _started(self) -> ProcessPoolExecutor:
-        return ProcessPoolExecutor(
-            self._count,
-            mp_context=multiprocessing.get_context("spawn"),
-            initializer=_begin,
-            initargs=(self._task,),
-        )
-
-    def _submitted(self, lines: Chunk) -> Future[ChunkResult]:
-        try:
-            return self._executor.submit(self._do, lines)
-        except BrokenProcessPool as error:
-            # Told when its turn comes, as of a process that dies over it.
-            failed: Future[ChunkResult] = Future()
-            failed.set_exception(error)
-            return failed
-
-
-def usual_count() -> int:
-    """One for each core that this process may use, but few: a container's limit on memory knows nothing of cores."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(cores, _USUALLY_AT_MOST)
-
-
-class _Worker:
-    """Of this process, once it is one of an audit's."""
-
-    task: Task
-    work: ChunkWork | None = None
-
-
-def _begin(task: Task) -> None:
+def _begin() -> None:
     # Ctrl-C at `lathe up` reaches them too; their parent ends them when it ends.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # One process a core already.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    _Worker.task = task
-
-
-def _work(lines: Chunk) -> ChunkResult:
-    if _Worker.work is None:
-        # Not in _begin: what is raised there reaches nobody, it only ends the process.
-        task = _Worker.task
-        _Worker.work = ChunkWork(Tokenizer.from_folder(task.tokenizer), task.options, task.now)
-    return _Worker.work.run(lines)
 
 
 def _end_with_parent() -> None:

@@ -20,7 +20,7 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from hashlib import blake2b
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,8 @@ _SHARED_PART = 0.1
 _SHARED_BITS = 20
 # So many rows are sorted at once.
 _PART_ROWS = 1 << 21
+_WRITTEN = np.dtype([("line", np.int64), ("of", np.int64), ("similarity", np.float64)])
+_WRITTEN_AT_ONCE = 1 << 14
 
 Ints = np.ndarray[Any, np.dtype[np.int64]]
 Hashes = np.ndarray[Any, np.dtype[np.uint64]]
@@ -101,6 +103,23 @@ def find_overlap(path: Path, other: Path) -> Iterator[Duplicate]:
         for hits, others in _matches(mine.bands[band], theirs.bands[band], mine.sized, theirs.sized):
             near.propose(hits, others)
     yield from _found(mine, theirs, same, near.rows)
+
+
+def write_duplicates(target: Path, path: Path, other: Path | None = None) -> None:
+    """What is found within a token object, or of it in another, as a file: there may be as many as rows. Raises
+    OSError."""
+    found = find_duplicates(path) if other is None else find_overlap(path, other)
+    with target.open("wb") as file:
+        while some := [(item.line, item.of, item.similarity) for item in islice(found, _WRITTEN_AT_ONCE)]:
+            file.write(np.array(some, _WRITTEN).tobytes())
+
+
+def read_duplicates(target: Path) -> Iterator[Duplicate]:
+    """What was written."""
+    with target.open("rb") as file:
+        while data := file.read(_WRITTEN_AT_ONCE * _WRITTEN.itemsize):
+            for line, of, similarity in np.frombuffer(data, _WRITTEN).tolist():
+                yield Duplicate(line, of, similarity)
 
 
 def _found(mine: _Sketch, theirs: _Sketch, same: Ints, near: Ints) -> Iterator[Duplicate]:

@@ -34,15 +34,11 @@ class FindingLines:
         codes = sorted(self._lines)
         schema = pa.schema(_FIELDS, metadata={"format": "1", **dict(sorted(metadata.items()))})
         lines = pa.concat_arrays([pa.array([], pa.int64()), *(_plain(self._lines[code]) for code in codes)])
-        numbers = pa.concat_arrays(
-            [
-                pa.array([], pa.int16()),
-                *(
-                    pa.array([number] * len(self._lines[code]), pa.int16())
-                    for number, code in enumerate(codes)
-                ),
-            ]
+        repeated = (
+            pa.repeat(pa.scalar(number, pa.int16()), len(self._lines[code]))
+            for number, code in enumerate(codes)
         )
+        numbers = pa.concat_arrays([pa.array([], pa.int16()), *repeated])
         table = pa.table({"line": lines, "code": numbers}).group_by(["line", "code"]).aggregate([])
         table = table.sort_by([("line", "ascending"), ("code", "ascending")]).combine_chunks()
         names = pa.array(codes, pa.string())

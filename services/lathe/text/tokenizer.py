@@ -11,6 +11,7 @@ from typing import Any
 
 import tokenizers
 
+from lathe.text import pieces
 from lathe.text.errors import TemplateError, TokenizerError
 from lathe.text.stream import StreamDecoder, TokenBytes
 from lathe.text.template import ChatTemplate
@@ -48,8 +49,12 @@ class Tokenizer:
         chat_template: ChatTemplate | None,
         configured_eos: Sequence[int],
         digest_source: bytes,
+        *,
+        may_cut: bool,
     ) -> None:
+        """may_cut: whether long texts may be tokenised in pieces."""
         self._backend = backend
+        self._may_cut = may_cut
         self._template = chat_template
         self._special_tokens = dict(special_tokens)
         added = backend.get_added_tokens_decoder()
@@ -133,7 +138,8 @@ class Tokenizer:
         known = {name: value for name, value in special.items() if value is not None}
         template = _chat_template(chat_template or _templates(tokenizer_config.get("chat_template")), known)
         eos = [*_eos_ids(generation_config), *_eos_ids(config)]
-        return cls(backend, known, template, eos, canonical)
+        may_cut = pieces.may_cut(parsed, backend.get_added_tokens_decoder().values())
+        return cls(backend, known, template, eos, canonical, may_cut=may_cut)
 
     @property
     def template(self) -> ChatTemplate:
@@ -172,10 +178,20 @@ class Tokenizer:
         """Ids of a rendered text. Special tokens within the text are recognised, none is added by default."""
         return list(self._backend.encode(text, add_special_tokens=add_special_tokens).ids)
 
-    def encode_batch(self, texts: Sequence[str], add_special_tokens: bool = False) -> list[list[int]]:
-        """The ids of each text. Cheaper than encode_spans: no offsets are made."""
-        found = self._backend.encode_batch_fast(list(texts), add_special_tokens=add_special_tokens)
-        return [one.ids for one in found]
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """The ids of each text. Cheaper than encode_spans: no offsets are made, and what is tokenised at once takes
+        little memory where the texts can be cut."""
+        ids: list[list[int]] = [[] for _ in texts]
+        owned = (
+            (owner, piece)
+            for owner, text in enumerate(texts)
+            for piece in (pieces.cut(text) if self._may_cut else (text,))
+        )
+        for group in pieces.grouped(owned):
+            found = self._backend.encode_batch_fast([piece for _, piece in group], add_special_tokens=False)
+            for (owner, _), one in zip(group, found, strict=True):
+                ids[owner] += one.ids
+        return ids
 
     def encode_spans(
         self, texts: Sequence[str], add_special_tokens: bool = False

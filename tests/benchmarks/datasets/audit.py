@@ -22,7 +22,7 @@ from lathe.datasets.chunkwork import BATCH_ROWS, Chunker, ChunkWork
 from lathe.datasets.collecting import Collector
 from lathe.text.arrow import TokenRow, TokenWriter
 from lathe.text.chat import Chat
-from lathe.text.duplicates import find_duplicates
+from lathe.text.duplicates import read_duplicates, write_duplicates
 from lathe.text.language import language_of
 from lathe.text.render import RenderOptions, prepare
 from lathe.text.rows import parse_line
@@ -97,6 +97,7 @@ def _audited(tokenizer: Tokenizer, lines: Sequence[bytes]) -> None:
             collector = Collector(writer)
             for chunk in (*chunker.feed(b"".join(lines)), *chunker.finish()):
                 collector.add(work.run(chunk))
-        outcome = collector.conclude(find_duplicates(path))
+        write_duplicates(Path(folder) / "duplicates", path)
+        outcome = collector.conclude(read_duplicates(Path(folder) / "duplicates"))
         collector.found.write(Path(folder) / "findings", {})
     assert outcome.result.rows == len(lines) and not collector.has_errors

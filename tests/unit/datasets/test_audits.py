@@ -227,7 +227,7 @@ async def test_an_audit_that_ends_its_process_again_and_again_is_given_up(world,
     assert (await audited(world, dataset)).state is AuditState.READY
 
 
-@pytest.mark.parametrize("place", ["TokenWriter._flush", "find_duplicates", "FindingLines.write"])
+@pytest.mark.parametrize("place", ["TokenWriter._flush", "write_duplicates", "FindingLines.write"])
 async def test_a_full_disk_makes_an_audit_wait(world, base, monkeypatch, place):
     dataset = await world.ready()
     await ensure(world, dataset)

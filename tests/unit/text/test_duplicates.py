@@ -11,7 +11,7 @@ import pytest
 
 from lathe.text import duplicates
 from lathe.text.arrow import BATCH_ROWS, TokenRow, write_tokens
-from lathe.text.duplicates import NEAR, find_duplicates, find_overlap
+from lathe.text.duplicates import NEAR, find_duplicates, find_overlap, read_duplicates, write_duplicates
 from lathe.text.formats import Role
 
 SYSTEM = list(range(1000, 1120))
@@ -109,6 +109,11 @@ def test_what_is_found_does_not_depend_on_the_parts(tmp_path, monkeypatch, part)
     path, other = written(tmp_path / "x", rows), written(tmp_path / "y", rows[10:40])
     within, between = list(find_duplicates(path)), list(find_overlap(path, other))
     assert within and between
+    monkeypatch.setattr(duplicates, "_WRITTEN_AT_ONCE", part)
+    write_duplicates(tmp_path / "within", path)
+    write_duplicates(tmp_path / "between", path, other)
+    assert list(read_duplicates(tmp_path / "within")) == within
+    assert list(read_duplicates(tmp_path / "between")) == between
     monkeypatch.setattr(duplicates, "_PART_ROWS", part)
     assert list(find_overlap(path, other)) == between
     assert [item.line for item in find_duplicates(path)] == [item.line for item in within]

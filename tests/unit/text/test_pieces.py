@@ -1,0 +1,132 @@
+"""A text in pieces has the tokens of the whole, whatever the tokenizer."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from functools import cache
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import AddedToken
+
+from lathe.text.pieces import SIZE, cut, grouped, may_cut
+from lathe.text.tokenizer import Tokenizer
+from tests.fixtures.tiny import tiny_tokenizer_json
+
+BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+PLAIN_BYTES = {**BYTE_LEVEL, "use_regex": False}
+ENDINGS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+UPPER, LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+O200K = (
+    rf"[^\r\n\p{{L}}\p{{N}}]?{UPPER}*{LOWER}+{ENDINGS}?|[^\r\n\p{{L}}\p{{N}}]?{UPPER}+{LOWER}*{ENDINGS}?"
+    rf"|\p{{N}}{{1,3}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+def sequence(*steps: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "Sequence", "pretokenizers": list(steps)}
+
+
+def split(expression: str, **changes: Any) -> dict[str, Any]:
+    step = {"type": "Split", "pattern": {"Regex": expression}, "behavior": "Isolated", "invert": False}
+    return sequence({**step, **changes}, PLAIN_BYTES)
+
+
+LLAMA3 = split(rf"{ENDINGS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{{1,3}}|{REST}")
+KNOWN: dict[str, dict[str, Any]] = {
+    "gpt2": {"pre_tokenizer": BYTE_LEVEL},
+    "smollm": {"pre_tokenizer": sequence({"type": "Digits", "individual_digits": True}, BYTE_LEVEL)},
+    "llama3": {"pre_tokenizer": LLAMA3},
+    "qwen": {
+        "normalizer": {"type": "NFC"},
+        "pre_tokenizer": split(rf"{ENDINGS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}|{REST}"),
+    },
+    "o200k": {"pre_tokenizer": split(O200K)},
+}
+WHOLE: dict[str, dict[str, Any]] = {
+    "sentencepiece": {
+        "normalizer": {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
+        "pre_tokenizer": None,
+    },
+    "metaspace": {"pre_tokenizer": {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "first", "split": True}},
+    "metaspace later": {
+        "pre_tokenizer": sequence(
+            BYTE_LEVEL, {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "first", "split": True}
+        )
+    },
+    "lower case": {"normalizer": {"type": "Lowercase"}, "pre_tokenizer": BYTE_LEVEL},
+    "takes the space with the letter": {"pre_tokenizer": split(r"\p{L}+ |\s+")},
+    "looks behind": {"pre_tokenizer": split(r"(?<=a)\s+|\s+")},
+    "leaves other characters between": {"pre_tokenizer": split(r"\p{N}+|\s+")},
+    "leaves white space between": {"pre_tokenizer": split(r"\p{N}+")},
+    "merged with what precedes": {"pre_tokenizer": split(r"\s+", behavior="MergedWithPrevious")},
+    "bytes first": {"pre_tokenizer": sequence(PLAIN_BYTES, BYTE_LEVEL)},
+    "prefix": {"pre_tokenizer": {**BYTE_LEVEL, "add_prefix_space": True}},
+}  # fmt: skip
+ADDED = {
+    "takes white space behind it": AddedToken("end", rstrip=True, normalized=False),
+    "has such a place": AddedToken("new york", normalized=False),
+    "has it once normalised": AddedToken("cafe\u0301 noir", normalized=True),
+}
+
+PARTS = [
+    "a", "b", "é", "e\u0301", "'s", "'", " ", "  ", "\n", "\r", "\t", "\u00a0", "1", "½", ".", "/", "你", "ſ",
+    "。", "，", "<|im_end|>", "end", "york", " Hello", " fox",
+]  # fmt: skip
+texts = st.lists(st.sampled_from(PARTS) | st.characters(), max_size=40).map("".join)
+
+
+def content(parts: Mapping[str, Any]) -> dict[str, Any]:
+    return {**json.loads(tiny_tokenizer_json()), **parts}
+
+
+@cache
+def tokenizer(name: str) -> Tokenizer:
+    return Tokenizer.from_files(json.dumps(content(KNOWN[name])).encode(), {})
+
+
+@pytest.mark.parametrize("name", KNOWN)
+@given(text=texts)
+def test_the_pieces_have_the_tokens_of_the_whole(name: str, text: str) -> None:
+    one = tokenizer(name)
+    assert may_cut(content(KNOWN[name]), ())
+    assert "".join(cut(text, 1)) == text
+    assert [id_ for piece in cut(text, 1) for id_ in one.encode(piece)] == one.encode(text)
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_long_texts_are_tokenised_in_pieces(name: str) -> None:
+    one = tokenizer(name)
+    long = "It's the café's 12 345th fox;\n\n jumps  over <|im_end|>" * (SIZE // 50 + 100)
+    assert len(list(cut(long))) > 1
+    assert one.encode_batch(["Hello", long, "", "a b"]) == [
+        one.encode(text) for text in ("Hello", long, "", "a b")
+    ]
+
+
+@pytest.mark.parametrize("parts", WHOLE.values(), ids=WHOLE)
+def test_what_is_not_known_to_have_edges_is_not_cut(parts: Mapping[str, Any]) -> None:
+    assert not may_cut(content(parts), ())
+
+
+@pytest.mark.parametrize("token", ADDED.values(), ids=ADDED)
+def test_an_added_token_may_reach_over_an_edge(token: AddedToken) -> None:
+    assert not may_cut(content(KNOWN["qwen"]), [AddedToken("<|end|>"), token])
+    assert may_cut(content(KNOWN["qwen"]), [AddedToken("<|end|>"), AddedToken("  ")])
+
+
+def test_a_text_without_places_stays_whole() -> None:
+    assert list(cut("你好" * 20, 4)) == ["你好" * 20]
+    assert list(cut("a b", 1)) == ["a", " b"]
+    assert list(cut("你好，世界。\n再见", 1)) == ["你好", "，世界", "。\n再见"]
+    assert list(cut("", 1)) == [""]
+
+
+def test_groups_are_of_so_many_characters() -> None:
+    pieces = [(0, "abc"), (1, ""), (1, "d"), (2, "efghij"), (3, "k")]
+    assert list(grouped(pieces, 4)) == [pieces[:3], pieces[3:4], pieces[4:]]
+    assert list(grouped([], 4)) == []
