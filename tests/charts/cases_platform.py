@@ -231,6 +231,11 @@ STORE: dict[str, Case] = {
         env("datasets", "LATHE_DATASETS_IMPORTS__ENABLED"),
         "true",
     ),
+    "imports.existingSecret": (
+        at("imports", {"enabled": True, "existingSecret": "mine"}),
+        env("datasets", "LATHE_DATASETS_IMPORTS__HUB_TOKEN"),
+        "mine/hub-token",
+    ),
     "store.publicEndpoint": (
         merged(EXTERNAL, at("store.publicEndpoint", "https://files.example.com")),
         env("datasets", "LATHE_DATASETS_STORE__PUBLIC_ENDPOINT"),

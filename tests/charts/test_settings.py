@@ -53,6 +53,26 @@ def test_a_service_knows_every_variable(
     assert (settings.rpc.tls_cert_file is not None) == (behind_mtls or values is PUBLIC_TLS)
 
 
+def test_secrets_of_imports_reach_datasets_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    s3 = {
+        "LATHE_DATASETS_IMPORTS__S3__KIND": "s3",
+        "LATHE_DATASETS_IMPORTS__S3__ENDPOINT": "s3.example",
+        "LATHE_DATASETS_IMPORTS__S3__BUCKET": "any",
+    }
+    imports = {"enabled": True, "existingSecret": "mine"}
+    rendered = render({"imports": imports, "datasets": {"settings": s3}})
+    env = rendered.env("datasets")
+    secret = {name for name, value in env.items() if "IMPORTS__" in name and name not in s3} - {
+        "LATHE_DATASETS_IMPORTS__ENABLED"
+    }
+    known = loaded(env, settings_class("datasets"), monkeypatch).imports
+    assert known.enabled and None not in (known.hub_token, known.s3.access_key, known.s3.secret_key)
+    assert len(secret) == 3
+    for service in SERVICES:
+        others = rendered if service != "datasets" else render({"imports": {**imports, "enabled": False}})
+        assert not secret & set(others.env(service))
+
+
 @pytest.mark.parametrize("service", SERVICES)
 def test_the_migration_loads_every_services_settings(service: str, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = loaded(render().env("migrate"), settings_class(service), monkeypatch)

@@ -129,6 +129,16 @@ LATHE_GATEWAY_HTTP_TLS_KEY_FILE: /etc/lathe/public-tls/tls.key
 {{- if has .component (list "gateway" "datasets" "models") }}
 {{ include "lathe.storeKeys" . }}
 {{- end }}
+{{- with .root.Values.imports }}
+{{- if and .enabled .existingSecret (eq $.component "datasets") }}
+- name: LATHE_DATASETS_IMPORTS__HUB_TOKEN
+  valueFrom: {secretKeyRef: {name: {{ .existingSecret }}, key: hub-token, optional: true}}
+- name: LATHE_DATASETS_IMPORTS__S3__ACCESS_KEY
+  valueFrom: {secretKeyRef: {name: {{ .existingSecret }}, key: s3-access-key, optional: true}}
+- name: LATHE_DATASETS_IMPORTS__S3__SECRET_KEY
+  valueFrom: {secretKeyRef: {name: {{ .existingSecret }}, key: s3-secret-key, optional: true}}
+{{- end }}
+{{- end }}
 {{- if eq .component "accounts" }}
 - name: LATHE_ACCOUNTS_BOOTSTRAP_KEY
   valueFrom:

@@ -70,7 +70,7 @@ class Sources:
         if bucket := _BUCKET.fullmatch(source):
             return [partial(self._from_bucket, bucket[1], bucket[2])]
         if hub := _HUB.fullmatch(source):
-            urls = await self._hub_files(hub[1], hub[2] or "default", hub[3] or "train")
+            urls = await self._hub_files(hub[1], hub[2], hub[3])
             return [partial(self.fetcher.fetch, url, self.secret) for url in urls]
         return [partial(self.fetcher.fetch, source)]
 
@@ -85,10 +85,11 @@ class Sources:
         except Unavailable as error:
             raise FetchBroke(error.message) from error
 
-    async def _hub_files(self, dataset: str, config: str, split: str) -> list[str]:
-        """The URLs of the Parquet files that the hub has for a split."""
+    async def _hub_files(self, dataset: str, config: str | None, split: str | None) -> list[str]:
+        """The URLs of the Parquet files that the hub has for a split (https://huggingface.co/docs/dataset-viewer/parquet)."""
         listing = bytearray()
-        url = f"{self.hub.rstrip('/')}/api/datasets/{dataset}/parquet/{config}/{split}"
+        named = f"/{config}/{split}" if config is not None else ""
+        url = f"{self.hub.rstrip('/')}/api/datasets/{dataset}/parquet{named}"
         async for chunk in self.fetcher.fetch(url, self.secret):
             listing += chunk
             if len(listing) > _MAX_LISTING:
@@ -97,16 +98,33 @@ class Sources:
             files = json.loads(listing)
         except (ValueError, RecursionError) as error:
             raise FetchRefused("The hub's list of files is not JSON.", "import_failed") from error
+        if not named:
+            files = _train_split(dataset, files)
         if not isinstance(files, list) or not files or not all(map(_is_parquet, files)):
-            raise FetchRefused(
-                f"The hub has no Parquet files of {dataset} {config}/{split}.", "import_failed"
-            )
+            raise FetchRefused(f"The hub has no Parquet files of {dataset}{named}.", "import_failed")
         if len(files) > _MAX_FILES:
             raise FetchRefused(
-                f"{dataset} {config}/{split} is {len(files)} files; at most {_MAX_FILES} are imported.",
+                f"{dataset}{named} is {len(files)} files; at most {_MAX_FILES} are imported.",
                 "import_too_large",
             )
         return files
+
+
+def _train_split(dataset: str, configs: object) -> object:
+    """The files of a whole dataset's train split: of its config `default`, or the only one. configs: config -> split ->
+    files. Raises FetchRefused."""
+    if not isinstance(configs, dict) or not configs:
+        return None
+    config = "default" if "default" in configs or len(configs) > 1 else next(iter(configs))
+    splits = configs.get(config)
+    if isinstance(splits, dict) and "train" in splits:
+        return splits["train"]
+    found = [
+        f"hf:{dataset}:{config}/{split}"
+        for config, splits in configs.items()
+        for split in (splits if isinstance(splits, dict) else ())
+    ]
+    raise FetchRefused(f"Say which of its splits is meant: {', '.join(found[:10])}.", "import_failed")
 
 
 def _is_parquet(url: object) -> bool:

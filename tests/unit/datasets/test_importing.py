@@ -329,12 +329,15 @@ async def test_buckets_and_the_hub(world):
         async def fetch(self, url, secret=None):
             asked.append((url, secret))
             pages = {
-                f"{HUB}/o/one/parquet/default/train": b'["https://cdn.example/0.parquet"]',
+                f"{HUB}/o/one/parquet": b'{"main": {"train": ["https://cdn.example/0.parquet"], "test": []}}',
+                f"{HUB}/o/default/parquet": b'{"a": {}, "default": {"train": ["https://cdn.example/0.parquet"]}}',
+                f"{HUB}/o/configs/parquet": b'{"a": {"train": [], "test": []}, "b": {"train": []}}',
+                f"{HUB}/o/splits/parquet": b'{"default": {"test": []}}',
                 f"{HUB}/o/two/parquet/main/test": b'["https://c/0.parquet", "https://c/1.parquet"]',
-                f"{HUB}/o/many/parquet/default/train": json.dumps(["https://c/0.parquet"] * 1001).encode(),
-                f"{HUB}/o/deep/parquet/default/train": b"[" * 100_000,
-                f"{HUB}/o/none/parquet/default/train": b"[]",
-                f"{HUB}/o/odd/parquet/default/train": b'["https://c/0.csv"]',
+                f"{HUB}/o/many/parquet/main/train": json.dumps(["https://c/0.parquet"] * 1001).encode(),
+                f"{HUB}/o/deep/parquet/main/train": b"[" * 100_000,
+                f"{HUB}/o/none/parquet/main/train": b"[]",
+                f"{HUB}/o/odd/parquet/main/train": b'["https://c/0.csv"]',
                 "https://cdn.example/0.parquet": b"PAR1",
                 "https://c/0.parquet": b"0",
                 "https://c/1.parquet": b"1",
@@ -353,12 +356,18 @@ async def test_buckets_and_the_hub(world):
     for source in ("s3://other/a/b.jsonl", "s3://mine/none"):
         with pytest.raises(FetchRefused):
             await read(source)
-    assert await read("hf:o/one") == [b"PAR1"]
+    assert await read("hf:o/one") == await read("hf:o/default") == [b"PAR1"]
+    for name, said in (
+        ("configs", "hf:o/configs:a/train, hf:o/configs:a/test, hf:o/configs:b/train"),
+        ("splits", "hf:o/splits:default/test"),
+    ):
+        with pytest.raises(FetchRefused, match=said):
+            await read(f"hf:o/{name}")
     assert await read("hf:o/two:main/test") == [b"0", b"1"]
     assert {url for url, given in asked if given is None} == {"https://x.example/a"}
     for name in ("many", "deep", "none", "odd"):
         with pytest.raises(FetchRefused):
-            await read(f"hf:o/{name}")
+            await read(f"hf:o/{name}:main/train")
 
 
 def test_a_secret_is_its_hosts_alone():
