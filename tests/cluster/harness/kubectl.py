@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -130,7 +129,7 @@ def _containers(pod: Object) -> list[str]:
 def _write(path: Path, kubectl: Kubectl, *args: str) -> None:
     try:
         text = kubectl.run(*args, timeout=60)
-    except (CommandFailed, subprocess.TimeoutExpired) as error:
+    except CommandFailed as error:
         if path.name.endswith(".previous.log"):
             return  # there was none before
         text = str(error)
