@@ -213,16 +213,17 @@ async def test_watch_tells_everything_once_and_ends(world: World) -> None:
     lease = await world.leased()
     seen: list[str] = []
     states: list[JobState] = []
+    begun = asyncio.Event()
 
     async def watch() -> None:
         async for job, events in world.service.watch("acme", lease.job.id, 0):
             states.append(job.state)
+            begun.set()
             seen.extend(event.message for event in events)
 
     watching = asyncio.create_task(watch())
-    await asyncio.sleep(0.01)
+    await begun.wait()
     await world.report(lease, 1)
-    await asyncio.sleep(0.01)
     await world.complete(lease, Outcome.SUCCEEDED)
     await world.steps.run_once()
     await asyncio.wait_for(watching, 5)

@@ -69,6 +69,6 @@ def test_a_card_of_no_issuer_is_none():
 
 @pytest.mark.parametrize("text", ["a" * 400_000 + "@", "1 " * 200_000, "eyJ" * 100_000, "a.b@" * 100_000])
 def test_no_text_takes_long(text):
-    begin = time.perf_counter()
+    begin = time.thread_time()  # not how busy the machine is
     codes(text)
-    assert time.perf_counter() - begin < 2
+    assert time.thread_time() - begin < 2
