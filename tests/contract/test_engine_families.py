@@ -145,9 +145,11 @@ def test_three_training_steps_are_those_of_peft(pair: Pair) -> None:
         assert norm == pytest.approx(float(torch.nn.utils.clip_grad_norm_(theirs.values(), 1.0)), rel=1e-4)
         optimizer.step()
         optimizer.zero_grad()
-    # Adam divides by the gradient's size: where that is rounding alone the steps may differ.
-    for name, tensor in adapter.named_tensors():
-        assert (tensor - theirs[name]).abs().mean() < 1e-4, name
+        # Adam divides by the gradient's size: where that is rounding alone the steps may differ, and another kind of
+        # CPU rounds otherwise. The next step begins at the same weights again.
+        for name, tensor in adapter.named_tensors():
+            assert (tensor - theirs[name]).abs().mean() < 2e-5, name
+            theirs[name].data.copy_(tensor)
     engine.drop_adapter("steps")
 
 

@@ -78,7 +78,7 @@ def test_three_steps_are_those_of_transformers(tmp_path: Path, name: str) -> Non
         key: tuple(value.shape) for key, value in theirs.items()
     }
     optimizer = torch.optim.AdamW(theirs.values(), lr=LR, weight_decay=0.01)
-    for step in range(3):
+    for _ in range(3):
         (result,) = engine.forward_backward([piece_of("a")])
         optimizer.zero_grad()
         loss = their_loss(model, piece_of("a"))
@@ -88,18 +88,20 @@ def test_three_steps_are_those_of_transformers(tmp_path: Path, name: str) -> Non
             torch.testing.assert_close(
                 gradient,
                 theirs[key].grad,
-                atol=3e-5 * (step + 1),
+                atol=3e-5,
                 rtol=2e-3,
                 msg=lambda m, k=key: f"{k}: {m}",
             )
         norm = float(torch.nn.utils.clip_grad_norm_(theirs.values(), 1.0))
         optimizer.step()
         assert engine.optim_step("a", LR, clip=1.0, weight_decay=0.01) == pytest.approx(norm, rel=1e-3)
-    # Adam divides by the gradient's size: where that is rounding alone (as of a key's bias, to which the softmax is
-    # blind where nothing is rotated) the steps may differ.
-    for key, tensor in ours.named_tensors():
-        gaps = (tensor - theirs[key]).abs()[theirs[key].grad.abs() > 1e-6]
-        assert gaps.numel() == 0 or gaps.mean() < 1e-5, key
+        # Adam divides by the gradient's size: where that is rounding alone (as of a key's bias, to which the softmax is
+        # blind where nothing is rotated) the steps may differ, and another kind of CPU rounds otherwise. The next step
+        # begins at the same weights again.
+        for key, tensor in ours.named_tensors():
+            gaps = (tensor - theirs[key]).abs()[theirs[key].grad.abs() > 1e-6]
+            assert gaps.numel() == 0 or gaps.mean() < 1e-5, key
+            theirs[key].data.copy_(tensor)
     engine.save("a", tmp_path / "tuned", with_optimizer=False, base_model="tiny")
     for key, tensor in reference(tmp_path / "tuned").named_parameters():
         assert torch.equal(tensor, dict(ours.named_tensors())[key])

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from lathe.engine.adapters import Adapter
 from lathe.engine.bank import row_identity
 from lathe.engine.batch import CrossEntropy, TrainRow, TrainSlice, trained_tokens
 from lathe.engine.dropout import keep_mask
@@ -114,6 +115,14 @@ def assert_same(ours: Mapping[str, torch.Tensor], theirs: Mapping[str, torch.Ten
         )
 
 
+def begin_alike(adapter: Adapter, theirs: Mapping[str, torch.nn.Parameter]) -> None:
+    """Adam divides by the gradient's size: where that is rounding alone, which differs between kinds of CPU, a step
+    goes either way. Each step is compared from the same weights on."""
+    for name, tensor in adapter.named_tensors():
+        assert (tensor - theirs[name]).abs().mean() < 2e-5, name
+        theirs[name].data.copy_(tensor)
+
+
 @pytest.mark.parametrize("base", BASES)
 @pytest.mark.parametrize("kind", SPECS)
 def test_training_is_that_of_transformers_and_peft(
@@ -132,6 +141,7 @@ def test_training_is_that_of_transformers_and_peft(
             assert torch.equal(tensor, theirs[name]), name
     optimizer = torch.optim.AdamW(theirs.values(), lr=LR, weight_decay=0.1)
     for step in range(3):
+        begin_alike(adapter, theirs)
         piece = slice_of([[(token + step) % 600 for token in row] for row in ROWS])
         (result,) = engine.forward_backward([piece])
         optimizer.zero_grad()
@@ -139,7 +149,7 @@ def test_training_is_that_of_transformers_and_peft(
         (loss / result.tokens).backward()
         assert result.loss_sum == pytest.approx(loss.item(), rel=1e-4)
         gradients = {name: value.grad for name, value in theirs.items() if value.grad is not None}
-        assert_same(dict(adapter.named_gradients()), gradients, atol=2e-5 * (step + 1))
+        assert_same(dict(adapter.named_gradients()), gradients, atol=2e-5)
         norm = float(torch.nn.utils.clip_grad_norm_(theirs.values(), 1.0))
         optimizer.step()
         assert engine.optim_step("a", LR, clip=1.0, weight_decay=0.1) == pytest.approx(norm, rel=1e-3)
@@ -192,6 +202,7 @@ def test_with_dropout_it_is_peft_with_our_masks(folders: Mapping[str, Path], *, 
     model.train()
     optimizer = torch.optim.AdamW(theirs.values(), lr=LR, weight_decay=0)
     for step in range(3):
+        begin_alike(adapter, theirs)
         piece = slice_of(ROWS)
         (result,) = engine.forward_backward([piece])
         optimizer.zero_grad()
@@ -204,7 +215,7 @@ def test_with_dropout_it_is_peft_with_our_masks(folders: Mapping[str, Path], *, 
         (loss / result.tokens).backward()
         assert result.loss_sum == pytest.approx(loss.item(), rel=1e-4)
         gradients = {name: value.grad for name, value in theirs.items() if value.grad is not None}
-        assert_same(dict(adapter.named_gradients()), gradients, atol=2e-5 * (step + 1))
+        assert_same(dict(adapter.named_gradients()), gradients, atol=2e-5)
         optimizer.step()
         engine.optim_step("a", LR, clip=0)
     model.eval()

@@ -141,10 +141,13 @@ def test_a_loss_of_the_rows_sums_gives_the_gradients_of_cross_entropy(make_engin
     first, second = engine.forward_backward(
         [TrainSlice("rows", ROWS, likelihood), TrainSlice("tokens", ROWS, CrossEntropy(20))]
     )
-    assert torch.equal(gradients_of(engine, "rows"), gradients_of(engine, "tokens"))
+    # A product may round its rows by their place in it.
+    torch.testing.assert_close(
+        gradients_of(engine, "rows"), gradients_of(engine, "tokens"), atol=1e-4, rtol=1e-4
+    )
     assert first.loss == pytest.approx(second.loss)
     assert first.figures == {"tokens": sum(trained_tokens(row) for row in ROWS)}
-    assert first.row_losses == second.row_losses
+    assert first.row_losses == pytest.approx(second.row_losses)
 
 
 def test_a_score_is_the_sum_over_a_rows_trained_tokens(make_engine: MakeEngine) -> None:

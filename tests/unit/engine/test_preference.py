@@ -168,8 +168,8 @@ def test_it_learns_to_prefer_what_the_base_did_not(bench: Bench, name: str) -> N
 def test_it_begins_at_its_reference(bench: Bench, name: str, loss: float) -> None:
     config = replace(CONFIG, n_epochs=1, batch_size=16)
     (step,) = steps_of(bench.told(METHODS[name], pairs(8), config=config))
-    assert step.train_loss == pytest.approx(loss, abs=1e-6)
-    assert step.figures["rewards/margins"] == pytest.approx(0, abs=1e-6)
+    assert step.train_loss == pytest.approx(loss, abs=1e-5)
+    assert step.figures["rewards/margins"] == pytest.approx(0, abs=1e-5)
 
 
 @every_method
@@ -284,7 +284,7 @@ def test_where_every_weight_is_trained_the_reference_stays_the_base(tmp_path: Pa
     config = replace(CONFIG, full_parameter=True, learning_rate=1e-3, n_epochs=2, batch_size=8)
     before = scores(bench.engine, "", pairs(4))
     first, second = steps_of(bench.told(METHODS["dpo"], pairs(4), config=config))
-    assert first.train_loss == pytest.approx(math.log(2), abs=1e-6)
+    assert first.train_loss == pytest.approx(math.log(2), abs=1e-5)
     assert second.figures["rewards/margins"] > 0
     assert scores(bench.engine, "", pairs(4)) == before
 
