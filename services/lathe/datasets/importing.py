@@ -75,10 +75,9 @@ class Importing:
 
     async def _import(self, item: Import, sources: Sources) -> None:
         work = asyncio.create_task(self._fetch(item, sources))
-        taken = False
         try:
             await self._until(work, item)
-            taken = await work
+            await work
         except _NotOurs:
             log.info("The import of %s is not wanted any more.", item.dataset_id)
         except FetchRefused as error:
@@ -98,11 +97,10 @@ class Importing:
             await self._again(item, "Something went wrong on the platform itself.")
         finally:
             await _ended(work)
-            if not taken:
-                with suppress(LatheError):
-                    await clear_objects(self.datasets.objects, item.staging_key)
+            # The dataset may be VALIDATING even if the answer that said so was lost.
+            self.datasets.validation.set()
 
-    async def _until(self, work: asyncio.Task[bool], item: Import) -> None:
+    async def _until(self, work: asyncio.Task[None], item: Import) -> None:
         """Wait for it, and say all the while that it goes on. Raises _NotOurs."""
         clock = self.datasets.clock
         while not work.done():
@@ -122,8 +120,25 @@ class Importing:
             log.warning("The import of %s goes on: %s", item.dataset_id, error.message)
             return True
 
-    async def _fetch(self, item: Import, sources: Sources) -> bool:
-        """Whether it is in staging now, and this try's dataset VALIDATING."""
+    async def _fetch(self, item: Import, sources: Sources) -> None:
+        """Into staging, and the dataset VALIDATING. Nothing is left where that cannot be."""
+        try:
+            size, sha256 = await self._stage(item, sources)
+        except BaseException:
+            await self._clear(item)
+            raise
+        # From here on the row may name what is in staging, whatever becomes of the answer.
+        if not await self.store.finish(item, size, sha256):
+            await self._clear(item)
+            raise _NotOurs
+        self._pauses.forget(item.dataset_id)
+
+    async def _clear(self, item: Import) -> None:
+        with suppress(LatheError):
+            await clear_objects(self.datasets.objects, item.staging_key)
+
+    async def _stage(self, item: Import, sources: Sources) -> tuple[int, str]:
+        """Size and SHA-256 (lower-case hex) of all that is in staging then."""
         dataset = await self.datasets.store.get(item.project, item.dataset_id)
         if dataset is None:
             raise _NotOurs
@@ -148,11 +163,7 @@ class Importing:
 
         for key, file in zip(_keys(item.staging_key, len(files)), files, strict=True):
             await self.datasets.objects.put(key, content(file))
-        taken = await self.store.finish(item, size, digest.hexdigest())
-        if taken:
-            self._pauses.forget(item.dataset_id)
-            self.datasets.validation.set()
-        return taken
+        return size, digest.hexdigest()
 
     async def _again(self, item: Import, why: str) -> None:
         tries = item.tries + 1
@@ -178,6 +189,6 @@ def _keys(staging_key: str, count: int) -> Sequence[str]:
     return [staging_key] if count == 1 else [f"{staging_key}/{number:05d}" for number in range(count)]
 
 
-async def _ended(work: asyncio.Task[bool]) -> None:
+async def _ended(work: asyncio.Task[None]) -> None:
     work.cancel()
     await asyncio.gather(work, return_exceptions=True)

@@ -4,6 +4,8 @@ import asyncio
 import hashlib
 import io
 import json
+from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 
 import pyarrow as pa
@@ -236,6 +238,23 @@ async def test_deleted_at_the_very_end_it_leaves_nothing(world):
     dataset = await begin(work)
     await work.step()
     assert world.objects.keys() == []
+
+
+@pytest.mark.parametrize("cut_off", [Unavailable("The connection broke."), asyncio.CancelledError()])
+async def test_an_answer_of_the_database_that_is_lost_loses_no_bytes(world, cut_off):
+    """It has the row all the same, which says that the bytes are in staging."""
+
+    class Lost(SqlImportStore):
+        async def finish(self, item, size_bytes, sha256):
+            assert await super().finish(item, size_bytes, sha256)
+            raise cut_off
+
+    work = replace(importing(world, FakeSources(GOOD)), store=Lost(world.db))
+    dataset = await begin(work)
+    with suppress(asyncio.CancelledError):
+        await work.step()
+    await world.validate()
+    assert await state(work, dataset) is DatasetState.READY
 
 
 def parquet(*rows):
