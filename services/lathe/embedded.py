@@ -66,7 +66,7 @@ class Endpoints:
 async def running(folder: DataFolder, options: UpOptions) -> AsyncIterator[Endpoints]:
     """The whole platform, answering.
 
-    Raises FailedPrecondition for a port in use or a database of a newer version.
+    Raises FailedPrecondition for a port in use or a database of a newer version, InvalidArgument for a wrong setting.
     """
     _check_ports(options)
     for name in SERVICES:
@@ -76,10 +76,10 @@ async def running(folder: DataFolder, options: UpOptions) -> AsyncIterator[Endpo
     with metrics_endpoint(metrics, settings) as metrics_port:
         async with AsyncExitStack() as stack:
             addresses: dict[str, Any] = {}
-            accounts = AccountsSettings(
+            accounts = AccountsSettings.load(
                 **_common(folder, "accounts"), bootstrap_key=SecretStr(read_token(folder.api_key_file))
             )
-            models = ModelsSettings(**_common(folder, "models"), store=_store(folder))
+            models = ModelsSettings.load(**_common(folder, "models"), store=_store(folder))
             for module, its_settings in ((lathe.accounts.main, accounts), (lathe.models.main, models)):
                 service = await stack.enter_async_context(module.running(its_settings, metrics))
                 addresses[f"{service.name}_address"] = f"127.0.0.1:{service.port}"
@@ -185,13 +185,13 @@ def _jobs_settings(folder: DataFolder, options: UpOptions, addresses: dict[str, 
     if options.engine_threads is not None:
         engine["LATHE_ENGINE_THREADS"] = str(options.engine_threads)
     launcher = LauncherSettings(kind="subprocess", folder=folder.root, engine_env=engine)
-    return JobsSettings(**_common(folder, "jobs"), **addresses, launcher=launcher)
+    return JobsSettings.load(**_common(folder, "jobs"), **addresses, launcher=launcher)
 
 
 def _gateway_settings(folder: DataFolder, options: UpOptions, addresses: dict[str, Any]) -> GatewaySettings:
     common = _common(folder, "gateway", options.grpc_port, options.host)
     common["rpc"] = common["rpc"].model_copy(update={"reflection": options.reflection})
-    return GatewaySettings(
+    return GatewaySettings.load(
         **common,
         **addresses,
         store=_store(folder),

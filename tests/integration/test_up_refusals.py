@@ -7,7 +7,7 @@ import socket
 import sqlite3
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import closing
 from pathlib import Path
 
@@ -34,11 +34,11 @@ def command(data: Path, **options: int) -> list[str]:
     return [sys.executable, "-m", "lathe.cli.main", "up", "--data", str(data), "--json", *flags]
 
 
-def refusal(data: Path, **options: int) -> str:
-    """What it said when it refused."""
+def refusal(data: Path, settings: Mapping[str, str] | None = None, **options: int) -> str:
+    """What it said when it refused. settings: LATHE_… variables."""
     ended = subprocess.run(
         command(data, **options),
-        env=environment({}),
+        env=environment(settings or {}),
         capture_output=True,
         text=True,
         timeout=START_S,
@@ -68,6 +68,11 @@ def test_a_folder_of_a_newer_version(tmp_path: Path) -> None:
 def test_a_folder_that_is_no_folder(tmp_path: Path) -> None:
     (tmp_path / "data").write_text("a file")
     assert "cannot be used" in refusal(tmp_path / "data")
+
+
+def test_a_wrong_setting(tmp_path: Path) -> None:
+    prices = {"LATHE_JOBS_PRICES__ENGINE_HOUR": '{"default": 1}'}
+    assert refusal(tmp_path, prices) == "Wrong settings for the jobs service: prices: prices need a currency."
 
 
 def test_a_second_one_on_the_same_folder_and_a_newer_database(tmp_path: Path) -> None:

@@ -268,12 +268,14 @@ class Strata:
         self._field = field
         # By digest: a value may be as long as a row.
         self._numbers: dict[bytes, int] = {}
+        self._has_value = False
         self.rows = array("H")
 
     def add(self, line: bytes) -> None:
         """The next row. Raises InvalidArgument for too many values."""
-        value = json.dumps(_value(line, self._path), sort_keys=True)
-        digest = blake2b(value.encode(), digest_size=16).digest()
+        value = _value(line, self._path)
+        self._has_value = self._has_value or value is not None
+        digest = blake2b(json.dumps(value, sort_keys=True).encode(), digest_size=16).digest()
         number = self._numbers.setdefault(digest, len(self._numbers))
         if number >= MAX_STRATA:
             raise _invalid(
@@ -281,6 +283,14 @@ class Strata:
                 f"{self._field} has more than {MAX_STRATA} different values; take a field with few",
             )
         self.rows.append(number)
+
+    def finish(self) -> array[int]:
+        """Each row's stratum. Raises InvalidArgument where no row has a value: the field is misspelt."""
+        if self.rows and not self._has_value:
+            raise _invalid(
+                "split.stratify_by", f"no row has {self._field}; write answer or a path in the rows"
+            )
+        return self.rows
 
 
 def _path(field: str) -> list[str | int]:

@@ -71,10 +71,11 @@ class StrataPass:
             self._strata.add(line.data)
 
     def finish(self) -> array[int]:
-        """Each row's stratum. Call once, after the last chunk. Raises InvalidArgument as `feed` does."""
+        """Each row's stratum. Call once, after the last chunk. Raises InvalidArgument as `feed` does, and for a field
+        that no row has."""
         for line in self._splitter.finish():
             self._strata.add(line.data)
-        return self._strata.rows
+        return self._strata.finish()
 
 
 class Cut:

@@ -36,14 +36,24 @@ def _decode_exactly(line: bytes) -> Any:
         value = json.loads(text, parse_constant=refuse_constant, parse_float=finite)
         check_unicode(value, "")
     except json.JSONDecodeError as error:
-        place = f"at character {error.pos + 1} of {len(text)}"
-        raise RowError("", "invalid_json", f"the line is not JSON: {error.msg} {place}") from None
+        raise RowError("", "invalid_json", f"the line is not JSON: {_why(error, text)}") from None
     except RowError:
         raise
     except (ValueError, RecursionError) as error:
         cause = "nested too deeply" if isinstance(error, RecursionError) else str(error)
         raise RowError("", "invalid_json", f"the line is not JSON: {cause}") from None
     return value
+
+
+def _why(error: json.JSONDecodeError, text: str) -> str:
+    """The decoder's words, or better ones for what people write who have written JSON, but not JSONL."""
+    if text.strip() in ("{", "["):
+        return "what begins here ends on another line; write each object on one line"
+    if text[error.pos :].strip() == ",":
+        return "a comma follows the object; write nothing between the lines"
+    if error.pos >= len(text):
+        return f"{error.msg} at its end"
+    return f"{error.msg} at character {error.pos + 1} of {len(text)}"
 
 
 def refuse_constant(name: str) -> NoReturn:

@@ -36,7 +36,18 @@ _COMPRESSED = {
     b"\xfd7zXZ\x00": "xz",
     b"7z\xbc\xaf\x27\x1c": "7z",
 }
+# What a zip archive's first entry is called where it is a spreadsheet or another document.
+_OFFICE_NAME_AT = 30
+_OFFICE_NAMES = (
+    b"[Content_Types].xml",
+    b"_rels/",
+    b"docProps/",
+    b"xl/",
+    b"mimetypeapplication/vnd.oasis.opendocument",
+)
+_OFFICE = "an Excel workbook or another office document; save its sheet as CSV UTF-8"
 _OTHERS = {
+    b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1": _OFFICE,
     b"PAR1": "Parquet; let its name end in .parquet, or give file_type parquet",
     b"ARROW1": "an Arrow file; write it as Parquet or as JSONL",
     b"SQLite format 3": "an SQLite database; write its rows as JSONL",
@@ -54,6 +65,8 @@ def file_type_of(*names: str) -> FileType:
 def foreign(begin: bytes, file_type: FileType = FileType.JSONL) -> RowError | None:
     """What is wrong with a file that begins with these bytes (SNIFFED_BYTES, or all there are); None for what may be
     of that type."""
+    if begin.startswith(b"PK\x03\x04") and begin[_OFFICE_NAME_AT:].startswith(_OFFICE_NAMES):
+        return RowError("", "wrong_file_type", f"The file is {_OFFICE}")
     for magic, kind in _COMPRESSED.items():
         if begin.startswith(magic):
             return RowError(

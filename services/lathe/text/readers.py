@@ -8,6 +8,7 @@ from __future__ import annotations
 import codecs
 import csv
 import json
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -27,6 +28,7 @@ _MAX_COLUMNS = 10_000
 # Of what JSON has beside strings: `-Infinity`, an escaped pair of surrogates.
 _LONGEST_WORD = 16
 _DELIMITERS = ",;\t|"
+_SEPARATOR_LINE = re.compile(r'"?sep=([,;\t|])"?\r?\n', re.IGNORECASE)
 
 
 class Record(Struct, frozen=True):
@@ -69,9 +71,10 @@ class _Lines:
     """Lines of text for the csv module, which asks for another while a quoted cell is open. `size` counts characters
     since it was last set to 0. Raises RowError for a line that is no UTF-8, and for a row that has no end."""
 
-    def __init__(self, file: BinaryIO) -> None:
+    def __init__(self, file: BinaryIO, number: int = 0) -> None:
+        """number: of lines that were read before."""
         self._file = file
-        self.number = 0
+        self.number = number
         self.size = 0
 
     def __iter__(self) -> Iterator[str]:
@@ -99,8 +102,8 @@ def _csv(path: Path, columns: Columns) -> Iterator[Record]:
     # For the whole process; `_Lines` stops a row that is as long.
     csv.field_size_limit(MAX_LINE_BYTES)
     with path.open("rb") as file:
-        delimiter = _delimiter(file)
-        lines = _Lines(file)
+        delimiter, read = _delimiter(file)
+        lines = _Lines(file, read)
         reader = csv.reader(iter(lines), delimiter=delimiter, strict=True)
         header = _header(reader)
         used = columns.names(header)
@@ -122,11 +125,15 @@ def _csv(path: Path, columns: Columns) -> Iterator[Record]:
                 )
 
 
-def _delimiter(file: BinaryIO) -> str:
-    """What parts the header's cells: the one that is there most often. The file is at its beginning afterwards."""
-    first = file.readline(_CHUNK).decode("utf-8", "replace")
+def _delimiter(file: BinaryIO) -> tuple[str, int]:
+    """What parts the cells, and how many lines said so: Excel's `sep=;` above the header, behind which the file is
+    then; else it is the one that is there most often in the header, and the file is at its beginning."""
+    first = file.readline(_CHUNK).decode("utf-8-sig", "replace")
+    said = _SEPARATOR_LINE.fullmatch(first)
+    if said is not None:
+        return said[1], 1
     file.seek(0)
-    return max(_DELIMITERS, key=first.count)
+    return max(_DELIMITERS, key=first.count), 0
 
 
 def _header(reader: Iterator[list[str]]) -> list[str]:

@@ -136,7 +136,7 @@ def test_strata_by_answer_by_a_key_of_it_and_by_a_path():
         work = operations.Strata(field)
         for line in lines:
             work.add(line)
-        return list(work.rows)
+        return list(work.finish())
 
     rows = [b'{"messages": [{"role": "user", "content": "yes"}], "grade": 1}', chat("no")]
     assert numbers("answer", *rows) == [0, 1]
@@ -152,6 +152,9 @@ def test_strata_by_answer_by_a_key_of_it_and_by_a_path():
             operations.Strata(path)
     with pytest.raises(InvalidArgument, match="more than 1000 different"):
         numbers("text", *(json.dumps({"text": str(n)}).encode() for n in range(1001)))
+    with pytest.raises(InvalidArgument, match="no row has lable"):
+        numbers("lable", b'{"label": 1}', b'{"label": 2}')
+    assert numbers("label") == []
 
 
 # --- dedupe, drop, sample ---------------------------------------------------------------------------------------

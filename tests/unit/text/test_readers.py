@@ -56,6 +56,7 @@ def parquet(rows: list[dict[str, Any]], **options: Any) -> bytes:
         ),
         (b'Prompt\tCompletion\tid\na\t"b\n""c"""\t7\n', [{"prompt": "a", "completion": 'b\n"c"', "id": "7"}]),
         (b',text\n0,"a, b"\n', [{"text": "a, b"}]),
+        (b"\xef\xbb\xbfsep=;\r\ntext;id\r\na,b,c;0\r\n", [{"text": "a,b,c", "id": "0"}]),
         (
             b"text,label\na,3\nb,x\nc,true\n",
             [{"text": "a", "label": 3}, {"text": "b", "label": "x"}, {"text": "c", "label": True}],
@@ -94,6 +95,7 @@ def test_csv_that_is_wrong_names_the_line_and_goes_on(read: Read) -> None:
         ("line 7", "invalid_csv", ""),
         {"prompt": "k", "completion": "l"},
     ]
+    assert read(b"sep=;\ntext;id\na\n", "csv") == [("line 3", "invalid_csv", "")]
     python = b"messages\n\"[{'role': 'user'}]\"\n"
     assert read(python, "csv") == [("line 2", "invalid_json", "messages")]
 
@@ -107,6 +109,8 @@ def test_csv_that_is_wrong_names_the_line_and_goes_on(read: Read) -> None:
         (b"text\n" + b"a" * 2000 + b"\n", "line_too_long", "reaches to line 2"),
         (b"\x1f\x8b\x08\x00", "compressed_file", "gzip"),
         (b"PK\x03\x04", "compressed_file", "zip"),
+        (b"PK\x03\x04" + bytes(26) + b"xl/workbook.xml", "wrong_file_type", "Excel workbook .* CSV UTF-8"),
+        (b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1", "wrong_file_type", "Excel workbook"),
         (b"\xff\xfet\x00", "wrong_file_type", "UTF-16"),
         (b"PAR1", "wrong_file_type", "Parquet"),
     ],

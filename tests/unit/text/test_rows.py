@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from lathe.text.chat import Chat
@@ -139,6 +139,7 @@ ROWS = st.dictionaries(st.sampled_from(KEYS), VALUE, max_size=4) | st.fixed_dict
 
 
 @given(row=ROWS)
+@example(row={"prompt": [{"role": "user", "content": "0"}]})
 def test_any_row_parses_to_its_format_or_says_what_is_wrong(row: dict[str, Any]) -> None:
     try:
         found = parse(row)
@@ -151,4 +152,5 @@ def test_any_row_parses_to_its_format_or_says_what_is_wrong(row: dict[str, Any])
     }.get(found.format, [Role.EXAMPLE])
     for chat in chats(found):
         assert len(chat.weights) == len(chat.messages)
-        assert found.format is RowFormat.CHAT or chat.weights == (0,) * (len(chat.messages) - 1) + (1,)
+        last = 0 if found.format is RowFormat.REINFORCEMENT else 1
+        assert found.format is RowFormat.CHAT or chat.weights == (0,) * (len(chat.messages) - 1) + (last,)

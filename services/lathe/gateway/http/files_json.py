@@ -58,7 +58,9 @@ def status_details(report: pb.ValidationReport) -> str | None:
     more = report.finding_count - len(report.findings)
     lines = [_finding(finding) for finding in report.findings]
     found = "; ".join(lines) + (f"; and {more} more." if more > 0 else ".")
-    return " ".join([found, *dict.fromkeys(group.advice for group in report.groups if group.advice)])
+    # What a message says itself is not said again.
+    advice = dict.fromkeys(group.advice for group in report.groups if group.advice not in found)
+    return " ".join([found, *advice])
 
 
 def _group_json(group: pb.FindingGroup) -> Json:
