@@ -127,7 +127,8 @@ def list_(
         )
         for job in jobs
     )
-    print_table(("id", "model", "state", "step", "tuned model", "created"), rows, "There are no jobs.")
+    none = "There are no jobs in that state." if states else "There are no jobs."
+    print_table(("id", "model", "state", "step", "tuned model", "created"), rows, none)
 
 
 @app.command()

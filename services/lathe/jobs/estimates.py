@@ -35,16 +35,18 @@ RULE_SPREAD = 4.0
 # Forward passes beside the one that is trained: DPO's reference, and for KTO its reference and its mismatched rows with
 # both models.
 _EXTRA_PASSES = {Method.SUPERVISED: 0.0, Method.ORPO: 0.0, Method.DPO: 1.0, Method.KTO: 3.0}
-# Operations a second that training sustains: of one thread of a CPU (between AVX2 in float32 and AMX in bfloat16: the
-# range spans both), and of a GPU (0.4 of the 312 TFLOP/s of an A100;
-# PaLM, arXiv:2204.02311, table 3 has 0.2 to 0.46 for large models).
-_CPU_THREAD_FLOPS = 5e10
+# Operations a second that training sustains, of one thread of a CPU: half of what AVX2 does in float32 at 3 GHz (two
+# units of 8 sums and products); with instructions for bfloat16, 0.46 of the 3.7e11 that were measured of products of a
+# model's own shapes (docs/benchmarks.md); about their geometric mean where nobody knows.
+_CPU_THREAD_FLOPS = {False: 5e10, True: 1.7e11, None: 1e11}
+# Of a GPU: 0.4 of the 312 TFLOP/s of an A100 (PaLM, arXiv:2204.02311, table 3 has 0.2 to 0.46 for large models).
 _GPU_FLOPS = 1.25e14
-# Bytes a parameter: bfloat16; gradient and AdamW in mixed precision (ZeRO, arXiv:1910.02054, section 3.1).
-_WEIGHT_BYTES = 2
+# Bytes a parameter: bfloat16 on a GPU; on a CPU float32, or bfloat16 in two layouts, one for each direction. For a
+# trained one, gradient and AdamW in mixed precision (ZeRO, arXiv:1910.02054, section 3.1).
+_GPU_WEIGHT_BYTES, _CPU_WEIGHT_BYTES = 2, 4
 _TRAINED_BYTES = 16
-# What an adapter has beside its base, at rank 16 on every linear layer.
-_ADAPTER_SHARE = 0.01
+# An adapter at this rank on every linear layer: r (in + out) for each, which are 19 r h a layer beside its 12 h^2.
+_RANK = 16
 # Activations of a layer take 34 bytes a token and hidden unit (Korthikanti et al. 2022, arXiv:2205.05198, eq. 1,
 # without the scores of attention, which is fused).
 _ACTIVATION_BYTES = 34
@@ -59,13 +61,14 @@ HOURS_PER_MONTH = 730
 class Engines:
     """The engines of one class. device and threads: of those there are or were, `` and 0 where there never was one.
 
-    wait: seconds until one of them takes the job; None: not known.
+    wait: seconds until one of them takes the job. bfloat16: whether their CPUs have instructions for it. None: unknown.
     """
 
     engine_class: str
     device: str = ""
     threads: int = 0
     wait: float | None = None
+    bfloat16: bool | None = None
 
 
 # --- tokens -------------------------------------------------------------------------------------------------------
@@ -174,7 +177,7 @@ def _rule_flops(engines: Engines) -> float | None:
         return None
     if engines.device.startswith("cuda"):
         return _GPU_FLOPS
-    return _CPU_THREAD_FLOPS * max(1, engines.threads)
+    return _CPU_THREAD_FLOPS[engines.bfloat16] * max(1, engines.threads)
 
 
 def seconds(tokens: Tokens, work: Work, speed: Range) -> Range:
@@ -203,18 +206,24 @@ def memory(tokens: Tokens, work: Work, engines: Engines, measured: Sequence[Spee
             one.held_bytes + one.pass_bytes * max(1.0, tokens.max_row / one.pass_tokens) for one in whole
         ]
         return Range(min(found), max(found), max(found) * MEASURED_SPREAD, Basis.MEASURED)
-    rule = _weights(work) + _activations(tokens, work, engines.device)
+    rule = _weights(work, engines.device) + _activations(tokens, work, engines.device)
     return Range(rule / RULE_SPREAD, rule, rule * RULE_SPREAD, Basis.RULE)
 
 
-def _weights(work: Work) -> float:
-    trained = work.parameters * (1.0 if work.full_parameter else _ADAPTER_SHARE)
-    return _WEIGHT_BYTES * work.parameters + _TRAINED_BYTES * trained
+def _shape(work: Work) -> tuple[float, float]:
+    """Layers and width of a model of so many parameters."""
+    layers: float = (max(1, work.parameters) / (12 * _ASPECT**2)) ** (1 / 3)
+    return layers, _ASPECT * layers
+
+
+def _weights(work: Work, device: str) -> float:
+    share = 1.0 if work.full_parameter else min(1.0, 19 * _RANK / (12 * _shape(work)[1]))
+    held = _GPU_WEIGHT_BYTES if device.startswith("cuda") else _CPU_WEIGHT_BYTES
+    return held * work.parameters + _TRAINED_BYTES * share * work.parameters
 
 
 def _activations(tokens: Tokens, work: Work, device: str) -> float:
-    layers: float = (max(1, work.parameters) / (12 * _ASPECT**2)) ** (1 / 3)
-    width = _ASPECT * layers
+    layers, width = _shape(work)
     slice_tokens = max(
         tokens.max_row, min(_PASS_TOKENS.get(device, 8192), tokens.batch_size * tokens.max_row)
     )

@@ -26,7 +26,8 @@ _ON_RECORD = 500
 
 @dataclass(frozen=True, slots=True)
 class Estimator:
-    """device and threads: of the engines that this platform starts; `` and 0 if that is not known to it."""
+    """device and threads: of the engines that this platform starts; `` and 0 if that is not known to it. bfloat16:
+    whether the CPUs of all engines have instructions for it; None if that is not known."""
 
     store: JobStore
     quotas: Quotas
@@ -35,6 +36,7 @@ class Estimator:
     classes: EngineClasses = ONE_CLASS
     device: str = ""
     threads: int = 0
+    bfloat16: bool | None = None
 
     async def estimate(self, job: Job, chosen: Hyperparameters, audits: Sequence[Audit]) -> JobEstimate:
         """job: one that waits or is about to, kept already or not. audits: READY; of the training file and, if there is
@@ -88,7 +90,7 @@ class Estimator:
         known = [(one.device, one.threads) for one in alike] + [(one.device, one.threads) for one in seen]
         device, threads = (*known, (self.device, self.threads))[0]
         wait = seconds_until(asking, replace(scene, queued=[*scene.queued, asking]))
-        return Engines(name, device, threads, wait)
+        return Engines(name, device, threads, wait, self.bfloat16)
 
 
 def _of_class(job: Job, engine_class: str) -> Job:

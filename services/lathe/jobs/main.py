@@ -30,6 +30,7 @@ from lathe.jobs.launchers.processes import ENGINE_MODULE
 from lathe.jobs.launchers.ray import RayLauncher
 from lathe.jobs.launchers.subprocess import SubprocessLauncher
 from lathe.jobs.leftovers import Leftovers
+from lathe.jobs.machine import has_bfloat16
 from lathe.jobs.peers import RpcAccounts, RpcDatasets, RpcModels
 from lathe.jobs.policy import Limits
 from lathe.jobs.ports import JobStore, Launcher
@@ -175,6 +176,7 @@ def _estimator(settings: JobsSettings, store: JobStore, quotas: Quotas, clock: C
         settings.classes,
         device=local.get("LATHE_ENGINE_DEVICE", "cpu") if local is not None else "",
         threads=int(local.get("LATHE_ENGINE_THREADS", os.cpu_count() or 1)) if local is not None else 0,
+        bfloat16=has_bfloat16() if launcher.kind == "subprocess" else None,
     )
 
 
