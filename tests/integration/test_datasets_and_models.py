@@ -16,7 +16,8 @@ from lathe.common.rpc.principal import Principal
 from lathe.common.settings import DatabaseSettings, RpcSettings, StoreSettings
 from lathe.datasets import main as datasets_main
 from lathe.datasets.settings import DatasetsSettings
-from lathe.jobs.peers import RpcDatasets
+from lathe.jobs.model import BaseRef, DatasetRef, Job
+from lathe.jobs.peers import RpcDatasets, RpcModels
 from lathe.models import main as models_main
 from lathe.models.settings import ModelsSettings
 from lathe.text.arrow import read_tokens
@@ -163,6 +164,21 @@ async def test_from_a_folder_and_a_file_to_tokens_across_a_restart(start, tmp_pa
         await store.fetch(audit.object_key, path)
         assert sha(path.read_bytes()) == audit.sha256 and len(read_tokens(path)) == audit.rows == 12
         await RpcDatasets(public, internal).keep_tokens([audit.sha256])
+
+
+async def test_jobs_has_models_remove_what_an_ended_job_left(start, tmp_path):
+    store = FolderStore(tmp_path / "store")
+    job = Job("ftjob-1", "acme", "tiny", BaseRef("tiny", "d" * 64), DatasetRef("f"), 1, SystemClock().now())
+    kept, left = "jobs/ftjob-1/att-2/final", "jobs/ftjob-1/att-1/checkpoints/step-1"
+    others = "jobs/ftjob-11/att-1/final/manifest.json"
+    async with start() as (models, _):
+        for folder in (kept, left):
+            for name in ("manifest.json", "optimizer.safetensors"):
+                await store.put(f"{folder}/{name}", b"x")
+        await store.put(others, b"x")
+        await RpcModels(ModelsInternalServiceStub(models)).sweep_files(job, [kept])
+    found = [info.key async for info in store.list("jobs/")]
+    assert found == [f"{kept}/manifest.json", f"{kept}/optimizer.safetensors", others]
 
 
 async def test_lists_page_by_token_and_by_openais_cursor(start, tmp_path):

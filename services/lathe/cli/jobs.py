@@ -189,11 +189,8 @@ def receipt(
         document = client.jobs.receipt(job)
     if output is None:
         print(document, end="")
-        return
-    try:
+    else:
         output.write_text(document, encoding="utf-8")
-    except OSError as error:
-        raise InvalidArgument(f"{output} cannot be written ({error.strerror}).") from error
 
 
 @app.command()

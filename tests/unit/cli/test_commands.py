@@ -234,21 +234,6 @@ def test_a_watch_that_is_left_says_how_to_come_back(monkeypatch: pytest.MonkeyPa
     assert json.loads(result.stdout)["job"]["state"] == "running"
 
 
-def test_a_receipt_that_cannot_be_written_is_one_sentence(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    class Kept:
-        def receipt(self, name: str) -> str:
-            return "{}"
-
-    monkeypatch.setattr(Connection, "client", lambda self: OnlyJobs(Kept()))
-    there = ["jobs", "receipt", "ftjob-1", "-o", str(tmp_path / "r.json")]
-    assert CliRunner().invoke(main.app, there).exit_code == exits.OK
-    assert (tmp_path / "r.json").read_text() == "{}"
-    error = CliRunner().invoke(main.app, ["jobs", "receipt", "ftjob-1", "-o", str(tmp_path)]).exception
-    assert isinstance(error, errors.InvalidArgument) and "cannot be written" in error.message
-
-
 # --- what is printed ---
 
 
