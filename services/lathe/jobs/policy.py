@@ -435,7 +435,7 @@ def _why(
         return _why_no_engine(job, picture, pool)
     if ahead == 0 and _all_fit([job], serving, picture):
         return "An engine with room will take it within seconds."
-    place = "it is next in line" if ahead == 0 else f"{ahead} before it in line"
+    place = "it is next in line" if ahead == 0 else f"{_roughly(ahead)} before it in line"
     return f"Waits for an engine for {job.base.id} with room; {place}.{_when(job, picture, ahead)}"
 
 
@@ -470,9 +470,30 @@ def _when(job: Job, picture: Snapshot, ahead: int) -> str:
     first, other = min(known, key=lambda pair: (pair[0], pair[1].id))
     whole = (first - (other.start_time or first)).total_seconds()
     seconds = max(0.0, (first - picture.now).total_seconds()) + ahead * max(0.0, whole)
-    minutes = round(seconds / 60)
-    if minutes == 0:
+    if seconds < 30:
         return " It will likely start within a minute."
-    # Coarse on purpose: a sentence that changes each second would be a write each second.
-    coarse = minutes if minutes < 10 else 5 * round(minutes / 5)
-    return f" It will likely start in about {coarse} minute{'' if coarse == 1 else 's'}."
+    return f" It will likely start in about {_while(seconds)}."
+
+
+# Coarse on purpose: sentences that changed with each second, or all of a long line's with each start, would be as many
+# writes.
+
+
+def _roughly(count: int) -> str:
+    """`7`, `about 30`, `about 400`"""
+    if count < 20:
+        return str(count)
+    step: int = 10 ** (len(str(count)) - 1)
+    return f"about {step * round(count / step):,}"
+
+
+def _while(seconds: float) -> str:
+    """`3 minutes`, `45 minutes`, `5 hours`, `3 days`"""
+    minutes, hours = round(seconds / 60), round(seconds / 3600)
+    if minutes < 90:
+        count, unit = minutes if minutes < 10 else 5 * round(minutes / 5), "minute"
+    elif hours < 48:
+        count, unit = hours, "hour"
+    else:
+        count, unit = round(seconds / 86400), "day"
+    return f"{count} {unit}{'' if count == 1 else 's'}"

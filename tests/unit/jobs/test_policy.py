@@ -291,6 +291,37 @@ def test_a_job_says_why_it_waits_and_how_long() -> None:
     assert not only(policy.decide(Snapshot(NOW, [known])), Explain)
 
 
+@pytest.mark.parametrize(
+    ("ahead", "minutes", "words"),
+    [
+        (1, 0.4, "1 before it in line. It will likely start within a minute."),
+        (19, 1.2, "19 before it in line. It will likely start in about 1 minute."),
+        (27, 44, "about 30 before it in line. It will likely start in about 45 minutes."),
+        (1234, 170, "about 1,000 before it in line. It will likely start in about 3 hours."),
+        (3, 60 * 70, "3 before it in line. It will likely start in about 3 days."),
+    ],
+)
+def test_a_long_wait_is_told_roughly(ahead: int, minutes: float, words: str) -> None:
+    busy = job("r", estimated_finish_time=NOW + timedelta(minutes=minutes))
+    waiting = [job(f"j{n:04}", age=3000 - n) for n in range(ahead + 1)]
+    full = Snapshot(NOW, waiting, [busy], [engine()], attempts={"eng-a": 1})
+    assert reason(full, waiting[-1].id).endswith(words)
+
+
+def test_a_start_changes_few_sentences_of_a_long_line() -> None:
+    busy = job("r", start_time=ago(600), estimated_finish_time=NOW + timedelta(minutes=3))
+    waiting = [job(f"j{n:04}", age=3000 - n) for n in range(2000)]
+    picture = Snapshot(NOW, waiting, [busy], [engine()], attempts={"eng-a": 1})
+    told = {d.job_id: d.reason for d in only(policy.decide(picture), Explain) if isinstance(d, Explain)}
+    after = [replace(one, state_reason=told[one.id]) for one in waiting[1:]]
+    later = replace(
+        picture,
+        queued=after,
+        running=[replace(busy, start_time=ago(0), estimated_finish_time=NOW + timedelta(minutes=13))],
+    )
+    assert len(only(policy.decide(later), Explain)) < 100
+
+
 def test_a_base_that_never_starts_fails_its_jobs() -> None:
     broken = Pool(BASE, start_failures=policy.MAX_START_FAILURES, last_error="out of memory")
     [refused] = only(policy.decide(Snapshot(NOW, [job("a")], pools=[broken])), Refuse)
