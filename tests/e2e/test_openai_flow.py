@@ -298,6 +298,24 @@ def test_a_running_job_is_cancelled(sdk: openai.OpenAI, base_model: str) -> None
     assert sdk.fine_tuning.jobs.cancel(created.id).status == "cancelled"
 
 
+def test_a_job_goes_on_though_its_file_is_deleted(sdk: openai.OpenAI, base_model: str) -> None:
+    file = sdk.files.create(file=("brief.jsonl", jsonl(lessons(2))), purpose="fine-tune")
+    wait_for_file(sdk, file.id)
+    created = sdk.fine_tuning.jobs.create(
+        model=base_model, training_file=file.id, hyperparameters={"n_epochs": 2, "batch_size": 2}
+    )
+    deadline = time.monotonic() + 60
+    while sdk.fine_tuning.jobs.retrieve(created.id).status == "validating_files":
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    assert sdk.files.delete(file.id).deleted
+    while (job := sdk.fine_tuning.jobs.retrieve(created.id)).status != "succeeded":
+        assert job.status in ("queued", "running") and time.monotonic() < deadline, job
+        time.sleep(0.1)
+    with pytest.raises(openai.NotFoundError):
+        sdk.files.retrieve(file.id)
+
+
 def test_a_finished_job_cannot_be_cancelled(sdk: openai.OpenAI, job: FineTuningJob) -> None:
     # Not 409, which the SDK would try again by itself.
     with pytest.raises(openai.BadRequestError):
