@@ -16,7 +16,8 @@ INTERRUPTED = 130
 MEANING = (
     "Exit codes: 0 done; 1 failed (so did the job, the platform could not start, or doctor found what does not work); "
     "2 wrong usage; "
-    "3 not found, or refused as invalid; 4 the platform cannot be reached; 5 the key is wrong or may not do this."
+    "3 not found, or refused as invalid; 4 the platform cannot be reached; 5 the key is wrong or may not do this; "
+    "130 ended by Ctrl-C."
 )
 
 _CODES: dict[type[LatheError], int] = {

@@ -147,7 +147,7 @@ def show(context: typer.Context, job: JOB, as_json: JSON = False) -> None:
             ("id", job_id(found)),
             ("model", found.model),
             ("state", state_word(found)),
-            ("", found.state_reason),
+            ("", found.state_reason if found.state_reason != found.error.message else ""),
             ("estimate", "\n".join(estimate_lines(found.estimate)) if found.HasField("estimate") else ""),
             ("error", found.error.message),
             ("tuned model", found.fine_tuned_model),

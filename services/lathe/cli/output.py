@@ -14,6 +14,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.table import Table
 
 JSON = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 
@@ -83,7 +84,7 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], empty: st
     if not table.row_count:
         note(empty)
         return
-    console().print(table)
+    _print(table)
 
 
 def print_facts(facts: Iterable[tuple[str, str]]) -> None:
@@ -96,7 +97,19 @@ def print_facts(facts: Iterable[tuple[str, str]]) -> None:
     for name, value in facts:
         if value:
             table.add_row(name, value)
-    console().print(table)
+    _print(table)
+
+
+def _print(table: Table) -> None:
+    """A table; where it is piped on, without the spaces that make its lines equally long."""
+    out = console()
+    if out.is_terminal:
+        out.print(table)
+        return
+    with out.capture() as drawn:
+        out.print(table)
+    for line in drawn.get().splitlines():
+        print(line.rstrip())
 
 
 def console() -> Console:

@@ -51,7 +51,8 @@ class ModelDirectory:
             return await self._models.resolve(principal, model_behind(requested, aliases))
         except NotFound as error:
             raise NotFound(
-                f"The model {requested!r} does not exist, or this key has no access to it.",
+                f"The model {requested!r} does not exist, or this key has no access to it; `lathe models list`, or GET "
+                "/v1/models, shows those there are.",
                 reason="MODEL_NOT_FOUND",
                 metadata={"model": requested},
             ) from error

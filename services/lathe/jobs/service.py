@@ -149,9 +149,9 @@ class JobsService:
         try:
             return await self.models.resolve(project, model_id)
         except NotFound as error:
-            raise _field_error(
-                NotFound, "job.model", f"The model {model_id!r} does not exist.", "MODEL_NOT_FOUND"
-            ) from error
+            shown = "`lathe models list`, or GET /v1/models, shows those there are."
+            text = f"The model {model_id!r} does not exist; {shown}"
+            raise _field_error(NotFound, "job.model", text, "MODEL_NOT_FOUND") from error
 
     async def _resolve(self, request: JobRequest) -> ResolvedModel:
         resolved = await self._resolve_model(request.project, request.model)

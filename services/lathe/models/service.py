@@ -221,7 +221,10 @@ class ModelsService:
 
         Raises NotFound, in the same words for what does not exist, is not usable yet, or is another project's.
         """
-        unknown = NotFound(f"The model {model_id!r} was not found.", reason="MODEL_NOT_FOUND")
+        unknown = NotFound(
+            f"The model {model_id!r} was not found; `lathe models list`, or GET /v1/models, shows those there are.",
+            reason="MODEL_NOT_FOUND",
+        )
         tuned = rules.parse_tuned_id(model_id)
         if tuned is None:
             base = await self.store.get_base_model(model_id.removeprefix("baseModels/"))

@@ -21,7 +21,7 @@ from lathe.cli.connection import Connection, Target
 from lathe.cli.contexts import Contexts, PlatformContext, write_contexts
 from lathe.cli.estimates import answer_lines, confirm, replaced_of
 from lathe.cli.jobview import JobView, metrics_line, sparkline
-from lathe.cli.output import plain, size
+from lathe.cli.output import plain, print_facts, print_table, size
 from lathe.cli.training_files import dataset_of
 from lathe.client.compare import ArmResult
 from lathe.common import errors
@@ -425,6 +425,13 @@ def test_a_path_to_no_file_is_not_taken_for_a_dataset(
     with Connection(address=listening, api_key="x").client() as client:
         assert dataset_of(client, "file-1") == "file-1"
         assert dataset_of(client, "projects/p/datasets/file-1") == "projects/p/datasets/file-1"
+
+
+def test_what_is_piped_on_has_no_spaces_behind_it(capsys: pytest.CaptureFixture[str]) -> None:
+    print_facts((("id", "ftjob-1"), ("state", "failed"), ("empty", "")))
+    print_table(("id", "state"), [("ftjob-1", "ok"), ("ftjob-23", "failed")], "none")
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == ["id     ftjob-1", "state  failed", "id        state", "ftjob-1   ok", "ftjob-23  failed"]
 
 
 # --- what is imported ---

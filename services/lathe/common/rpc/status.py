@@ -41,9 +41,9 @@ _ERRORS = {code: error for error, code in STATUS_CODES.items()}
 _MAX_MESSAGE = 1500
 _MAX_VIOLATIONS = 20
 _RETRY_AFTER_S = 1.0
-_NOT_CONNECTED = "failed to connect to all addresses"
+_NOT_CONNECTED = ("failed to connect to all addresses", "errors resolving")
 # What is in gRPC's own words about a connection that was not made -> what it means.
-_HANDSHAKES = (
+_SIGNS = (
     (
         "CERTIFICATE_VERIFY_FAILED",
         "The server's certificate comes from no authority that this side knows, or is out of date; check the CA file.",
@@ -52,6 +52,8 @@ _HANDSHAKES = (
         "Hostname Verification",
         "The server's certificate is not for the name it was called by; call it by one that it has.",
     ),
+    ("Connection refused", "Nothing answers at the address; check it, and that what should be there runs."),
+    ("errors resolving", "The address has no such host; check its name."),
     ("WRONG_VERSION_NUMBER", "The server does not speak TLS on this port."),
     (
         "Socket closed",
@@ -135,9 +137,9 @@ def from_rpc_error(error: grpc.RpcError) -> LatheError:
 
 
 def explain_connection(message: str) -> str:
-    """What a connection that failed in its TLS handshake means, with gRPC's words after it; else unchanged."""
+    """What a connection that was not made means, with gRPC's words after it; else unchanged."""
     if message.startswith(_NOT_CONNECTED):
-        for sign, meaning in _HANDSHAKES:
+        for sign, meaning in _SIGNS:
             if sign in message:
                 return f"{meaning} ({message})"
     return message
