@@ -31,11 +31,18 @@ class SqlImportStore:
                 raise
 
     async def take(self, staging_key: str, now: datetime, until: datetime) -> Import | None:
+        others = imports.alias()
+        under_way = (
+            sa.select(sa.func.count())
+            .select_from(others)
+            .where(others.c.project == imports.c.project, others.c.next_time > now)
+            .scalar_subquery()
+        )
         query = (
             imports.select()
             .join(datasets, datasets.c.id == imports.c.dataset_id)
             .where(_UPLOADING, imports.c.next_time <= now)
-            .order_by(imports.c.next_time, imports.c.dataset_id)
+            .order_by(under_way, imports.c.next_time, imports.c.dataset_id)
             .limit(1)
             # Another replica's hand is on what is locked.
             .with_for_update(skip_locked=True)

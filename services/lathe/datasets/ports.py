@@ -47,7 +47,8 @@ class DatasetStore(Protocol):
         ...
 
     async def outlived(self, now: datetime, abandoned_before: datetime) -> Sequence[Dataset]:
-        """Those whose expire_time has come, and those UPLOADING since before `abandoned_before`."""
+        """Those whose expire_time has come, and those UPLOADING since before `abandoned_before`, except for imports
+        that are still to be fetched."""
         ...
 
     async def count(self) -> Mapping[DatasetState, int]:
@@ -290,7 +291,8 @@ class ImportStore(Protocol):
         ...
 
     async def take(self, staging_key: str, now: datetime, until: datetime) -> Import | None:
-        """The one that is due longest becomes a new try's, with this staging_key, and due again `until` then."""
+        """One that is due becomes a new try's, with this staging_key, and due again `until` then: of the project that
+        has the fewest under way (or waiting for another try), the one that is due longest."""
         ...
 
     async def keep(self, item: Import, until: datetime) -> bool:

@@ -1,6 +1,7 @@
 """ImportStore on SQLite and on PostgreSQL."""
 
 import asyncio
+from dataclasses import replace
 from datetime import timedelta
 
 import pytest
@@ -85,6 +86,26 @@ async def test_ends(stores):
     await imports.begin("p", "file-1", "other", NOW)
     await imports.forget_ended()
     assert await taken(imports, "staging/9", LATER) is None
+
+
+async def test_a_project_with_many_keeps_no_other_waiting(stores):
+    datasets, imports = stores
+    for number, project in enumerate("pppqq"):
+        id_ = f"file-{number}"
+        await datasets.add(replace(dataset(id_), project=project), "")
+        await imports.begin(project, id_, "s", NOW - timedelta(seconds=9 - number))
+    found = [(await taken(imports, f"staging/{n}")).dataset_id for n in range(5)]
+    assert found == ["file-0", "file-3", "file-1", "file-4", "file-2"]
+
+
+async def test_what_waits_to_be_fetched_is_not_abandoned(stores):
+    datasets, imports = stores
+    for id_ in ("file-1", "file-2"):
+        await datasets.add(dataset(id_, source="s"), "")
+    # Of file-2 the process died before it could say so.
+    await imports.begin("p", "file-1", "s", NOW)
+    later = NOW + timedelta(days=2)
+    assert [each.id for each in await datasets.outlived(later, NOW + timedelta(days=1))] == ["file-2"]
 
 
 async def test_takers_beside_each_other(stores):

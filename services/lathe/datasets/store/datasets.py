@@ -15,7 +15,7 @@ from lathe.datasets.model import RESULTS_PURPOSE, Dataset, DatasetState, Report
 from lathe.datasets.operations import to_json
 from lathe.datasets.store import rows
 from lathe.datasets.store.base import LIVE, Base, is_dataset
-from lathe.datasets.tables import datasets, uploads
+from lathe.datasets.tables import datasets, imports, uploads
 
 
 class Datasets(Base):
@@ -79,7 +79,9 @@ class Datasets(Base):
 
     async def outlived(self, now: datetime, abandoned_before: datetime) -> Sequence[Dataset]:
         abandoned = sa.and_(
-            datasets.c.state == DatasetState.UPLOADING.value, datasets.c.create_time < abandoned_before
+            datasets.c.state == DatasetState.UPLOADING.value,
+            datasets.c.create_time < abandoned_before,
+            datasets.c.id.not_in(sa.select(imports.c.dataset_id)),
         )
         return await self._select(
             datasets.select().where(LIVE, sa.or_(datasets.c.expire_time <= now, abandoned))
