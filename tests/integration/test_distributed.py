@@ -90,6 +90,8 @@ async def test_two_workers_train_what_one_does_and_survive_the_loss_of_one(
     engine = await place.start("eng-sharded", **sharded)
     place.jobs.offer(place.attempt("parts", 1, EPOCHS))
     await place.until(lambda: bool(place.jobs.job.checkpoints))
+    [warning] = [note for note in place.jobs.job.notes if note.kind == "sharded"]
+    assert (warning.step, warning.data["workers"]) == (0, "2")
     [worker] = actors()
     os.kill(worker, signal.SIGKILL)
     await place.until(lambda: bool(place.jobs.job.outcomes))

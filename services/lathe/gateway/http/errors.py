@@ -95,6 +95,8 @@ def error_answer(error: LatheError) -> ErrorAnswer:
     message = _HIDDEN if kind.status == 500 and not own_reason else _RESOURCE.sub("", error.message)
     param = error.violations[0].field if error.violations else None
     headers: dict[str, str] = {}
+    if kind.status == 500 and own_reason:
+        headers["x-should-retry"] = "false"  # the SDK would repeat it twice, with the same end
     if kind.status in (429, 503):
         wait = error.retry_after if isinstance(error, RetryableError) else None
         headers["retry-after"] = str(max(1, math.ceil(wait if wait is not None else 1.0)))

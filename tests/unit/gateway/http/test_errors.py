@@ -52,9 +52,12 @@ def test_a_fault_is_described_only_where_somebody_is_to_read_it() -> None:
     def told(error: LatheError) -> str:
         return str(error_answer(error).body["error"]["message"])
 
-    assert told(errors.Internal("its weights", reason="MODEL_NOT_FINITE")) == "its weights"
+    overflow = errors.Internal("its weights", reason="MODEL_NOT_FINITE")
+    assert told(overflow) == "its weights"
+    assert error_answer(overflow).headers == {"x-should-retry": "false"}
     for hidden in (errors.Internal("its weights"), errors.DataLoss("its weights", reason="DIGEST")):
         assert "its weights" not in told(hidden)
+        assert not error_answer(hidden).headers
 
 
 def test_every_class_is_in_the_table() -> None:
