@@ -106,7 +106,11 @@ async def test_a_name_that_changes_its_mind_reaches_nothing_inside(site: Any) ->
 
 
 @pytest.mark.parametrize(
-    "host", ["127.0.0.1", "localhost", "2130706433", "0x7f.1", "[::ffff:127.0.0.1]", "0"]
+    "host",
+    [
+        *("127.0.0.1", "localhost", "2130706433", "0x7f.1", "0177.0.0.1", "127.1", "0"),
+        *("[::1]", "[::ffff:127.0.0.1]", "[::ffff:7f00:1]", "public.example\\@127.0.0.1"),
+    ],
 )
 async def test_ways_to_write_the_inside(site: Any, host: str) -> None:
     plain = Fetcher((), 1 << 20, 10.0)
