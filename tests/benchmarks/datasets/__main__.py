@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import time
 from pathlib import Path
 
 from tests.benchmarks.datasets.corpus import ROOT, Setting
@@ -33,9 +34,11 @@ def main() -> None:
     figures: dict[str, float] = {"rounds": options.rounds}
     for name in chosen:
         print(f"— {name}", flush=True)
+        began = time.monotonic()
         measured = importlib.import_module(f"tests.benchmarks.datasets.{name}").measure(setting)
         for key, value in measured.items():
             print(f"{key:36} {value:.4g}", flush=True)
+        print(f"took {time.monotonic() - began:.0f} s", flush=True)
         figures.update(measured)
     print(json.dumps({key: round(value, 4) for key, value in figures.items()}))
 
