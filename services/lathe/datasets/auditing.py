@@ -1,4 +1,4 @@
-"""Runs audits: one at a time, in a thread, restartable."""
+"""Runs audits: one at a time, beside the event loop, restartable."""
 
 from __future__ import annotations
 
