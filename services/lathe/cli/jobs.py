@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from google.protobuf.message import Message
 
 from lathe.cli import exits
 from lathe.cli.connection import client_of
@@ -28,6 +29,8 @@ from lathe.common.errors import InvalidArgument
 from lathe.v1 import jobs_pb2 as pb
 
 app = typer.Typer(no_args_is_help=True, help="Fine-tuning jobs.")
+# Settings that `show` has a line for.
+_OWN_LINES = frozenset({"n_epochs", "batch_size", "learning_rate_multiplier", "full_parameter"})
 JOB = Annotated[str, typer.Argument(help="ftjob-…")]
 
 
@@ -161,6 +164,7 @@ def show(context: typer.Context, job: JOB, as_json: JSON = False) -> None:
             ("batch size", str(chosen.hyperparameters.batch_size or "auto")),
             ("learning rate", f"x {chosen.hyperparameters.learning_rate_multiplier or 'auto'}"),
             ("LoRA", _lora(chosen.lora, full_parameter=found.training.full_parameter)),
+            ("settings", settings_line(chosen.hyperparameters, found.training)),
             ("seed", str(found.seed)),
             ("engine", _engine(found.compute)),
             ("training file", found.training_dataset.rsplit("/", 1)[-1]),
@@ -235,6 +239,16 @@ def events(context: typer.Context, job: JOB, as_json: JSON = False) -> None:
         else:
             text = metrics_line(event.metrics) if event.type == pb.EVENT_TYPE_METRICS else event.message
             print(f"{when(event.create_time)}  {text}")
+
+
+def settings_line(*messages: Message) -> str:
+    """`beta 0.2, schedule linear`: what was asked for or chosen and stands in no line of its own."""
+    given = [(field.name, value) for message in messages for field, value in message.ListFields()]
+    return ", ".join(
+        f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}"
+        for name, value in given
+        if name not in _OWN_LINES
+    )
 
 
 def _lora(given: pb.LoraConfig, *, full_parameter: bool) -> str:

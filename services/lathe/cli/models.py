@@ -215,7 +215,10 @@ def _without_template(model: pb.BaseModel) -> str:
 
 
 def _parameters(model: pb.BaseModel) -> str:
-    return f"{model.parameter_count / 1e6:,.0f} M" if model.parameter_count else ""
+    count = model.parameter_count
+    if not count:
+        return ""
+    return f"{count / 1e6:,.0f} M" if count >= 1e6 else f"{count:,}"
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from lathe.cli.compare import ResultCache, report, table
 from lathe.cli.connection import Connection, Target
 from lathe.cli.contexts import Contexts, PlatformContext, write_contexts
 from lathe.cli.estimates import answer_lines, confirm, replaced_of
+from lathe.cli.jobs import settings_line
 from lathe.cli.jobview import JobView, metrics_line, sparkline
 from lathe.cli.output import plain, print_facts, print_table, size
 from lathe.cli.training_files import dataset_of
@@ -432,6 +433,13 @@ def test_what_is_piped_on_has_no_spaces_behind_it(capsys: pytest.CaptureFixture[
     print_table(("id", "state"), [("ftjob-1", "ok"), ("ftjob-23", "failed")], "none")
     lines = capsys.readouterr().out.splitlines()
     assert lines == ["id     ftjob-1", "state  failed", "id        state", "ftjob-1   ok", "ftjob-23  failed"]
+
+
+def test_the_settings_of_a_job_that_have_no_line_of_their_own() -> None:
+    numbers = jobs_pb2.DpoHyperparameters(n_epochs=2, batch_size=4, beta=0.2, loss_type="ipo")
+    training = jobs_pb2.TrainingOptions(schedule="linear", full_parameter=True, keep_checkpoints=3)
+    assert settings_line(numbers, training) == "beta 0.2, loss_type ipo, schedule linear, keep_checkpoints 3"
+    assert settings_line(jobs_pb2.SupervisedHyperparameters(), jobs_pb2.TrainingOptions()) == ""
 
 
 # --- what is imported ---
