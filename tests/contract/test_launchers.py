@@ -39,7 +39,7 @@ async def one(launcher: Launcher, engine_id: str = "eng-1") -> LaunchedEngine | 
 
 
 async def until(
-    launcher: Launcher, wanted: Callable[[LaunchedEngine | None], bool], timeout: float = 20
+    launcher: Launcher, wanted: Callable[[LaunchedEngine | None], bool], timeout: float = 60
 ) -> LaunchedEngine | None:
     deadline = time.monotonic() + timeout
     while not wanted(found := await one(launcher)):
@@ -50,7 +50,7 @@ async def until(
 
 def written(log: Path) -> str:
     """What the process said, once it said something."""
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while not (text := log.read_text()):
         assert time.monotonic() < deadline
         time.sleep(0.02)

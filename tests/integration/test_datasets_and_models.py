@@ -126,7 +126,7 @@ async def commit(datasets, store, content, request_id):
 
 
 async def until(ask, states):
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(30):
         while (answer := await ask()).state not in states:
             # Real processes: there is nothing but their answer to wait for.
             await SystemClock().sleep(0.02)

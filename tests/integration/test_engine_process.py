@@ -53,7 +53,7 @@ async def test_killed_and_resumed_ends_with_the_same_bytes_as_undisturbed(place:
 
     await _sample(place)
     second.send_signal(signal.SIGTERM)
-    assert await asyncio.wait_for(second.wait(), 20) == 0
+    assert await asyncio.wait_for(second.wait(), 60) == 0
     assert place.jobs.deregistered == ["eng-2"]
     assert not (place.folder / "cache" / "work" / "eng-1").exists()
 
@@ -82,10 +82,12 @@ async def _sample(place: Place) -> None:
         base.CopyFrom(request)
         base.ClearField("adapter")
         assert (await _tokens(stub, base))[0] != first
-        status = await stub.GetEngineStatus(engine_pb2.GetEngineStatusRequest(), metadata=metadata, timeout=5)
+        status = await stub.GetEngineStatus(
+            engine_pb2.GetEngineStatusRequest(), metadata=metadata, timeout=20
+        )
         assert (status.adapters_loaded, status.dtype, status.threads) == (1, "float32", 1)
         loaded = await stub.LoadAdapter(
-            engine_pb2.LoadAdapterRequest(adapter=adapter), metadata=metadata, timeout=5
+            engine_pb2.LoadAdapterRequest(adapter=adapter), metadata=metadata, timeout=20
         )
         assert not loaded.loaded
         for wrong, code in (
@@ -98,7 +100,7 @@ async def _sample(place: Place) -> None:
                 bad.ClearField(name)
             bad.MergeFrom(engine_pb2.SampleRequest(**wrong))
             with pytest.raises(grpc.aio.AioRpcError) as refused:
-                async for _ in stub.Sample(bad, metadata=metadata, timeout=5):
+                async for _ in stub.Sample(bad, metadata=metadata, timeout=20):
                     pass
             assert refused.value.code() == code
 
@@ -138,7 +140,7 @@ async def test_drain_gives_the_attempt_back_and_ends_the_process(place: Place) -
     await place.until(lambda: bool(place.jobs.job.metrics))
     port = place.jobs.registered[-1].address.rpartition(":")[2]
     assert await lathe_engine_drain(place, port) == (0, "The engine is drained.\n")
-    assert await asyncio.wait_for(engine.wait(), 20) == 0
+    assert await asyncio.wait_for(engine.wait(), 60) == 0
     assert place.jobs.job.outcomes == [Outcome.RELEASED]
     assert place.jobs.deregistered == ["eng-1"]
     # Nothing is there any more, and that is no error.
@@ -156,11 +158,11 @@ async def test_an_engine_ends_also_while_it_waits_for_its_base_model(
     engine = await place.start("eng-1", registers=False, LATHE_ENGINE_STORE__KIND="s3", **changes)
     await place.until(lambda: "cannot be fetched yet" in log.read_text())
     assert (await lathe_engine_drain(place, port))[0] == 0
-    assert await asyncio.wait_for(engine.wait(), 20) == 0
+    assert await asyncio.wait_for(engine.wait(), 60) == 0
     assert "Stopped before it answered." in log.read_text()
 
 
 async def test_an_engine_whose_parent_is_gone_leaves(place: Place) -> None:
     engine = await place.start("eng-1", registers=False, LATHE_ENGINE_PARENT_PID="1")
-    assert await asyncio.wait_for(engine.wait(), 20) == 0
+    assert await asyncio.wait_for(engine.wait(), 60) == 0
     assert "has died" in (place.folder / "eng-1.log").read_text()

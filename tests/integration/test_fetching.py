@@ -176,7 +176,7 @@ async def test_limits(site: Any) -> None:
     site.pages["/drips"] = drips
     try:
         with pytest.raises(FetchRefused, match="longer"):
-            await asyncio.wait_for(read(fetcher(max_seconds=0.3), site, "/drips"), 5)
+            await asyncio.wait_for(read(fetcher(max_seconds=0.3), site, "/drips"), 30)
     finally:
         gone.set()
 

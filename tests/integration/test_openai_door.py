@@ -198,7 +198,7 @@ async def _cut_upload(door: Door, body: bytes) -> None:
 
 
 async def _until(holds: Any) -> None:
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(30):
         while not holds():  # noqa: ASYNC110 - it looks at another server's state
             await asyncio.sleep(0.01)
 

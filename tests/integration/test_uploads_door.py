@@ -69,13 +69,13 @@ class Door:
         return (await self.sdk.uploads.parts.create(upload, data=data)).id
 
     async def processed(self, file_id: str) -> Any:
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(30):
             while (file := await self.sdk.files.retrieve(file_id)).status == "uploaded":  # noqa: ASYNC110
                 await asyncio.sleep(0.02)
         return file
 
     async def until(self, file_id: str, status: str) -> Any:
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(30):
             while (file := await self.sdk.files.retrieve(file_id)).status != status:  # noqa: ASYNC110
                 await asyncio.sleep(0.02)
         return file

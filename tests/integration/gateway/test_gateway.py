@@ -271,13 +271,13 @@ async def test_a_large_model_file_is_gone_on_with_where_its_stream_broke(
         await asyncio.Event().wait()
 
     call = stub.UploadModelFile(broken(), metadata=OPERATOR)
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(30):
         while (await stub.GetModelFileUpload(name, metadata=OPERATOR)).committed_size < PART_BYTES:
             pass
     error = await refused(stub.UploadModelFile(messages(b"", PART_BYTES), metadata=OPERATOR))
     assert error.reason == "UPLOAD_RUNNING"
     call.cancel()
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(30):
         while True:
             error = await refused(stub.UploadModelFile(messages(b"", 5), metadata=OPERATOR))
             if error.reason != "UPLOAD_RUNNING":
