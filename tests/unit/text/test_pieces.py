@@ -77,7 +77,7 @@ PARTS = [
     "a", "b", "é", "e\u0301", "'s", "'", " ", "  ", "\n", "\r", "\t", "\u00a0", "1", "½", ".", "/", "你", "ſ",
     "。", "，", "<|im_end|>", "end", "york", " Hello", " fox",
 ]  # fmt: skip
-texts = st.lists(st.sampled_from(PARTS) | st.characters(), max_size=40).map("".join)
+texts = st.lists(st.sampled_from(PARTS) | st.characters(codec="utf-8"), max_size=40).map("".join)
 
 
 def content(parts: Mapping[str, Any]) -> dict[str, Any]:
