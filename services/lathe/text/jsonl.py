@@ -271,7 +271,9 @@ class Validator:
         try:
             row = parse_line(line.data)
         except RowError as error:
-            if line.ended or error.code not in ("invalid_json", "invalid_utf8"):
+            # Where no line was good, it is not the end that is missing.
+            whole = line.ended or self._first is None
+            if whole or error.code not in ("invalid_json", "invalid_utf8"):
                 raise
             raise RowError("", error.code, f"{error.detail}; the file seems to stop half-way") from None
         self._first = self._first or (line.number, row.format, row.layout)

@@ -34,6 +34,13 @@ RESULTS = [
 ]
 
 
+@pytest.fixture(autouse=True)
+def _no_settings_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the shell that runs the tests is set to is none of their business."""
+    for name in [name for name in os.environ if name.startswith("LATHE_")]:
+        monkeypatch.delenv(name)
+
+
 def shown(renderable: object) -> str:
     out = io.StringIO()
     Console(file=out, width=200).print(renderable)

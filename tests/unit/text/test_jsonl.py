@@ -79,6 +79,12 @@ def test_a_file_that_stops_half_way() -> None:
     assert finding.message.endswith("the file seems to stop half-way")
 
 
+def test_a_file_of_another_encoding_does_not_stop_half_way() -> None:
+    validator = Validator()
+    validator.feed(b"\n".join([b'{"text": "caf\xe9"}'] * 12))
+    assert not any("half-way" in finding.message for finding in validator.finish().findings)
+
+
 @pytest.mark.parametrize(("rows", "count"), [(7, 7), (0, 0)])
 def test_too_few_examples(rows: int, count: int) -> None:
     validator = Validator()
