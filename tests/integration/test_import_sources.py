@@ -74,7 +74,7 @@ async def started(tmp_path: Path) -> AsyncIterator[Callable[..., Awaitable[Impor
             wanted = pb.ImportDatasetRequest(parent="projects/acme", dataset=new, source=source)
             made = await call(stub.ImportDataset, wanted, principal=ALICE)
             get = pb.GetDatasetRequest(name=made.name)
-            async with asyncio.timeout(10):
+            async with asyncio.timeout(60):
                 while (found := await call(stub.GetDataset, get, principal=ALICE)).state not in DONE:
                     await SystemClock().sleep(0.02)
             return found

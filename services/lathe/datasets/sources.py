@@ -93,7 +93,8 @@ class Sources:
         async for chunk in self.fetcher.fetch(url, self.secret):
             listing += chunk
             if len(listing) > _MAX_LISTING:
-                raise FetchRefused("The hub's list of files is too long.", "import_failed")
+                less = "" if named else f" Name its config and split: hf:{dataset}:config/split."
+                raise FetchRefused(f"The hub's list of files is too long.{less}", "import_failed")
         try:
             files = json.loads(listing)
         except (ValueError, RecursionError) as error:

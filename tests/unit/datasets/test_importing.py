@@ -257,6 +257,37 @@ async def test_an_answer_of_the_database_that_is_lost_loses_no_bytes(world, cut_
     assert await state(work, dataset) is DatasetState.READY
 
 
+async def test_what_is_finished_while_it_is_asked_after_loses_no_bytes(world):
+    asked, finished = asyncio.Event(), asyncio.Event()
+
+    async def rest():
+        await asked.wait()
+        return GOOD
+
+    class Meanwhile(SqlImportStore):
+        async def keep(self, item, until):
+            asked.set()
+            await finished.wait()
+            return await super().keep(item, until)
+
+        async def finish(self, item, size_bytes, sha256):
+            try:
+                return await super().finish(item, size_bytes, sha256)
+            finally:
+                finished.set()
+
+    work = replace(importing(world, FakeSources(rest)), store=Meanwhile(world.db))
+    dataset = await begin(work)
+    step = asyncio.create_task(work.step())
+    while not world.clock.sleeping:  # noqa: ASYNC110
+        await asyncio.sleep(0)
+    await world.clock.advance(6)
+    await asyncio.wait_for(step, 5)
+    assert asked.is_set()
+    await world.validate()
+    assert await state(work, dataset) is DatasetState.READY
+
+
 def parquet(*rows):
     file = io.BytesIO()
     pq.write_table(pa.Table.from_pylist(list(rows)), file)
@@ -356,6 +387,8 @@ async def test_buckets_and_the_hub(world):
                 f"{HUB}/o/many/parquet/main/train": json.dumps(["https://c/0.parquet"] * 1001).encode(),
                 f"{HUB}/o/deep/parquet/main/train": b"[" * 100_000,
                 f"{HUB}/o/none/parquet/main/train": b"[]",
+                f"{HUB}/o/long/parquet": b" " * (1 << 20) + b"{}",
+                f"{HUB}/o/long/parquet/main/train": b" " * (1 << 20) + b"[]",
                 f"{HUB}/o/odd/parquet/main/train": b'["https://c/0.csv"]',
                 "https://cdn.example/0.parquet": b"PAR1",
                 "https://c/0.parquet": b"0",
@@ -379,6 +412,8 @@ async def test_buckets_and_the_hub(world):
     for name, said in (
         ("configs", "hf:o/configs:a/train, hf:o/configs:a/test, hf:o/configs:b/train"),
         ("splits", "hf:o/splits:default/test"),
+        ("long", "too long. Name its config and split: hf:o/long:config/split."),
+        ("long:main/train", "too long.$"),
     ):
         with pytest.raises(FetchRefused, match=said):
             await read(f"hf:o/{name}")
