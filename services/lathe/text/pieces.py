@@ -4,7 +4,8 @@ bytes for each token of what it is given at once.
 A text is cut between a letter and a space, a line break, or a comma or full stop of Chinese and Japanese behind it,
 where all of these are true of the tokenizer:
 
-- it normalises nothing, or to NFC, in which those never join what stands before them;
+- it normalises nothing, or to NFC, in which those never join what stands before them; letters that NFC changes are
+  passed over, since some become a letter and a mark (Hindi's U+095D), which belongs to a word with what is behind it;
 - no added token reaches over such a place;
 - it splits the text into words by expressions of _ALTERNATIVES. None of them takes one of those behind a letter, looks
   behind, or looks ahead from elsewhere than white space: so there is an edge of words at that place, and on each side
@@ -55,12 +56,18 @@ def cut(text: str, size: int = SIZE) -> Iterator[str]:
     """The text in pieces of at least so many characters, where it has places to cut."""
     begin = 0
     while len(text) - begin > size:
-        edge = _EDGE.search(text, begin + size - 1)
-        if edge is None:
+        end = _edge(text, begin + size - 1)
+        if end is None:
             break
-        yield text[begin : edge.end()]
-        begin = edge.end()
+        yield text[begin:end]
+        begin = end
     yield text[begin:]
+
+
+def _edge(text: str, begin: int) -> int | None:
+    """The first place to cut behind a letter from here on."""
+    letters = (letter for letter in _EDGE.finditer(text, begin) if normalize("NFC", letter[0]) == letter[0])
+    return next((letter.end() for letter in letters), None)
 
 
 def grouped(owned: Iterable[tuple[int, str]], size: int = SIZE) -> Iterator[list[tuple[int, str]]]:

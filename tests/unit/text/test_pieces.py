@@ -76,6 +76,8 @@ ADDED = {
 PARTS = [
     "a", "b", "é", "e\u0301", "'s", "'", " ", "  ", "\n", "\r", "\t", "\u00a0", "1", "½", ".", "/", "你", "ſ",
     "。", "，", "<|im_end|>", "end", "york", " Hello", " fox",
+    # Letters that NFC makes a letter and a mark.
+    "\u095d", "\ufb2a",
 ]  # fmt: skip
 texts = st.lists(st.sampled_from(PARTS) | st.characters(codec="utf-8"), max_size=40).map("".join)
 
@@ -117,6 +119,12 @@ def test_what_is_not_known_to_have_edges_is_not_cut(parts: Mapping[str, Any]) ->
 def test_an_added_token_may_reach_over_an_edge(token: AddedToken) -> None:
     assert not may_cut(content(KNOWN["qwen"]), [AddedToken("<|end|>"), token])
     assert may_cut(content(KNOWN["qwen"]), [AddedToken("<|end|>"), AddedToken("  ")])
+
+
+def test_no_edge_is_behind_what_normalising_makes_a_mark() -> None:
+    """Hindi's rha is a letter and a mark under NFC, and a mark is one word with the line break behind it."""
+    assert list(cut("\u092a\u095d\na\n", 1)) == ["\u092a\u095d\na", "\n"]
+    assert list(cut("\u095d\n", 1)) == ["\u095d\n"]
 
 
 def test_a_text_without_places_stays_whole() -> None:
