@@ -26,6 +26,10 @@ class RowError(InvalidArgument):
         self.code = code
         self.detail = message
 
+    def __reduce__(self) -> tuple[type[RowError], tuple[str, str, str]]:
+        """Processes send it to each other."""
+        return type(self), (self.field, self.code, self.detail)
+
 
 def _cut(text: str, limit: int) -> str:
     return text if len(text) <= limit else text[: limit - 1] + "…"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from typing import Any
 
 import pytest
@@ -104,3 +105,11 @@ def test_a_plain_message_is_what_the_full_check_makes_of_it(message: dict[str, A
 def test_what_an_error_quotes_is_cut() -> None:
     error = RowError("k" * 10_000, "message_unrecognized_key", "unknown " + "x" * 10_000)
     assert (len(error.field), len(error.detail)) == (200, 500)
+
+
+def test_another_process_is_told_the_same_error() -> None:
+    error = RowError("messages[2]", "missing_content", "is missing " + "x" * 10_000)
+    sent = pickle.loads(pickle.dumps(error))
+    assert type(sent) is RowError
+    assert vars(sent) == vars(error)
+    assert str(sent) == str(error)
