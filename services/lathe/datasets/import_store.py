@@ -39,8 +39,8 @@ class SqlImportStore:
             .scalar_subquery()
         )
         query = (
-            imports.select()
-            .join(datasets, datasets.c.id == imports.c.dataset_id)
+            sa.select(*imports.c, datasets.c.staging_key.label("earlier_key"))
+            .join_from(imports, datasets, datasets.c.id == imports.c.dataset_id)
             .where(_UPLOADING, imports.c.next_time <= now)
             .order_by(under_way, imports.c.next_time, imports.c.dataset_id)
             .limit(1)
@@ -53,10 +53,9 @@ class SqlImportStore:
                 return None
             is_it = imports.c.dataset_id == row.dataset_id
             await connection.execute(imports.update().where(is_it).values(next_time=until))
-            item = Import(row.project, row.dataset_id, row.source, row.tries, staging_key)
             its = datasets.update().where(datasets.c.id == row.dataset_id)
             await connection.execute(its.values(staging_key=staging_key))
-        return item
+        return Import(row.project, row.dataset_id, row.source, row.tries, staging_key, row.earlier_key)
 
     async def keep(self, item: Import, until: datetime) -> bool:
         return await self._change(_still_due(item).values(next_time=until))

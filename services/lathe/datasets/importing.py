@@ -122,20 +122,22 @@ class Importing:
 
     async def _fetch(self, item: Import, sources: Sources) -> None:
         """Into staging, and the dataset VALIDATING. Nothing is left where that cannot be."""
+        # A try that died, or did not hear what became of its bytes, could not.
+        await self._clear(item.earlier_key)
         try:
             size, sha256 = await self._stage(item, sources)
         except BaseException:
-            await self._clear(item)
+            await self._clear(item.staging_key)
             raise
         # From here on the row may name what is in staging, whatever becomes of the answer.
         if not await self.store.finish(item, size, sha256):
-            await self._clear(item)
+            await self._clear(item.staging_key)
             raise _NotOurs
         self._pauses.forget(item.dataset_id)
 
-    async def _clear(self, item: Import) -> None:
+    async def _clear(self, staging_key: str) -> None:
         with suppress(LatheError):
-            await clear_objects(self.datasets.objects, item.staging_key)
+            await clear_objects(self.datasets.objects, staging_key)
 
     async def _stage(self, item: Import, sources: Sources) -> tuple[int, str]:
         """Size and SHA-256 (lower-case hex) of all that is in staging then."""

@@ -273,13 +273,15 @@ class UploadStore(Protocol):
 @dataclass(frozen=True, slots=True)
 class Import:
     """A dataset that is being fetched. staging_key: where this try's bytes go, and by which it is known whether the
-    dataset is still this try's. tries: those that broke."""
+    dataset is still this try's. earlier_key: where those of the try before went, which nobody needs any more. tries:
+    those that broke."""
 
     project: str
     dataset_id: str
     source: str
     tries: int
     staging_key: str
+    earlier_key: str
 
 
 class ImportStore(Protocol):

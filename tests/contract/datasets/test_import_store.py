@@ -44,7 +44,7 @@ async def test_each_is_one_trys(stores):
     assert (await datasets.get("p", "file-1")).source == "https://x.example/a"
     assert await taken(imports, "staging/0", NOW - timedelta(seconds=1)) is None
     first, second = await taken(imports, "staging/1"), await taken(imports, "staging/2")
-    assert first == Import("p", "file-1", "https://x.example/a?sig=1", 0, "staging/1")
+    assert first == Import("p", "file-1", "https://x.example/a?sig=1", 0, "staging/1", "staging/x")
     assert (second.dataset_id, second.staging_key) == ("file-2", "staging/2")
     assert (await datasets.get("p", "file-1")).staging_key == "staging/1"
     assert await taken(imports, "staging/3") is None
@@ -61,7 +61,8 @@ async def test_each_is_one_trys(stores):
         assert not await said
     assert (await datasets.get("p", "file-1")).state is DatasetState.UPLOADING
     assert await imports.again(over, 1, NOW)
-    assert (await taken(imports, "staging/5")).tries == 1
+    again = await taken(imports, "staging/5")
+    assert (over.earlier_key, again.earlier_key, again.tries) == ("staging/1", "staging/3", 1)
 
 
 async def test_ends(stores):

@@ -257,6 +257,21 @@ async def test_an_answer_of_the_database_that_is_lost_loses_no_bytes(world, cut_
     assert await state(work, dataset) is DatasetState.READY
 
 
+async def test_what_an_earlier_try_left_goes_with_the_next(world):
+    class Away(SqlImportStore):
+        async def finish(self, item, size_bytes, sha256):
+            raise Unavailable("The connection broke.")
+
+    work = replace(importing(world, FakeSources(GOOD)), store=Away(world.db))
+    dataset = await begin(work)
+    for _ in range(3):
+        await work.step()
+        assert len(staged(world)) == 1
+        world.clock.tick(600)
+    await importing(world, FakeSources(GOOD)).step()
+    assert staged(world) == [(await work.datasets.store.get("acme", dataset.id)).staging_key]
+
+
 async def test_what_is_finished_while_it_is_asked_after_loses_no_bytes(world):
     asked, finished = asyncio.Event(), asyncio.Event()
 
