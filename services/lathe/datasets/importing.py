@@ -25,6 +25,9 @@ log = logging.getLogger(__name__)
 MAX_TRIES = 5
 LEASE = timedelta(minutes=1)
 """What nobody was heard of for so long is fetched by somebody else."""
+UNFETCHED = timedelta(days=1)
+"""What is due so long is fetched by nobody, where imports are switched off: while they are being switched on or off,
+there are processes of both kinds."""
 _FIRST_WAIT = timedelta(seconds=5)
 _LOOK_EVERY_S = 5.0
 
@@ -63,15 +66,17 @@ class Importing:
 
     async def step(self) -> None:
         """Fetch what is due and nobody else is at, one after another. Raises Unavailable while the database is away."""
-        if self.sources is None:
-            return
         await self.store.forget_ended()
         while (item := await self._next()) is not None:
-            await self._import(item, self.sources)
+            if self.sources is None:
+                await self._fail(item, "import_refused", "Imports were switched off on this platform.")
+            else:
+                await self._import(item, self.sources)
 
     async def _next(self) -> Import | None:
         now = self.datasets.clock.now()
-        return await self.store.take(self.datasets.new_staging_key(), now, now + LEASE)
+        due = now if self.sources is not None else now - UNFETCHED
+        return await self.store.take(self.datasets.new_staging_key(), due, now + LEASE)
 
     async def _import(self, item: Import, sources: Sources) -> None:
         work = asyncio.create_task(self._fetch(item, sources))

@@ -183,7 +183,7 @@ def _loops(
         loop("The audit", auditor.step, service.auditing, _LOOK_EVERY_S),
         *(
             loop("An import", imports.step, imports.due, _IMPORTS_EVERY_S)
-            for _ in range(settings.imports.workers if settings.imports.enabled else 0)
+            for _ in range(settings.imports.workers if settings.imports.enabled else 1)
         ),
         loop("The sweep", cleaner.sweep, service.cleanup, settings.sweep_interval_s),
         loop("The sweep of orphans", cleaner.sweep_orphans, Wakeup(), _ORPHANS_EVERY_S),

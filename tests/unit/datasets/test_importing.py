@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from lathe.common.errors import FailedPrecondition, InvalidArgument, Unavailable
 from lathe.datasets.fetching import FetchBroke, Fetcher, FetchRefused, Secret, checked
 from lathe.datasets.import_store import SqlImportStore
-from lathe.datasets.importing import LEASE, MAX_TRIES, Importing
+from lathe.datasets.importing import LEASE, MAX_TRIES, UNFETCHED, Importing
 from lathe.datasets.model import DatasetState, ImportOptions
 from lathe.datasets.settings import DatasetsSettings
 from lathe.datasets.sources import Sources, check_source, shown_source
@@ -357,6 +357,25 @@ async def test_switched_off(world):
     with pytest.raises(FailedPrecondition) as refused:
         importing(world, None).check_offered()
     assert refused.value.reason == "IMPORTS_OFF"
+
+
+async def test_what_was_begun_before_they_were_switched_off_ends_after_a_day(world):
+    """Not sooner: where they are being switched on, another process may be about to fetch it."""
+    begun = importing(world, FakeSources(b"half", FetchBroke("The server answered 503.")))
+    dataset = await begin(begun)
+    await begun.step()
+    off = importing(world, None)
+    world.clock.tick(UNFETCHED.total_seconds())
+    await off.step()
+    assert await state(off, dataset) is DatasetState.UPLOADING
+    world.clock.tick(5)
+    await off.step()
+    found = await off.datasets.get("acme", dataset.id)
+    assert (found.state, found.report.findings[0].code) == (DatasetState.ERROR, "import_refused")
+    assert "switched off" in found.report.findings[0].message
+    await off.step()
+    await begun.step()
+    assert len(begun.sources.reads) == 1
 
 
 @pytest.mark.parametrize(
