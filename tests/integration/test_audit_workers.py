@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
+import multiprocessing
 import os
 import signal
+import time
+from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
@@ -37,6 +41,42 @@ def die_once(died: Path, task: Task, lines: Chunk) -> ChunkResult:
 
 def die() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def search_for_long(started: Path) -> None:
+    """Longer than any test waits."""
+    whole = started.with_suffix(".whole")
+    whole.write_text(str(os.getpid()))
+    whole.rename(started)
+    time.sleep(3600)
+
+
+def appears(file: Path) -> None:
+    while not file.exists():
+        time.sleep(0.01)
+
+
+async def searching(started: Path, end: Callable[[], None] | None) -> None:
+    """A service that ends amid a search, as it is told to or by end."""
+    processes = Processes(1)
+    search = asyncio.create_task(processes.result(Work(partial(search_for_long, started), "the search")))
+    await asyncio.to_thread(appears, started)
+    if end is not None:
+        end()
+    search.cancel()
+    processes.close()
+
+
+def service(started: Path, end: Callable[[], None] | None) -> None:
+    asyncio.run(searching(started, end))
+
+
+def runs(process: int) -> bool:
+    """What has ended and waits for its parent has no command line."""
+    try:
+        return bool(Path(f"/proc/{process}/cmdline").read_bytes())
+    except (FileNotFoundError, ProcessLookupError):
+        return False
 
 
 def chunks():
@@ -80,6 +120,26 @@ async def test_a_killed_process_costs_nothing_but_time(task, tmp_path, one):
 async def test_work_that_kills_each_process_is_given_up(one):
     with pytest.raises(Internal, match="died 3 times at the search for duplicates"):
         await one.result(Work(die, "the search for duplicates"))
+
+
+@pytest.mark.parametrize(("end", "code"), [(None, 0), (die, -signal.SIGKILL)], ids=["told", "killed"])
+def test_nothing_outlives_a_service_that_ends_amid_a_search(tmp_path, end, code):
+    """The search may take minutes, which neither Ctrl-C nor a pod's end waits for."""
+    started = tmp_path / "started"
+    parent = multiprocessing.get_context("spawn").Process(target=service, args=(started, end))
+    parent.start()
+    parent.join(60)
+    ended, search = parent.exitcode, int(started.read_text())
+    try:
+        assert ended == code
+        deadline = time.monotonic() + 30
+        while runs(search) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert not runs(search)
+    finally:
+        for process in (parent.pid, search):
+            if runs(process):
+                os.kill(process, signal.SIGKILL)
 
 
 async def test_a_tokenizer_that_cannot_be_read_is_told_of(task, tmp_path, one):

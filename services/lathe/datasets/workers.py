@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import signal
 import threading
+import time
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -17,6 +18,7 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from datetime import datetime
 from functools import lru_cache
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Generic, Protocol, TypeVar
 
@@ -31,6 +33,8 @@ log = logging.getLogger(__name__)
 _DEATHS = 3
 # Work ahead of the oldest that is not done, for each process.
 _AHEAD = 2
+# What a process still has to end with what is in hand: some chunks, but not a search for duplicates.
+_LAST_S = 1.0
 # Each takes some 250 MB.
 _USUALLY_AT_MOST = 4
 
@@ -80,6 +84,9 @@ class Processes:
 
     def __init__(self, count: int) -> None:
         self._count = count
+        self._context = multiprocessing.get_context("spawn")
+        # Nothing is ever sent: each process ends when _open is closed.
+        self._closed, self._open = self._context.Pipe(duplex=False)
         self._executor = self._started()
 
     async def results(self, works: AsyncIterator[Work[R]]) -> AsyncGenerator[R, None]:
@@ -95,8 +102,10 @@ class Processes:
         return await self._oldest(deque([_Pending(work, self._submitted(work))]))
 
     def close(self) -> None:
-        """End the processes; what they still do is forgotten."""
+        """End the processes; what they still do is forgotten, and broken off where it takes long."""
         self._executor.shutdown(wait=False, cancel_futures=True)
+        self._open.close()
+        self._closed.close()
 
     async def _oldest(self, pending: deque[_Pending[R]]) -> R:
         for _ in range(_DEATHS):
@@ -104,7 +113,7 @@ class Processes:
                 result = await asyncio.wrap_future(pending[0].future)
             except BrokenProcessPool:
                 log.warning("A process of an audit died; what it had in hand is done again.")
-                self.close()
+                self._executor.shutdown(wait=False)
                 self._executor = self._started()
                 for item in pending:
                     item.future = self._submitted(item.work)
@@ -115,7 +124,7 @@ class Processes:
 
     def _started(self) -> ProcessPoolExecutor:
         return ProcessPoolExecutor(
-            self._count, mp_context=multiprocessing.get_context("spawn"), initializer=_begin
+            self._count, mp_context=self._context, initializer=_begin, initargs=(self._closed,)
         )
 
     def _submitted(self, work: Work[R]) -> Future[R]:
@@ -162,17 +171,17 @@ def _chunk_work(task: Task) -> ChunkWork:
     return ChunkWork(Tokenizer.from_folder(task.tokenizer), task.options, task.now)
 
 
-def _begin() -> None:
+def _begin(closed: Connection) -> None:
     # Ctrl-C at `lathe up` reaches them too; their parent ends them when it ends.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # One process a core already.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=_end_at_last, args=(closed,), daemon=True).start()
 
 
-def _end_with_parent() -> None:
-    """A killed parent closes nothing that a process waits for."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
+def _end_at_last(closed: Connection) -> None:
+    """End this process once the other end is closed, as it also is when the parent is killed."""
+    closed.poll(None)
+    # What is done by then ends as it should: nobody can read half a result.
+    time.sleep(_LAST_S)
+    os._exit(1)
