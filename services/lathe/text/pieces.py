@@ -6,7 +6,7 @@ where all of these are true of the tokenizer:
 
 - it normalises nothing, or to NFC, in which those never join what stands before them; letters that NFC changes are
   passed over, since some become a letter and a mark (Hindi's U+095D), which belongs to a word with what is behind it;
-- no added token reaches over such a place;
+- no added token reaches over such a place, or asks what stands on its other side;
 - it splits the text into words by expressions of _ALTERNATIVES. None of them takes one of those behind a letter, looks
   behind, or looks ahead from elsewhere than white space: so there is an edge of words at that place, and on each side
   the words are the same whatever stands on the other. What comes after that works on one word at a time.
@@ -109,7 +109,7 @@ def _splits_at_spaces(steps: Sequence[Mapping[str, Any]]) -> bool:
 
 
 def _reaches_over(token: AddedToken) -> bool:
-    return token.rstrip or _EDGE.search(normalize("NFC", token.content)) is not None
+    return token.rstrip or token.single_word or _EDGE.search(normalize("NFC", token.content)) is not None
 
 
 def _steps(step: Mapping[str, Any] | None, key: str) -> list[Mapping[str, Any]]:

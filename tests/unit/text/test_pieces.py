@@ -70,6 +70,7 @@ WHOLE: dict[str, dict[str, Any]] = {
 ADDED = {
     "takes white space behind it": AddedToken("end", rstrip=True, normalized=False),
     "has such a place": AddedToken("new york", normalized=False),
+    "asks what stands before it": AddedToken(" foo", single_word=True, normalized=False),
     "has it once normalised": AddedToken("cafe\u0301 noir", normalized=True),
 }
 
