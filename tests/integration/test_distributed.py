@@ -95,7 +95,8 @@ async def test_two_workers_train_what_one_does_and_survive_the_loss_of_one(
     [worker] = actors()
     os.kill(worker, signal.SIGKILL)
     await place.until(lambda: bool(place.jobs.job.outcomes))
-    assert place.jobs.job.outcomes == [Outcome.WORKER_LOST]
+    # A loss that is noticed behind a whole step is told by leaving: the job is given back before a pass fails.
+    assert place.jobs.job.outcomes in ([Outcome.WORKER_LOST], [Outcome.RELEASED])
     assert await engine.wait() == 0
     place.jobs.job.outcomes.clear()
 

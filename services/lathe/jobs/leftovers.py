@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 
 from lathe.common.clock import Clock
+from lathe.common.errors import LatheError
 from lathe.jobs.auditing import FINAL
 from lathe.jobs.model import Attempt, Checkpoint, Job, JobState
 from lathe.jobs.ports import JobStore, Models
@@ -33,14 +34,20 @@ class Leftovers:
     clock: Clock
 
     async def sweep(self) -> None:
-        """Sweep the files of every job that ended a while ago. Raises Unavailable if the database, models or the object
-        store is away."""
+        """Sweep the files of every job that ended a while ago; one that cannot be swept holds up no other. Raises
+        Unavailable if the database, models or the object store is away."""
         async with self.store.read() as session:
             ended = await session.unswept(_AT_ONCE)
         before = self.clock.now() - SWEPT_AFTER
+        failed: LatheError | None = None
         for job in ended:
             if (job.finish_time or job.create_time) <= before:
-                await self._sweep(job)
+                try:
+                    await self._sweep(job)
+                except LatheError as error:
+                    failed = failed or error
+        if failed is not None:
+            raise failed
 
     async def _sweep(self, job: Job) -> None:
         async with self.store.read() as session:
@@ -55,8 +62,9 @@ class Leftovers:
 
 
 def kept_prefixes(job: Job, checkpoints: Sequence[Checkpoint], final: Attempt | None) -> list[str]:
-    """The folders that stay: of the checkpoints that users are shown, and of what a success made."""
+    """The folders that stay: of the checkpoints that users are shown, and of what was trained to the end, also where
+    its registration was refused: whoever mends the reason wants it."""
     kept = [point.object.prefix for point in checkpoints]
-    if job.state is JobState.SUCCEEDED and final is not None and final.final_adapter is not None:
+    if job.state is not JobState.CANCELLED and final is not None and final.final_adapter is not None:
         kept.append(final.final_adapter.prefix)
     return kept

@@ -324,7 +324,7 @@ async def test_a_stop_is_announced_first_and_open_streams_end_in_peace(
     owners.said, owners.token_s = "Paris. " * 20, 0.03
     (tmp_path / "token").write_text(TOKEN)
     rpc = RpcSettings(
-        port=0, health_port=0, service_token_file=tmp_path / "token", drain_delay_s=1, grace_s=20
+        port=0, health_port=0, service_token_file=tmp_path / "token", drain_delay_s=3, grace_s=20
     )
     stopping = asyncio.Event()
     running_service: asyncio.Future[RunningService] = asyncio.get_running_loop().create_future()

@@ -83,3 +83,15 @@ async def test_what_models_refuses_for_good_keeps_no_other_job_waiting(world: Wo
     world.clock.tick(LONG)
     await world.leftovers.sweep()
     assert world.models.swept == {second.id: []}
+
+
+async def test_what_was_trained_to_the_end_stays_though_its_registration_was_refused(world: World) -> None:
+    lease = await with_checkpoints(world)
+    await world.complete(lease, Outcome.SUCCEEDED)
+    world.models.down = InvalidArgument("its rank is not what was said")
+    await world.steps.run_once()
+    world.models.down = None
+    assert (await world.job(lease.job.id)).state is JobState.FAILED
+    world.clock.tick(LONG)
+    await world.leftovers.sweep()
+    assert world.models.swept == {lease.job.id: [f"{lease.attempt.prefix}final"]}
