@@ -238,9 +238,10 @@ async def test_whoever_drips_its_handshake_loses_its_connection() -> None:
     async with await asyncio.start_server(drips, "127.0.0.1", 0) as server:
         url = f"https://files.example.com:{server.sockets[0].getsockname()[1]}/a"
         asked = asyncio.ensure_future(anext(fetcher().fetch(url)))
-        await begun.wait()
+        await asyncio.wait_for(begun.wait(), 30)
         asked.cancel()
-        await asyncio.wait_for(noticed.wait(), 30)
+        # Or TimeoutError: the connection was never closed.
+        assert await asyncio.wait_for(noticed.wait(), 30)
 
 
 # --- going on where a connection broke ---------------------------------------------------------------------------

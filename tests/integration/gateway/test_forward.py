@@ -189,13 +189,13 @@ async def test_cancel_reaches_the_owner(stub: Any, jobs: JobsDouble) -> None:
     for _ in range(3):
         await stream.read()
     stream.cancel()
-    await asyncio.wait_for(jobs.cancelled.wait(), 30)
+    assert await asyncio.wait_for(jobs.cancelled.wait(), 30)
 
     jobs.cancelled.clear()
     call = stub.GetJob(jobs_pb2.GetJobRequest(name="slow"), metadata=KEY)
     await asyncio.wait_for(jobs.called.wait(), 30)
     call.cancel()
-    await asyncio.wait_for(jobs.cancelled.wait(), 30)
+    assert await asyncio.wait_for(jobs.cancelled.wait(), 30)
 
 
 async def test_deadline_reaches_the_owner(stub: Any, jobs: JobsDouble) -> None:
