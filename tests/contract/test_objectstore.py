@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
+import stat
 import time
 import uuid
 from collections.abc import AsyncIterator
@@ -17,6 +18,7 @@ import httpx
 import pytest
 
 from lathe.common.errors import AlreadyExists, InvalidArgument, NotFound, OutOfRange, Unavailable
+from lathe.common.objectstore import folder
 from lathe.common.objectstore.base import LOCAL_DISK, ObjectStore
 from lathe.common.objectstore.folder import FolderStore
 from lathe.common.objectstore.s3 import S3Config, S3Store
@@ -264,6 +266,39 @@ async def test_a_full_disk_is_unavailable_and_leaves_nothing(tmp_path: Path) -> 
         await store.check()
     assert files_in(tmp_path) == ["blobs/kept"]
     assert await store.get("blobs/kept") == b"kept"
+
+
+async def test_a_large_file_is_synced_while_it_comes_in_and_a_failure_of_that_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(folder, "_SYNC_BYTES", 8)
+    sizes: list[int] = []
+    failing: set[int] = set()
+
+    def fsync(descriptor: int) -> None:
+        size = os.fstat(descriptor).st_size
+        if stat.S_ISREG(os.fstat(descriptor).st_mode):
+            sizes.append(size)
+            if len(sizes) in failing:
+                raise OSError(errno.EIO, "Input/output error")
+
+    store = FolderStore(tmp_path, fsync=fsync)
+    await store.put("a", chunks(*[b"12345"] * 5))
+    assert await store.get("a") == b"12345" * 5 and len(sizes) == 3
+
+    async def broken() -> AsyncIterator[bytes]:
+        yield bytes(8)
+        raise ConnectionError
+
+    for number in (1, 2):
+        sizes.clear()
+        failing |= {number}
+        with pytest.raises(Unavailable, match="Input/output"):
+            await store.put("b", chunks(*[bytes(8)] * number, b"rest"))
+    sizes.clear()
+    with pytest.raises(ConnectionError):
+        await store.put("b", broken())
+    assert files_in(tmp_path) == ["a"]
 
 
 async def test_a_folder_that_is_gone_is_unavailable(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -10,10 +11,11 @@ from typing import Any
 
 import grpc
 import pytest
+from google.protobuf import empty_pb2
 
 from lathe.client import Client
-from lathe.client.datasets import CHUNK_BYTES
-from lathe.common.errors import FailedPrecondition, Unavailable
+from lathe.client.content import CHUNK_BYTES
+from lathe.common.errors import FailedPrecondition, InvalidArgument, Unavailable
 from lathe.common.rpc.status import to_rpc_status
 from lathe.v1 import (
     accounts_pb2,
@@ -40,7 +42,8 @@ class Datasets(datasets_pb2_grpc.DatasetsServiceServicer):
 
     def __init__(self, breaks: list[int], *, lose_answer: bool = False) -> None:
         self.breaks, self.lose_answer = breaks, lose_answer
-        self.stored, self.done, self.request_ids = bytearray(), False, list[str]()
+        self.stored, self.done = bytearray(), False
+        self.request_ids, self.deleted = list[str](), list[str]()
 
     def CreateDataset(self, request: Any, context: Any) -> datasets_pb2.Dataset:
         self.request_ids.append(request.request_id)
@@ -63,7 +66,11 @@ class Datasets(datasets_pb2_grpc.DatasetsServiceServicer):
                 return self.GetDataset(None, context)
             if limit is not None and got >= limit:
                 away(context)
-        raise AssertionError("the stream ended early")
+        return datasets_pb2.Dataset(name=NAME, state=datasets_pb2.DATASET_STATE_UPLOADING)
+
+    def DeleteDataset(self, request: Any, context: Any) -> empty_pb2.Empty:
+        self.deleted.append(request.name)
+        return empty_pb2.Empty()
 
     def GetDatasetUpload(self, request: Any, context: Any) -> datasets_pb2.DatasetUpload:
         if self.done:
@@ -177,6 +184,21 @@ def test_an_import_goes_on_where_it_broke_and_sends_nothing_twice(serve: Any, tm
 def test_an_upload_whose_answer_was_lost_is_complete(serve: Any) -> None:
     datasets = Datasets([], lose_answer=True)
     assert serve(datasets).datasets.upload(DATA).sha256 == hashlib.sha256(DATA).hexdigest()
+
+
+def test_a_file_that_changes_on_its_way_is_refused_and_forgotten(serve: Any, tmp_path: Path) -> None:
+    datasets, file = Datasets([CHUNK_BYTES]), tmp_path / "train.jsonl"
+    file.write_bytes(DATA)
+
+    def write_more(sent: int, size: int) -> None:
+        if sent == CHUNK_BYTES:
+            file.write_bytes(DATA[:-1] + b"x")
+            os.utime(file, ns=(1, 1))
+
+    with pytest.raises(InvalidArgument, match=r"train\.jsonl changed while it was uploaded") as refused:
+        serve(datasets).datasets.upload(file, progress=write_more)
+    assert refused.value.reason == "FILE_CHANGED"
+    assert datasets.deleted == [NAME] and not datasets.done
 
 
 def test_an_empty_file_is_sent_as_one_empty_message(serve: Any) -> None:

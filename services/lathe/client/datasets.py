@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
-import io
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
 
 from lathe.client.audits import Audits
+from lathe.client.content import CHUNK_BYTES, FILE_CHANGED, Content, ContentDigest
 from lathe.client.paging import pages
 from lathe.client.parts import PartsUpload, StoreOutOfReach
 from lathe.client.rows import Rows
@@ -28,7 +25,6 @@ from lathe.common.errors import (
 from lathe.v1 import datasets_pb2 as pb
 from lathe.v1.datasets_pb2_grpc import DatasetsServiceStub
 
-CHUNK_BYTES = 1024 * 1024
 # Below it one stream is quicker than the calls about parts.
 PRESIGNED_FROM_BYTES = 8 * 1024 * 1024
 _SETTLED = frozenset({pb.DATASET_STATE_READY, pb.DATASET_STATE_ERROR})
@@ -57,18 +53,21 @@ class Datasets(Rows, Audits):
         no progress for the client's timeout. progress: called with (sent, all) bytes.
         A training file that is not JSONL is converted. file_type: jsonl, json, csv or parquet; by the name's ending if
         not given. columns: key of a training row -> column of the file, such as {"prompt": "question"}.
-        Raises InvalidArgument for a file that cannot be read, is too large, or of an unknown purpose, type or key.
+        Raises InvalidArgument for a file that cannot be read, is too large, changes meanwhile, or is of an unknown
+        purpose, type or key.
         """
-        content = _Content.of(source)
+        content = Content.of(source)
+        digest = ContentDigest(content)
         new = pb.Dataset(display_name=display_name or content.name, purpose=purpose)
         if file_type or columns:
             new.import_options.CopyFrom(pb.ImportOptions(file_type=file_type, columns=columns))
         if content.size >= PRESIGNED_FROM_BYTES:
-            done = self._in_parts(content, new, progress)
+            done = self._in_parts(digest, new, progress)
             if done is not None:
                 return done
         created = self._create(new)
-        return _Upload(self._transport, self._stub, created.name, content, progress).run()
+        with self._forgotten_if_changed(created.name):
+            return _Upload(self._transport, self._stub, created.name, digest, progress).run()
 
     def import_from(
         self,
@@ -92,9 +91,12 @@ class Datasets(Rows, Audits):
         )
         return self._transport.call(self._stub.ImportDataset, request)
 
-    def _in_parts(self, content: _Content, new: pb.Dataset, progress: Progress | None) -> pb.Dataset | None:
+    def _in_parts(
+        self, digest: ContentDigest, new: pb.Dataset, progress: Progress | None
+    ) -> pb.Dataset | None:
         """Straight to the object store; None where that is not offered, or the store is out of this client's reach."""
-        announced = pb.PartsAnnouncement(size_bytes=content.size, sha256=content.sha256, presigned=True)
+        content = digest.content
+        announced = pb.PartsAnnouncement(size_bytes=content.size, presigned=True)
         try:
             created = self._create(new, announced)
         except FailedPrecondition as error:
@@ -107,18 +109,22 @@ class Datasets(Rows, Audits):
                 progress(size, content.size)
 
         try:
-            return PartsUpload(
-                self._transport,
-                self._stub,
-                created.name,
-                size=content.size,
-                opened=content.opened,
-                progress=stored,
-            ).run()
+            with self._forgotten_if_changed(created.name):
+                return PartsUpload(self._transport, self._stub, created.name, digest, stored).run()
         except (StoreOutOfReach, Unimplemented):
             # Or the platform is of the version before, which made a dataset for a stream.
             self.delete(created.name)
             return None
+
+    @contextmanager
+    def _forgotten_if_changed(self, name: str) -> Iterator[None]:
+        """Nobody wants a file of which one half is older than the other."""
+        try:
+            yield
+        except InvalidArgument as error:
+            if error.reason == FILE_CHANGED:
+                self.delete(name)
+            raise
 
     def _create(self, new: pb.Dataset, in_parts: pb.PartsAnnouncement | None = None) -> pb.Dataset:
         request = pb.CreateDatasetRequest(
@@ -170,37 +176,6 @@ class Datasets(Rows, Audits):
         self._transport.call(self._stub.DeleteDataset, pb.DeleteDatasetRequest(name=self._name(name)))
 
 
-@dataclass(frozen=True, slots=True)
-class _Content:
-    """What is uploaded. It is read once for its digest and again for each try."""
-
-    source: Path | bytes
-    name: str
-    size: int
-    sha256: str
-
-    @classmethod
-    def of(cls, source: Path | str | bytes) -> _Content:
-        if isinstance(source, bytes):
-            return cls(source, "data.jsonl", len(source), hashlib.sha256(source).hexdigest())
-        path = Path(source)
-        try:
-            with path.open("rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
-                size = file.tell()
-        except OSError as error:
-            raise InvalidArgument(f"{path} cannot be read: {error.strerror}.") from error
-        return cls(path, path.name, size, digest)
-
-    @contextmanager
-    def opened(self) -> Iterator[IO[bytes]]:
-        if isinstance(self.source, bytes):
-            yield io.BytesIO(self.source)
-        else:
-            with self.source.open("rb") as file:
-                yield file
-
-
 class _Upload:
     """One upload with its resumptions."""
 
@@ -209,13 +184,14 @@ class _Upload:
         transport: Transport,
         stub: DatasetsServiceStub,
         name: str,
-        content: _Content,
+        digest: ContentDigest,
         progress: Progress | None,
     ) -> None:
         self._transport = transport
         self._stub = stub
         self._name = name
-        self._content = content
+        self._content = digest.content
+        self._digest = digest
         self._progress = progress
 
     def run(self) -> pb.Dataset:
@@ -224,7 +200,11 @@ class _Upload:
         deadline: float | None = None
         while True:
             try:
-                return self._transport.send(self._stub.UploadDataset, self._messages(offset))
+                answer = self._transport.send(self._stub.UploadDataset, self._messages(offset))
+                if answer.state == pb.DATASET_STATE_UPLOADING:
+                    # `_messages` did not finish it.
+                    self._content.check_unchanged()
+                return answer
             except FailedPrecondition as error:
                 return self._completed(error)
             except (Unavailable, Aborted, OutOfRange) as error:
@@ -247,7 +227,7 @@ class _Upload:
             raise error
         request = pb.GetDatasetRequest(name=self._name)
         dataset = self._transport.call(self._stub.GetDataset, request)
-        if self._content.sha256 not in (dataset.sha256, dataset.source_sha256):
+        if self._digest.hexdigest() not in (dataset.sha256, dataset.source_sha256):
             raise error
         return dataset
 
@@ -259,12 +239,15 @@ class _Upload:
                 data = file.read(CHUNK_BYTES)
                 end = offset + len(data)
                 last = end >= self._content.size or not data
+                self._digest.add(offset, data)
+                if last and self._content.changed:
+                    return
                 yield pb.UploadDatasetRequest(
                     name=name,
                     write_offset=offset,
                     data=data,
                     finish_write=last,
-                    sha256=self._content.sha256 if last else "",
+                    sha256=self._digest.hexdigest() if last else "",
                 )
                 name, offset = "", end
                 if self._progress is not None:

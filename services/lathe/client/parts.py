@@ -6,11 +6,12 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
-from contextlib import AbstractContextManager, closing
+from contextlib import closing
 from http.client import HTTPConnection, HTTPException, HTTPSConnection
 from typing import IO
 from urllib.parse import urlsplit
 
+from lathe.client.content import ContentDigest
 from lathe.client.transport import Transport, pause
 from lathe.common.errors import Unavailable
 from lathe.v1 import datasets_pb2 as pb
@@ -37,39 +38,45 @@ class PartsUpload:
         transport: Transport,
         stub: DatasetsServiceStub,
         name: str,
-        *,
-        size: int,
-        opened: Callable[[], AbstractContextManager[IO[bytes]]],
+        digest: ContentDigest,
         progress: Callable[[int], None],
     ) -> None:
-        """opened: the file, as often as it is called. progress: is told how many bytes are stored."""
+        """progress: is told how many bytes are stored."""
         self._transport = transport
         self._stub = stub
         self._name = name
-        self._size = size
-        self._opened = opened
+        self._content = digest.content
+        self._digest = digest
         self._progress = progress
         self._tls = transport.tls_context()
 
     def run(self) -> pb.Dataset:
-        """The dataset, VALIDATING or further. Raises StoreOutOfReach, Unavailable when no part was stored for the
-        client's timeout."""
+        """The dataset, VALIDATING or further.
+
+        Raises StoreOutOfReach, Unavailable when no part was stored for the client's timeout, InvalidArgument when the
+        file changed meanwhile.
+        """
+        with self._digest.made_beside() as sha256:
+            self._send_all()
+            self._progress(self._content.size)
+            self._content.check_unchanged()
+            request = pb.CompleteUploadSessionRequest(name=self._name, sha256=sha256())
+        return self._transport.call(self._stub.CompleteUploadSession, request).dataset
+
+    def _send_all(self) -> None:
         best: int | None = None
         # Set by the first round that stored nothing more.
         deadline: float | None = None
         while (signed := self._signed()).parts:
             missing = signed.missing_bytes
             if best is not None and missing >= best:
-                if best == self._size:
+                if best == self._content.size:
                     raise StoreOutOfReach
                 deadline = deadline or time.monotonic() + self._transport.timeout
                 pause(_REFUSED, deadline)
             else:
                 best, deadline = missing, None
             self._send(signed)
-        self._progress(self._size)
-        request = pb.CompleteUploadSessionRequest(name=self._name)
-        return self._transport.call(self._stub.CompleteUploadSession, request).dataset
 
     def _signed(self) -> pb.SignUploadPartsResponse:
         request = pb.SignUploadPartsRequest(name=self._name)
@@ -77,7 +84,7 @@ class PartsUpload:
 
     def _send(self, signed: pb.SignUploadPartsResponse) -> None:
         """Each part once. What was stored, the next round knows: the answer to a part may be lost, too."""
-        done = self._size - signed.missing_bytes
+        done = self._content.size - signed.missing_bytes
         with ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="upload") as threads:
             running: dict[Future[None], int] = {
                 threads.submit(self._put, part): part.size_bytes for part in signed.parts
@@ -97,7 +104,7 @@ class PartsUpload:
 
     def _put(self, part: pb.SignedPart) -> None:
         url = urlsplit(part.url)
-        with closing(self._connection(url.scheme, url.netloc)) as connection, self._opened() as file:
+        with closing(self._connection(url.scheme, url.netloc)) as connection, self._content.opened() as file:
             file.seek(part.offset)
             target = f"{url.path}?{url.query}"
             headers = {"Content-Length": str(part.size_bytes)}

@@ -251,10 +251,9 @@ class UploadStore(Protocol):
         """As it was written: whether its time has come is the caller's question."""
         ...
 
-    async def complete_upload(
-        self, project: str, dataset_id: str, parts: Sequence[str], md5: str, now: datetime
-    ) -> bool:
-        """PENDING -> COMPLETED and its dataset UPLOADING -> VALIDATING, both or neither (False)."""
+    async def complete_upload(self, session: UploadSession, now: datetime) -> bool:
+        """PENDING -> COMPLETED, with the session's parts and digests, and its dataset UPLOADING -> VALIDATING, both or
+        neither (False)."""
         ...
 
     async def cancel_upload(self, project: str, dataset_id: str, now: datetime) -> bool:

@@ -182,7 +182,7 @@ class DatasetsServicer(PreparationMethods):
     ) -> pb.UploadSession:
         project, dataset = _ids(request.name)
         require_role("member")
-        done = await self._uploads.complete(project, dataset, request.part_ids, request.md5)
+        done = await self._uploads.complete(project, dataset, request.part_ids, request.md5, request.sha256)
         return protos.session_pb(*done)
 
     async def CancelUploadSession(

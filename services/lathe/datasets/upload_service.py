@@ -102,26 +102,30 @@ class UploadService:
         return SignedParts(tuple(signed), expire_time, sum(part.size for part in left))
 
     async def complete(
-        self, project: str, dataset_id: str, part_ids: Sequence[str], md5: str = ""
+        self, project: str, dataset_id: str, part_ids: Sequence[str], md5: str = "", sha256: str = ""
     ) -> tuple[UploadSession, Dataset | None]:
         """The dataset is VALIDATING at once; the digests are checked there. Repeating it answers the same.
 
-        Raises NotFound, InvalidArgument for wrong parts, FailedPrecondition when the upload is over.
+        Raises NotFound, InvalidArgument for wrong parts or a digest that was announced otherwise, FailedPrecondition
+        when the upload is over.
         """
         md5 = rules.check_md5(md5)
         session, _ = await self.get(project, dataset_id)
+        sha256 = rules.agreed_sha256(session, sha256)
         if session.state is UploadState.PENDING:
-            await self._complete(session, part_ids, md5)
+            await self._complete(replace(session, md5=md5, sha256=sha256), part_ids)
         session, committed = await self.get(project, dataset_id)
         same = not part_ids or tuple(part_ids) == session.parts
-        if session.state is not UploadState.COMPLETED or not same or md5 != session.md5:
+        same = same and (md5, sha256) == (session.md5, session.sha256)
+        if session.state is not UploadState.COMPLETED or not same:
             raise rules.not_pending(session, session.state)
         if committed is None:
             raise NotFound(f"{session.name} was deleted after its upload.")
         return session, committed
 
-    async def _complete(self, session: UploadSession, part_ids: Sequence[str], md5: str) -> None:
-        """Unless somebody was quicker, after whom the parts may be gone too: what the row says then is what counts."""
+    async def _complete(self, session: UploadSession, part_ids: Sequence[str]) -> None:
+        """With the session's digests. Unless somebody was quicker, after whom the parts may be gone too: what the row
+        says then is what counts."""
         try:
             dataset = await self._uploading(session)
             parts = rules.ordered(session, part_ids, await self._stored(dataset))
@@ -130,8 +134,7 @@ class UploadService:
             if now.state is UploadState.PENDING:
                 raise
             return
-        time = self.datasets.clock.now()
-        if await self.store.complete_upload(session.project, session.dataset_id, parts, md5, time):
+        if await self.store.complete_upload(replace(session, parts=parts), self.datasets.clock.now()):
             self.datasets.validation.set()
 
     async def cancel(self, project: str, dataset_id: str) -> UploadSession:

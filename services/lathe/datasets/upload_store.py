@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from datetime import datetime
 from typing import Any
 
@@ -54,24 +53,22 @@ class SqlUploadStore:
             row = (await connection.execute(uploads.select().where(*_is(project, dataset_id)))).one_or_none()
         return _session(row) if row is not None else None
 
-    async def complete_upload(
-        self, project: str, dataset_id: str, parts: Sequence[str], md5: str, now: datetime
-    ) -> bool:
+    async def complete_upload(self, session: UploadSession, now: datetime) -> bool:
+        project, dataset_id = session.project, session.dataset_id
+        digests = {"md5": session.md5, "sha256": session.sha256}
         completed = (
             uploads.update()
             .where(*_is(project, dataset_id), _PENDING, uploads.c.expire_time > now)
-            .values(state=UploadState.COMPLETED.value, parts=list(parts), md5=md5)
+            .values(state=UploadState.COMPLETED.value, parts=list(session.parts), **digests)
         )
-        announced = uploads.select().where(*_is(project, dataset_id))
+        validating = (
+            datasets.update()
+            .where(*_its_dataset(project, dataset_id))
+            .values(state=DatasetState.VALIDATING.value, size_bytes=session.size_bytes, sha256=session.sha256)
+        )
         try:
             async with self._db.write() as connection:
                 await _one(connection, completed)
-                row = (await connection.execute(announced)).one()
-                validating = (
-                    datasets.update()
-                    .where(*_its_dataset(project, dataset_id))
-                    .values(state=DatasetState.VALIDATING.value, size_bytes=row.size_bytes, sha256=row.sha256)
-                )
                 await _one(connection, validating)
         except _NeitherChanged:
             return False

@@ -45,8 +45,8 @@ class UploadState(StrEnum):
 class UploadSession:
     """The upload in parts of one dataset.
 
-    size_bytes and sha256 (empty if not given) are announced; parts (names below the staging key, in the order of the
-    file) and md5 (empty if not given) come with COMPLETED.
+    size_bytes is announced; parts (names below the staging key, in the order of the file) come with COMPLETED, and so
+    does md5 (empty if not given); sha256 (the same) is announced, or comes with COMPLETED.
     """
 
     project: str
@@ -153,6 +153,17 @@ def ordered(session: UploadSession, part_ids: Sequence[str], stored: Mapping[str
         message = f"The parts have {total} bytes together, and {session.size_bytes} were announced."
         raise _wrong_part("part_ids", message, "SIZE_MISMATCH")
     return tuple(part_ids)
+
+
+def agreed_sha256(session: UploadSession, given: str) -> str:
+    """The digest that was announced, or came at the end; empty if none did. Raises InvalidArgument."""
+    if given:
+        check_upload(session.size_bytes, given)
+    if given and session.sha256 not in ("", given):
+        raise invalid(
+            "sha256", f"sha256 is {given}, and {session.sha256} was given before; send one of them."
+        )
+    return given or session.sha256
 
 
 def check_md5(md5: str) -> str:

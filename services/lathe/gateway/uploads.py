@@ -19,7 +19,7 @@ from lathe.common.errors import (
     Unavailable,
 )
 from lathe.common.metrics import Metrics
-from lathe.common.objectstore.base import ObjectStore
+from lathe.common.objectstore.base import ObjectInfo, ObjectStore
 from lathe.common.rpc.principal import Principal, Role
 from lathe.gateway.auth import demand_role
 from lathe.gateway.model import StoredUpload
@@ -31,6 +31,8 @@ MAX_RESUMABLE_BYTES = 8 * 1024 * 1024 * 1024
 PART_BYTES = 8 * 1024 * 1024
 # A thread costs more than hashing less than this.
 _HASHED_IN_PLACE = 64 * 1024
+# One is on its way to the disk while the next is written.
+_STORED_AT_ONCE = 2
 _COMMIT_WAITS_S = (0.5, 1.0, 2.0)
 
 _END = object()
@@ -283,52 +285,75 @@ async def opened(store: ObjectStore, key: str, offset: int, named: str) -> Async
 
 
 class PartWriter:
-    """Cuts a stream into parts of PART_BYTES under a staging key. One part is stored while the next comes in; leaving
-    the block waits for it, so that a stream that broke writes no more."""
+    """Cuts a stream into parts of PART_BYTES under a staging key. Parts are stored while more comes in, and each only
+    after the one before, so that they have no gap. Leaving the block waits for them: after a stream that broke nothing
+    is written any more."""
 
     def __init__(self, store: ObjectStore, key: str, next_part: int) -> None:
         self._store = store
         self._key = key
         self._next = next_part
-        self._held = bytearray()
-        self._storing: asyncio.Task[object] | None = None
+        # As they came: joining them would copy each byte twice, on the loop's thread.
+        self._held: list[bytes] = []
+        self._held_bytes = 0
+        self._storing: list[asyncio.Task[ObjectInfo]] = []
 
     async def __aenter__(self) -> Self:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        if self._storing is not None:
-            await asyncio.wait({self._storing})
-            # What it raised is of no interest any more: the stream broke first.
-            if not self._storing.cancelled():
-                self._storing.exception()
+        # What they raised is of no interest any more: the stream broke first.
+        await asyncio.gather(*self._storing, return_exceptions=True)
 
     async def write(self, data: bytes) -> None:
         """Raises what storing an earlier part raised."""
-        self._held += data
-        while len(self._held) >= PART_BYTES:
-            part, self._held = self._held, self._held[PART_BYTES:]
-            del part[PART_BYTES:]
-            await self._put(bytes(part))
+        while self._held_bytes + len(data) >= PART_BYTES:
+            room = PART_BYTES - self._held_bytes
+            self._hold(data[:room])
+            data = data[room:]
+            await self._put()
+        self._hold(data)
 
     async def flush(self, *, last: bool = False) -> None:
         """Store the rest as a shorter part, and wait; an empty file is one empty part."""
         if self._held or (last and self._next == 0):
-            await self._put(bytes(self._held))
-            self._held.clear()
+            await self._put()
         await self.settle()
 
     async def settle(self) -> None:
         """Wait until all parts are stored. Raises what storing one raised."""
-        if self._storing is not None:
-            storing, self._storing = self._storing, None
-            await storing
+        await self._settle_to(0)
 
-    async def _put(self, data: bytes) -> None:
-        # Never two at once: the stored parts have no gap.
-        await self.settle()
-        self._storing = asyncio.create_task(self._store.put(part_key(self._key, self._next), data))
+    def _hold(self, data: bytes) -> None:
+        if data:
+            self._held.append(data)
+            self._held_bytes += len(data)
+
+    async def _put(self) -> None:
+        await self._settle_to(_STORED_AT_ONCE - 1)
+        part, self._held, self._held_bytes = self._held, [], 0
+        before = self._storing[-1] if self._storing else None
+        key = part_key(self._key, self._next)
+        self._storing.append(asyncio.create_task(self._store.put(key, _after(before, part))))
         self._next += 1
+
+    async def _settle_to(self, left: int) -> None:
+        while len(self._storing) > left:
+            # It stays in the list while it is waited for: leaving the block waits for it even if this is cancelled.
+            await self._storing[0]
+            del self._storing[0]
+
+
+async def _after(before: asyncio.Task[ObjectInfo] | None, part: list[bytes]) -> AsyncIterator[bytes]:
+    """The part's bytes; they end, upon which a store gives them their name, only when the part before has its own.
+
+    Raises what storing that one raised.
+    """
+    for piece in part:
+        yield piece
+    if before is not None:
+        await asyncio.wait({before})
+        before.result()
 
 
 class Alone:

@@ -794,7 +794,9 @@ class PartsAnnouncement(message.Message):
     size_bytes: builtins.int
     """Of the whole file: 1 to 8 GiB."""
     sha256: builtins.str
-    """Lower-case hex of the whole file, checked by validation when given."""
+    """Lower-case hex of the whole file, checked by validation when given. A client that makes it while the parts are on
+    their way gives it to CompleteUploadSession instead.
+    """
     presigned: builtins.bool
     """The parts go straight to the object store, see SignUploadParts. Refused at once with NO_PRESIGNED_PARTS where that
     is not offered. Such an upload stays open for a day, any other for an hour.
@@ -1160,10 +1162,13 @@ class CompleteUploadSessionRequest(message.Message):
     NAME_FIELD_NUMBER: builtins.int
     PART_IDS_FIELD_NUMBER: builtins.int
     MD5_FIELD_NUMBER: builtins.int
+    SHA256_FIELD_NUMBER: builtins.int
     name: builtins.str
     """projects/{project}/datasets/{dataset}"""
     md5: builtins.str
     """Lower-case hex of the whole file, checked by validation when given."""
+    sha256: builtins.str
+    """The same; refused when another one was announced."""
     @builtins.property
     def part_ids(self) -> containers.RepeatedScalarFieldContainer[builtins.str]:
         """The parts in the order of the file. Empty for presigned parts, which are numbered."""
@@ -1174,10 +1179,11 @@ class CompleteUploadSessionRequest(message.Message):
         name: builtins.str = ...,
         part_ids: abc.Iterable[builtins.str] | None = ...,
         md5: builtins.str = ...,
+        sha256: builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["md5", b"md5", "name", b"name", "part_ids", b"part_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["md5", b"md5", "name", b"name", "part_ids", b"part_ids", "sha256", b"sha256"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -42,16 +42,17 @@ async def test_a_session_comes_back_as_it_went_in(stores):
 
 async def test_completing_changes_both_once(stores):
     datasets, uploads = stores
-    assert not await uploads.complete_upload("q", "file-1", ["b", "a"], "", LATER)
-    assert not await uploads.complete_upload("p", "file-1", ["b", "a"], "", SESSION.expire_time)
-    assert await uploads.complete_upload("p", "file-1", ["b", "a"], "m" * 32, LATER)
-    assert not await uploads.complete_upload("p", "file-1", ["a"], "", LATER)
+    brought = replace(SESSION, parts=("b", "a"), md5="m" * 32, sha256="s" * 64)
+    assert not await uploads.complete_upload(replace(brought, project="q"), LATER)
+    assert not await uploads.complete_upload(brought, SESSION.expire_time)
+    assert await uploads.complete_upload(brought, LATER)
+    assert not await uploads.complete_upload(replace(SESSION, parts=("a",)), LATER)
     assert not await uploads.cancel_upload("p", "file-1", LATER)
     found = await uploads.get_upload("p", "file-1")
-    assert (found.state, found.parts, found.md5) == (UploadState.COMPLETED, ("b", "a"), "m" * 32)
+    assert found == replace(brought, state=UploadState.COMPLETED)
     assert await datasets.staged_parts("p", "file-1") == (["b", "a"], "m" * 32)
     made = await datasets.get("p", "file-1")
-    assert (made.state, made.size_bytes, made.sha256) == (DatasetState.VALIDATING, 2**33, "")
+    assert (made.state, made.size_bytes, made.sha256) == (DatasetState.VALIDATING, 2**33, "s" * 64)
     assert await datasets.note_digest("p", "file-1", "d" * 64)
     assert (await datasets.get("p", "file-1")).sha256 == "d" * 64
     await uploads.forget_uploads(SESSION.expire_time + timedelta(days=9))
@@ -67,7 +68,7 @@ async def test_completing_changes_both_once(stores):
 async def test_nothing_is_completed_without_its_dataset(stores):
     datasets, uploads = stores
     await datasets.begin_delete("p", "file-1")
-    assert not await uploads.complete_upload("p", "file-1", ["a"], "", LATER)
+    assert not await uploads.complete_upload(replace(SESSION, parts=("a",)), LATER)
     assert (await uploads.get_upload("p", "file-1")).state is UploadState.PENDING
     assert await uploads.cancel_upload("p", "file-1", LATER)
 

@@ -1,6 +1,7 @@
 """Uploads in parts: what is refused, and two who complete at the same moment."""
 
 import asyncio
+import hashlib
 from datetime import timedelta
 
 import pytest
@@ -19,9 +20,9 @@ def parts(world):
     return UploadService(world.start(), world.uploads)
 
 
-async def begin(world, parts, content=GOOD):
+async def begin(world, parts, content=GOOD, sha256=""):
     dataset = await parts.datasets.create("acme", "a.jsonl", "fine-tune", None, "")
-    await parts.open(dataset, len(content), "", presigned=False)
+    await parts.open(dataset, len(content), sha256, presigned=False)
     target = await parts.open_part("acme", dataset.id)
     await world.objects.put(target.object_key, content)
     return dataset, target.part_id
@@ -59,6 +60,26 @@ async def test_whoever_completes_second_hears_the_same_even_when_the_parts_are_g
     with pytest.raises(FailedPrecondition) as refused:
         await parts.complete("acme", dataset.id, ["part-other"])
     assert refused.value.reason == "UPLOAD_COMPLETED"
+
+
+async def test_a_digest_that_comes_at_the_end_is_checked_like_an_announced_one(world, parts):
+    right, wrong = hashlib.sha256(GOOD).hexdigest(), "0" * 64
+    for brought, state in ((right, DatasetState.READY), (wrong, DatasetState.ERROR)):
+        dataset, part = await begin(world, parts)
+        with pytest.raises(InvalidArgument, match="64 lower-case hex") as refused:
+            await parts.complete("acme", dataset.id, [part], sha256="xyz")
+        assert refused.value.violations[0].field == "sha256"
+        await parts.complete("acme", dataset.id, [part], sha256=brought)
+        await world.validate()
+        assert (await parts.datasets.get("acme", dataset.id)).state is state
+        await parts.complete("acme", dataset.id, [part], sha256=brought)
+        with pytest.raises(InvalidArgument, match="was given before"):
+            await parts.complete("acme", dataset.id, [part], sha256="1" * 64)
+    announced, part = await begin(world, parts, sha256=right)
+    with pytest.raises(InvalidArgument, match="was given before"):
+        await parts.complete("acme", announced.id, [part], sha256=wrong)
+    session, _ = await parts.complete("acme", announced.id, [part])
+    assert session.sha256 == right
 
 
 async def test_a_client_that_sends_far_more_than_it_announced_is_stopped(world, parts, monkeypatch):

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterable, AsyncIterator
 from contextlib import suppress
 
 import pytest
@@ -19,6 +19,7 @@ from lathe.common.errors import (
     Unavailable,
 )
 from lathe.common.metrics import Metrics
+from lathe.common.objectstore.base import ObjectInfo
 from lathe.common.rpc.principal import Principal
 from lathe.gateway import uploads
 from lathe.gateway.uploads import DatasetUploads, UploadChunk
@@ -182,6 +183,64 @@ def test_any_number_of_broken_tries_gives_the_same_bytes(
         assert made.sha256 == hashlib.sha256(data).hexdigest()
 
     asyncio.run(run())
+
+
+class SlowStore(MemoryObjectStore):
+    """Reads a part at once and names it later, the later parts sooner; notes what it holds whenever it names one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[list[str]] = []
+        self.begun = 0
+
+    async def put(
+        self, key: str, data: bytes | AsyncIterable[bytes], *, if_absent: bool = False
+    ) -> ObjectInfo:
+        if isinstance(data, bytes):
+            return await super().put(key, data, if_absent=if_absent)
+        self.begun += 1
+        content = b"".join([piece async for piece in data])
+        for _ in range(100 // self.begun):
+            await asyncio.sleep(0)
+        stored = await super().put(key, content, if_absent=if_absent)
+        self.seen.append([name.rpartition("/")[2] for name in self.keys()])
+        return stored
+
+
+async def test_parts_on_their_way_together_never_leave_a_gap() -> None:
+    store = SlowStore()
+    owner = FakeDatasets(store)
+    owner.create(NAME)
+    data = bytes(range(6 * PART + 3))
+    made = await DatasetUploads(owner, store, FakeClock(), Metrics()).put_resumable(
+        ALICE, NAME, messages(data)
+    )
+    assert made.sha256 == hashlib.sha256(data).hexdigest()
+    names = [f"{number:05d}" for number in range(7)]
+    assert store.seen == [names[: number + 1] for number in range(7)]
+
+
+async def test_a_part_that_cannot_be_stored_stops_those_after_it() -> None:
+    class Full(SlowStore):
+        async def put(
+            self, key: str, data: bytes | AsyncIterable[bytes], *, if_absent: bool = False
+        ) -> ObjectInfo:
+            if key.endswith("/00001"):
+                await asyncio.sleep(0)
+                raise Unavailable("full")
+            return await super().put(key, data, if_absent=if_absent)
+
+    store = Full()
+    owner = FakeDatasets(store)
+    owner.create(NAME)
+    up = DatasetUploads(owner, store, FakeClock(), Metrics())
+    with pytest.raises(Unavailable, match="full"):
+        await up.put_resumable(ALICE, NAME, messages(bytes(6 * PART)))
+    stored = store.keys()
+    assert [key.rpartition("/")[2] for key in stored] == ["00000"]
+    for _ in range(300):
+        await asyncio.sleep(0)
+    assert store.keys() == stored and await up.offset(ALICE, NAME) == PART
 
 
 async def test_a_stream_that_ends_early_stores_all_it_brought(up: DatasetUploads[FakeDataset]) -> None:

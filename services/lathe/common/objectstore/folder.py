@@ -11,7 +11,7 @@ from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterator, Se
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Self
 
 from lathe.common.errors import AlreadyExists, InvalidArgument, Unavailable
 from lathe.common.objectstore.base import (
@@ -31,6 +31,8 @@ _TEMPORARY = ".tmp"
 _CONFLICTS = (errno.ENOTDIR, errno.EISDIR, errno.ENOTEMPTY)
 _NO_HARD_LINKS = (errno.EPERM, errno.EXDEV, errno.EMLINK, errno.ENOTSUP, errno.ENOSYS)
 _COMMIT_TRIES = 20
+_BUFFER_BYTES = 64 * 1024
+_SYNC_BYTES = 32 * 1024 * 1024
 
 
 class FolderStore:
@@ -55,11 +57,14 @@ class FolderStore:
                 file = await asyncio.to_thread(_create, temporary)
             try:
                 # An OSError of the caller's stream is not an outage of the store: only our own steps are guarded.
-                async for chunk in _chunks(data):
+                async with _EarlySync(file, self._fsync) as early:
+                    async for chunk in _chunks(data):
+                        with _outages(key):
+                            await asyncio.to_thread(file.write, chunk)
+                            await early.written(len(chunk))
                     with _outages(key):
-                        await asyncio.to_thread(file.write, chunk)
-                with _outages(key):
-                    await asyncio.to_thread(self._sync, file)
+                        await early.settle()
+                        await asyncio.to_thread(self._sync, file)
             finally:
                 with _outages(key):
                     await asyncio.to_thread(file.close)
@@ -284,6 +289,41 @@ class FolderStore:
                 break
 
 
+class _EarlySync:
+    """Has the disk write while more comes in: a single sync at the end would wait for all of it.
+
+    Leaving the block waits for the disk, so that the file can be closed.
+    """
+
+    def __init__(self, file: BinaryIO, fsync: Callable[[int], None]) -> None:
+        self._file = file
+        self._fsync = fsync
+        self._waiting = 0
+        self._running: asyncio.Future[None] | None = None
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        if self._running is not None:
+            await asyncio.wait({self._running})
+
+    async def written(self, size: int) -> None:
+        """Raises the OSError of syncing earlier bytes."""
+        self._waiting += size
+        if self._waiting >= _SYNC_BYTES:
+            await self.settle()
+            self._waiting = 0
+            loop = asyncio.get_running_loop()
+            self._running = loop.run_in_executor(None, self._fsync, self._file.fileno())
+
+    async def settle(self) -> None:
+        """Raises the OSError of the sync that runs: the system tells of it once, a later sync would hide it."""
+        if self._running is not None:
+            running, self._running = self._running, None
+            await running
+
+
 def _walk(folder: Path, base: str, beginning: str) -> Iterator[ObjectInfo]:
     try:
         entries = list(os.scandir(folder))
@@ -312,7 +352,8 @@ def _info(key: str, path: Path) -> ObjectInfo | None:
 
 def _create(path: Path) -> BinaryIO:
     path.parent.mkdir(parents=True, exist_ok=True)
-    return path.open("xb", buffering=CHUNK_SIZE)
+    # What is larger than the buffer is written without a copy into it.
+    return path.open("xb", buffering=_BUFFER_BYTES)
 
 
 def _append(file: BinaryIO, path: Path) -> None:

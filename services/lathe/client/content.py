@@ -1,0 +1,112 @@
+"""A file on its way up: read piece by piece, as often as it takes, and hashed once as it goes by."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+from lathe.common.errors import InvalidArgument
+
+CHUNK_BYTES = 1024 * 1024
+FILE_CHANGED = "FILE_CHANGED"
+
+
+@dataclass(frozen=True, slots=True)
+class Content:
+    """What is uploaded. size: in bytes. written: when the file was last written, in ns, as far as its disk can tell."""
+
+    source: Path | bytes
+    name: str
+    size: int
+    written: int = 0
+
+    @classmethod
+    def of(cls, source: Path | str | bytes) -> Content:
+        """Raises InvalidArgument for a file that cannot be read."""
+        if isinstance(source, bytes):
+            return cls(source, "data.jsonl", len(source))
+        path = Path(source)
+        try:
+            with path.open("rb") as file:
+                found = os.fstat(file.fileno())
+        except OSError as error:
+            raise InvalidArgument(f"{path} cannot be read: {error.strerror}.") from error
+        return cls(path, path.name, found.st_size, found.st_mtime_ns)
+
+    @contextmanager
+    def opened(self) -> Iterator[IO[bytes]]:
+        """The bytes, to be read from anywhere."""
+        if isinstance(self.source, bytes):
+            yield io.BytesIO(self.source)
+        else:
+            with self.source.open("rb") as file:
+                yield file
+
+    @property
+    def changed(self) -> bool:
+        """Whether the file is not what it was: what was sent of it may be of two versions."""
+        if isinstance(self.source, bytes):
+            return False
+        try:
+            found = self.source.stat()
+        except OSError:
+            return True
+        return (found.st_size, found.st_mtime_ns) != (self.size, self.written)
+
+    def check_unchanged(self) -> None:
+        """Raises InvalidArgument, with the reason FILE_CHANGED."""
+        if self.changed:
+            raise InvalidArgument(
+                f"{self.source!s} changed while it was uploaded; nothing was kept, upload it again.",
+                reason=FILE_CHANGED,
+            )
+
+
+class ContentDigest:
+    """The SHA-256 of a content. Each byte is hashed once, however often its sending begins anew."""
+
+    def __init__(self, content: Content) -> None:
+        self.content = content
+        self._hash = hashlib.sha256()
+        self._hashed = 0
+
+    def add(self, offset: int, data: bytes) -> None:
+        """The bytes from `offset`, which is not past what was hashed so far."""
+        new = memoryview(data)[self._hashed - offset :]
+        self._hash.update(new)
+        self._hashed += len(new)
+
+    def hexdigest(self) -> str:
+        """Of the whole content, in lower case; what was not hashed yet is read."""
+        self._read(threading.Event())
+        return self._hash.hexdigest()
+
+    @contextmanager
+    def made_beside(self) -> Iterator[Callable[[], str]]:
+        """Hash in a thread during the block, which gets what waits for `hexdigest`."""
+        stop = threading.Event()
+        with ThreadPoolExecutor(1, thread_name_prefix="digest") as thread:
+            reading = thread.submit(self._read, stop)
+
+            def waited_for() -> str:
+                reading.result()
+                return self.hexdigest()
+
+            try:
+                yield waited_for
+            finally:
+                stop.set()
+
+    def _read(self, stop: threading.Event) -> None:
+        with self.content.opened() as file:
+            file.seek(self._hashed)
+            while not stop.is_set() and (data := file.read(CHUNK_BYTES)):
+                self.add(self._hashed, data)
