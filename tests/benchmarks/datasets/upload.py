@@ -1,7 +1,7 @@
 """Upload a file through gRPC and through HTTP, beside one process that copies a socket with SHA-256, write and fsync.
 
 Wall-clock seconds of the sender, until it hears that all is stored, over loopback; `lathe up` answers, with its folder
-store on the same disk. What gRPC's client does before it sends (it hashes the file) counts. upload_…_vs_socket: the
+store on the same disk. That gRPC's client hashes the file counts. upload_…_vs_socket: the
 median over the rounds of the ratio of rates; …_mb_s: 10^6 bytes a second, the median round.
 """
 
