@@ -129,6 +129,10 @@ _ERRORS = {
         "the base model's chat template refuses a row",
         "Bring the roles into the order that the template wants, or choose another base model.",
     ),
+    "too_many_turns": (
+        "a conversation has so many trained turns that finding their tokens takes too long",
+        "Split the conversation, or give earlier turns weight 0; it hardly fits into a context.",
+    ),
     "turn_not_maskable": (
         "it cannot be told which tokens of a turn to train",
         "Give the turn weight 0, or split the row so that the turn is its last.",

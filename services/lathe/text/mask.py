@@ -15,6 +15,10 @@ from lathe.text.template import ChatTemplate
 Messages = Sequence[Mapping[str, Any]]
 Tools = Sequence[Mapping[str, Any]] | None
 
+MAX_RENDERED_MESSAGES = 2_000_000
+"""What may be rendered to find the trained turns of one row, in messages: each turn needs all that precede it, twice.
+Some ten seconds; a conversation of which every other message is trained may have 2828."""
+
 
 @dataclass(frozen=True, slots=True)
 class Span:
@@ -88,8 +92,9 @@ def render_spans(source: Source) -> Rendered:
 
     That needs both to be prefixes of the full text. Some templates change earlier turns once later ones exist
     (they strip reasoning, or move the tools); for those the `{% generation %}` markers decide, where the
-    template has them. Raises RowError: template_error, or turn_not_maskable naming the message.
+    template has them. Raises RowError: too_many_turns, template_error, or turn_not_maskable naming the message.
     """
+    _check_turns(source.weights)
     try:
         text = source.text(len(source.messages))
     except TemplateError as error:
@@ -103,6 +108,17 @@ def render_spans(source: Source) -> Rendered:
             return _marked_spans(source, text, index)
         spans.append(span)
     return Rendered(text, tuple(spans))
+
+
+def _check_turns(weights: Sequence[int]) -> None:
+    turns = [index for index, weight in enumerate(weights) if weight]
+    if sum(2 * index + 1 for index in turns) > MAX_RENDERED_MESSAGES:
+        raise RowError(
+            "messages",
+            "too_many_turns",
+            f"{len(turns)} of the row's {len(weights)} messages are trained turns, and finding their tokens takes "
+            "longer than a row may; split the conversation, or give earlier turns weight 0",
+        )
 
 
 def _prefix_span(source: Source, index: int, text: str) -> Span | None:

@@ -3,10 +3,12 @@ once a shape."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import lru_cache
+from sys import maxsize
 from typing import Any
 
 from lathe.text.chat import Chat
@@ -16,6 +18,11 @@ from lathe.text.template import ChatTemplate
 
 _NOW = datetime(2000, 1, 1)
 _TOOL = "lathe_probe_tool"
+# As _content and _call write them: found in one pass, since a row may have very many.
+_CONTENT = re.compile(r"lathe probe text (\d+) end")
+_CALL = re.compile(r"lathe_probe_call_(\d+)_(\d+)_end")
+# Longer conversations hardly have the shape of another one, and remembering a thousand takes memory.
+_REMEMBERED_TURNS = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +54,8 @@ class TemplateProbe:
 
     def losses(self, chat: Chat) -> Losses:
         """Nothing for a shape that the template refuses: that is another finding."""
-        return self._cached(tuple(map(_turn, chat.messages)), bool(chat.tools))
+        probe = self._cached if len(chat.messages) <= _REMEMBERED_TURNS else self._probe
+        return probe(tuple(map(_turn, chat.messages)), bool(chat.tools))
 
     def _probe(self, turns: tuple[Turn, ...], has_tools: bool) -> Losses:
         messages = [_marked(index, turn) for index, turn in enumerate(turns)]
@@ -56,23 +64,34 @@ class TemplateProbe:
             text = self._template.render(prepare(messages, self._template), tools, now=_NOW)
         except TemplateError:
             return Losses()
-        places = [text.find(_content(index)) for index, turn in enumerate(turns) if turn.has_content]
-        written = [index for index, turn in enumerate(turns) if turn.has_content]
-        found = [(index, place) for index, place in zip(written, places, strict=True) if place >= 0]
-        late = tuple(
-            index
-            for n, (index, place) in enumerate(found)
-            if any(place > later for _, later in found[n + 1 :])
-        )
-        dropped = tuple(_dropped(turns, text))
-        return Losses(dropped, late, has_tools and _TOOL not in text)
+        contents: dict[int, int] = {}
+        for match in _CONTENT.finditer(text):
+            contents.setdefault(int(match[1]), match.start())
+        calls = {(int(match[1]), int(match[2])) for match in _CALL.finditer(text)}
+        found = [(index, contents[index]) for index, _ in enumerate(turns) if index in contents]
+        dropped = tuple(_dropped(turns, contents, calls))
+        return Losses(dropped, _late(found), has_tools and _TOOL not in text)
 
 
-def _dropped(turns: Sequence[Turn], text: str) -> Iterator[tuple[int, str]]:
+def _late(found: Sequence[tuple[int, int]]) -> tuple[int, ...]:
+    """Of (index, place) those that stand behind one of the later ones."""
+    late: list[int] = []
+    first = maxsize
+    for index, place in reversed(found):
+        if place > first:
+            late.append(index)
+        first = min(first, place)
+    return tuple(reversed(late))
+
+
+def _dropped(
+    turns: Sequence[Turn], contents: Collection[int], calls: Collection[tuple[int, int]]
+) -> Iterator[tuple[int, str]]:
+    """contents, calls: what the template wrote, by index."""
     for index, turn in enumerate(turns):
-        if turn.has_content and _content(index) not in text:
+        if turn.has_content and index not in contents:
             yield index, "content"
-        if any(_call(index, n) not in text for n in range(turn.calls)):
+        if any((index, n) not in calls for n in range(turn.calls)):
             yield index, "tool_calls"
 
 

@@ -259,3 +259,15 @@ def test_developer_is_system_to_a_template_that_does_not_know_it(tokenizer: Toke
 
 def test_options_have_a_canonical_text() -> None:
     assert RenderOptions(8).canonical() == '{"context_limit":8,"truncation":"end","weights":"message"}'
+
+
+def test_a_conversation_of_too_many_trained_turns_is_refused_before_it_is_rendered(
+    tokenizer: Tokenizer,
+) -> None:
+    """Each trained turn is found by rendering what precedes it: ten thousand of them would take hours."""
+    turns = [("user", "a"), ("assistant", "b")] * 10_000
+    with pytest.raises(RowError, match="10000 of the row's 20000 messages are trained turns") as caught:
+        render_example(tokenizer, row(*turns), OPTIONS)
+    assert (caught.value.field, caught.value.code) == ("messages", "too_many_turns")
+    last = RenderOptions(1 << 20, weights="last_turn")
+    assert trained_text(tokenizer, render_example(tokenizer, row(*turns), last)) == ["b<|im_end|>"]
