@@ -194,6 +194,10 @@ _WARNINGS = {
         "a text holds what looks like a payment card's number (its check digit is right)",
         "Replace it by an invented one: a tuned model can repeat what it was trained on.",
     ),
+    "bank_account": (
+        "a text holds what looks like a bank account's number (an IBAN whose check digits are right)",
+        "Replace it by an invented one: a tuned model can repeat what it was trained on.",
+    ),
     "label_imbalance": (
         "few different answers, and one of them is nearly all",
         "Add examples of the rare answers: a model that always gives the common one has a low loss here.",

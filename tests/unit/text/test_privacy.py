@@ -28,7 +28,12 @@ def codes(text: str) -> list[str]:
         ("card 4111 1111 1111 1111, thanks", "card_number"),
         ("5555-5555-5555-4444", "card_number"),
         ("378282246310005.", "card_number"),
+        ("6212345678901232", "card_number"),
         ("write to ann.b+c@mail.firma.de!", "email"),
+        ("IBAN: DE89 3704 0044 0532 0130 00 BIC COBADEFF", "bank_account"),
+        ("GB82WEST12345698765432.", "bank_account"),
+        ("-----BEGIN PGP PRIVATE KEY BLOCK-----", "secret"),
+        ("redis://:hunter22@db:6379", "secret"),
     ],
 )
 def test_what_is_sensitive_is_found_and_not_quoted(text, code):
@@ -40,6 +45,46 @@ def test_what_is_sensitive_is_found_and_not_quoted(text, code):
 @pytest.mark.parametrize(
     "text",
     [
+        "4111 1111 1111 1111 12/27",
+        "4111 1111 1111 1111 123",
+        "1 4111 1111 1111 1111",
+        "Ann,4111111111111111,12/27",
+        "3782 822463 10005 12/27",
+        "4111\u00a01111\u00a01111\u00a01111",
+    ],
+)
+def test_a_card_is_found_beside_other_numbers(text):
+    assert codes(text) == ["card_number"]
+
+
+@pytest.mark.parametrize(
+    ("text", "code"),
+    [
+        ("我的密钥是sk-" + "aB3dE6" * 8 + "，请保密", "secret"),
+        ("鍵はAKIA" + "Q7A8" * 4 + "です", "secret"),
+        ("卡号4111111111111111。", "card_number"),
+        ("口座DE89370400440532013000です", "bank_account"),
+        ("メールはann@firma.deに", "email"),
+    ],
+)
+def test_no_space_is_needed_where_none_is_written(text, code):
+    assert codes(text) == [code]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "DE88 3704 0044 0532 0130 00",
+        "DE89 3704 0044 0532 0130",
+        "XDE89370400440532013000",
+        "git clone git@github.com:lathe/lathe.git",
+        "icon@2x.png",
+        "sk-toggleable__content-arrow",
+        "postgresql://{user}:{password}@{host}/db",
+        "postgresql://user:password@localhost/db",
+        "EAN 4006381333931",
+        "x = 5500000000000004.0",
+        "4111 1111 1111 1111 2222 3333",
         "4111 1111 1111 1112",
         "order 1234567890123456",
         "9.4111111111111111",
@@ -67,7 +112,9 @@ def test_a_card_of_no_issuer_is_none():
     assert is_card_number("4012 8888 8888 1881") and not is_card_number("0000000000000000")
 
 
-@pytest.mark.parametrize("text", ["a" * 400_000 + "@", "1 " * 200_000, "eyJ" * 100_000, "a.b@" * 100_000])
+@pytest.mark.parametrize(
+    "text", ["a" * 400_000 + "@", "1 " * 200_000, "eyJ" * 100_000, "a.b@" * 100_000, "NO93 " * 80_000]
+)
 def test_no_text_takes_long(text):
     begin = time.thread_time()  # not how busy the machine is
     codes(text)
