@@ -55,8 +55,8 @@ def parse_chat(data: Mapping[str, Any]) -> Chat:
     """Checks one row of a supervised chat file. Raises RowError, which names the field and the code."""
     if "messages" not in data:
         raise RowError("messages", "missing_messages_list", "the row has no list of messages")
-    for key in data:
-        if key not in CHAT_KEYS:
+    for key, value in data.items():
+        if key not in CHAT_KEYS and value is not None:
             known = ", ".join(sorted(CHAT_KEYS))
             raise RowError(key, "message_unrecognized_key", f"unknown key; a row may have {known}")
     messages, weights = parse_turns(data["messages"], "messages")
@@ -178,10 +178,21 @@ def _check_keys(message: Mapping[str, Any], role: str, path: str) -> None:
         role, _COMMON_KEYS
     )
     for key, value in message.items():
-        if key in allowed or (role == "assistant" and key in _EMPTY_ASSISTANT_KEYS and not value):
+        if (
+            value is None
+            or key in allowed
+            or (role == "assistant" and key in _EMPTY_ASSISTANT_KEYS and not value)
+        ):
             continue
         if key == "weight":
-            raise RowError(f"{path}.weight", "invalid_weight", "only a message of the assistant has a weight")
+            # What is not trained anyway may say so, as in sets that weigh each turn.
+            if _weight(message, path) == 0:
+                continue
+            raise RowError(
+                f"{path}.weight",
+                "invalid_weight",
+                "only a message of the assistant can be trained; give it weight 0",
+            )
         known = ", ".join(sorted(allowed))
         raise RowError(
             f"{path}.{key}",
@@ -234,8 +245,8 @@ def _join_parts(parts: Sequence[Any], field: str) -> str:
             )
         if not isinstance(part.get("text"), str):
             raise RowError(f"{where}.text", "missing_content", "a text part needs a string under text")
-        for key in part:
-            if key not in ("type", "text"):
+        for key, value in part.items():
+            if key not in ("type", "text") and value is not None:
                 raise RowError(
                     f"{where}.{key}", "message_unrecognized_key", "a text part has only type and text"
                 )
@@ -261,8 +272,8 @@ def _tool_call(call: object, path: str) -> dict[str, Any]:
         raise RowError(path, "invalid_tools", f"a tool call must be an object, not {type_name(call)}")
     if call.get("type", "function") != "function":
         raise RowError(f"{path}.type", "invalid_tools", "only tool calls of type function are supported")
-    for key in call:
-        if key not in ("id", "type", "function", "index"):
+    for key, value in call.items():
+        if key not in ("id", "type", "function", "index") and value is not None:
             raise RowError(
                 f"{path}.{key}", "message_unrecognized_key", "a tool call has id, type and function"
             )
@@ -282,8 +293,8 @@ def _function(function: object, path: str) -> dict[str, Any]:
         raise RowError(
             path, "invalid_tools", f"must be an object with name and arguments, not {type_name(function)}"
         )
-    for key in function:
-        if key not in ("name", "arguments"):
+    for key, value in function.items():
+        if key not in ("name", "arguments") and value is not None:
             raise RowError(
                 f"{path}.{key}", "message_unrecognized_key", "a function call has name and arguments"
             )

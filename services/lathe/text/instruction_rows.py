@@ -89,8 +89,9 @@ def _history(history: object) -> list[Message]:
 
 
 def _one_of(data: Mapping[str, Any], names: tuple[str, ...]) -> str:
-    """Which of these names the row uses; the first if none."""
-    given = [name for name in names if name in data]
+    """Which of these names the row uses, with something behind it if it can be; the first if none."""
+    named = [name for name in names if name in data]
+    given = [name for name in named if data[name] is not None] or named[:1]
     if len(given) > 1:
         raise RowError(given[1], "message_unrecognized_key", f"give {given[0]} or {given[1]}, not both")
     return given[0] if given else names[0]
@@ -114,7 +115,7 @@ def sharegpt_row(data: Mapping[str, Any]) -> TrainingRow:
         )
     messages = system + turns
     given = {"tools": _tools(data.get("tools"))}
-    if "chosen" in data or "rejected" in data:
+    if data.get("chosen") is not None or data.get("rejected") is not None:
         return _compared(messages, key, data, given, unused)
     if not any(message["role"] == "assistant" for message in messages):
         raise RowError(key, "example_missing_assistant_message", "nothing is said by gpt or the assistant")
@@ -157,8 +158,8 @@ def _named(turn: Mapping[str, Any], path: str) -> Message:
     if role is None:
         known = ", ".join(_SPEAKERS)
         raise RowError(f"{path}.from", "unrecognized_role", f"unknown speaker {speaker!r}; known: {known}")
-    for key in turn:
-        if key not in ("from", "value", "weight"):
+    for key, said in turn.items():
+        if key not in ("from", "value", "weight") and said is not None:
             raise RowError(
                 f"{path}.{key}", "message_unrecognized_key", "unknown key; a turn has from, value and weight"
             )

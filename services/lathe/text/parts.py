@@ -49,7 +49,7 @@ MEANINGFUL = frozenset(
      "non_preferred_completion", "prompt", "completion", "completions", "chosen", "rejected", "label", "labels", "text",
      "instruction", "output", "response", "context", "history", "system", "system_prompt", "conversations",
      "conversation", "question", "query", "answer", "weight", "chat_template_kwargs", "images", "image", "audio",
-     "video", "videos"}
+     "video", "videos", "kto_tag"}
 ) | TOOL_KEYS  # fmt: skip
 """Keys that say something in one layout or another: where they stand beside a layout that does not know them, somebody
 meant something by them."""
@@ -59,18 +59,18 @@ def unused_keys(
     data: Mapping[str, Any], known: Collection[str], *, repeated: Collection[str] = ()
 ) -> tuple[str, ...]:
     """The keys beside those that the layout knows: an id, a source, a score. Raises RowError for one that would mean
-    something in another layout, unless it is among those that only say the same again."""
+    something in another layout, unless it is null or among those that only say the same again."""
     others = tuple(key for key in data if key not in known)
     for key in others:
-        if key in MEANINGFUL and key not in repeated:
+        if key in MEANINGFUL and key not in repeated and data[key] is not None:
             raise unknown_key(key, known)
     return others
 
 
 def check_keys(data: Mapping[str, Any], allowed: Collection[str], prefix: str = "") -> None:
-    """Raises RowError for any other key."""
-    for key in data:
-        if key not in allowed:
+    """Raises RowError for any other key, unless it is null."""
+    for key, value in data.items():
+        if key not in allowed and value is not None:
             raise unknown_key(f"{prefix}{key}", allowed)
 
 

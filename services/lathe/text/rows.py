@@ -43,16 +43,21 @@ def parse_row(data: object) -> TrainingRow:
     """The same for a row that is decoded already, as decode_json does it. Raises RowError."""
     if not isinstance(data, dict):
         raise RowError("", "data_type", f"a line must be one JSON object, not {type_name(data)}")
-    keys = data.keys()
-    if not keys.isdisjoint(_CONVERSATIONS):
+    if _has(data, _CONVERSATIONS):
         return sharegpt_row(data)
-    if not keys.isdisjoint(_OUTCOMES):
+    if _has(data, _OUTCOMES):
         return pair_row(data)
     if "label" in data:
         return _labelled(data)
-    if "messages" in data:
+    if data.get("messages") is not None:
         return chat_row(data)
     return _other(data)
+
+
+def _has(data: Mapping[str, Any], names: frozenset[str]) -> bool:
+    """Whether one of these keys says something: sets that were joined have the keys of both, null where they were not
+    known."""
+    return not data.keys().isdisjoint(names) and any(data.get(name) is not None for name in names)
 
 
 def _labelled(data: Mapping[str, Any]) -> TrainingRow:
@@ -66,17 +71,16 @@ def _labelled(data: Mapping[str, Any]) -> TrainingRow:
 
 
 def _other(data: Mapping[str, Any]) -> TrainingRow:
-    keys = data.keys()
     found = sentence_row(data)
     if found is not None:
         return found
-    if "instruction" in data:
+    if data.get("instruction") is not None:
         return alpaca_row(data)
-    if not keys.isdisjoint(_PREFERENCE):
+    if _has(data, _PREFERENCE):
         return preference_row(data)
-    if _is_question(keys):
+    if _is_question(data.keys()):
         return question_row(data)
-    if not keys.isdisjoint(_PROMPTED):
+    if _has(data, _PROMPTED):
         return prompted_row(data)
     if "text" not in data:
         raise _unknown(data)
@@ -91,7 +95,8 @@ def _is_question(keys: KeysView[str]) -> bool:
 
 
 def _unknown(data: Mapping[str, Any]) -> RowError:
-    keys = ", ".join(repr(key[:40]) for key in list(data)[:10]) or "none"
+    named = [repr(key[:40]) + " (null)" * (value is None) for key, value in list(data.items())[:10]]
+    keys = ", ".join(named) or "none"
     return RowError(
         "messages",
         "missing_messages_list",

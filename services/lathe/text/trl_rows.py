@@ -11,6 +11,7 @@ from os.path import commonprefix
 from typing import Any
 
 from lathe.text.chat import Chat, Message
+from lathe.text.decoding import check_depth
 from lathe.text.errors import RowError
 from lathe.text.formats import Layout, Role, RowFormat
 from lathe.text.openai_rows import reinforcement, verdict
@@ -35,18 +36,28 @@ _HH_ANSWER = "\n\nAssistant:"
 
 
 def prompted_row(data: Mapping[str, Any]) -> TrainingRow:
-    """`prompt` and `completion`; a list of messages alone is a prompt for reinforcement."""
+    """`prompt` and `completion`; a prompt alone is one for reinforcement."""
     if "completions" in data:
         raise RowError(
             "completions",
             "unsupported_format",
             "rows with a label for each step are for process reward models, which no method trains",
         )
-    if isinstance(data.get("prompt"), list) and "completion" not in data:
-        free = {key: value for key, value in data.items() if key != "prompt" and key not in TOOL_KEYS}
-        return reinforcement(unweighted(data["prompt"], "prompt"), "prompt", free, data, Layout.TRL)
+    if "completion" not in data and isinstance(data.get("prompt"), list | str):
+        return _prompt_only(data)
     unused = unused_keys(data, {"prompt", "completion", *TOOL_KEYS})
     return TrainingRow(RowFormat.COMPLETION, (Part(Role.EXAMPLE, _prompted(data)),), Layout.TRL, None, unused)
+
+
+def _prompt_only(data: Mapping[str, Any]) -> TrainingRow:
+    if isinstance(data["prompt"], list):
+        free = {key: value for key, value in data.items() if key != "prompt" and key not in TOOL_KEYS}
+        return reinforcement(unweighted(data["prompt"], "prompt"), "prompt", free, data, Layout.TRL)
+    # Beside a text an `answer` or `output` is rather what was meant to be trained.
+    free = {key: data[key] for key in unused_keys(data, {"prompt", "completion"})}
+    check_depth(free, "")
+    part = Part(Role.EXAMPLE, Plain(text_of(data, "prompt"), ""))
+    return TrainingRow(RowFormat.REINFORCEMENT, (part,), Layout.TRL, free)
 
 
 def labelled_row(data: Mapping[str, Any]) -> TrainingRow:

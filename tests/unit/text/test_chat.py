@@ -111,6 +111,24 @@ def test_what_is_wrong_is_named(line: bytes, code: str, field: str) -> None:
     assert (caught.value.code, caught.value.field) == (code, field)
 
 
+def test_null_says_nothing_wherever_it_stands() -> None:
+    """As `datasets` and SDKs write messages: with each key that some message has."""
+    call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    calling = {"role": "assistant", "content": None, "tool_calls": [call]}
+    answering = {"role": "tool", "content": "1", "tool_call_id": "c"}
+    keys = ("name", "weight", "tool_calls", "tool_call_id", "function_call", "reasoning_content")
+    padded = [{**dict.fromkeys(keys), **message} for message in (USER, calling, answering, ANSWER)]
+    padded[1]["tool_calls"] = [{**call, "custom": None, "function": {**call["function"], "strict": None}}]
+    padded[0]["content"] = [{"type": "text", "text": USER["content"], "image_url": None}]
+    assert parse_row(row(*padded, prompt=None)) == parse_row(row(USER, calling, answering, ANSWER))
+
+
+def test_a_weight_of_nothing_where_nothing_is_trained_is_none() -> None:
+    system = {"role": "system", "content": "s"}
+    weighted = row({**system, "weight": None}, {**USER, "weight": 0.0}, {**ANSWER, "weight": 1.0})
+    assert parse_row(weighted) == parse_row(row(system, USER, ANSWER))
+
+
 def test_a_request_needs_no_assistant_and_names_its_fields() -> None:
     conversation = parse_messages([USER], [TOOL])
     assert (conversation.messages, conversation.tools) == ((USER,), (TOOL,))

@@ -33,10 +33,12 @@ FILES: dict[str, tuple[RowFormat, Layout, str]] = {
     "alpaca": (CHAT, Layout.ALPACA, ""),
     "dolly": (CHAT, Layout.ALPACA, "category"),
     "sharegpt": (CHAT, Layout.SHAREGPT, "id"),
+    "slim_orca": (CHAT, Layout.SHAREGPT, ""),
     "sharegpt_tools": (CHAT, Layout.SHAREGPT, ""),
     "sharegpt_preference": (PREFERENCE, Layout.SHAREGPT, ""),
     "trl_prompt_completion": (RowFormat.COMPLETION, Layout.TRL, ""),
     "trl_prompt_only": (RowFormat.REINFORCEMENT, Layout.TRL, ""),
+    "trl_prompt_only_text": (RowFormat.REINFORCEMENT, Layout.TRL, ""),
     "trl_preference": (PREFERENCE, Layout.TRL, ""),
     "trl_preference_implicit": (PREFERENCE, Layout.TRL, ""),
     "trl_preference_chat": (PREFERENCE, Layout.TRL, ""),
@@ -113,6 +115,26 @@ COMPARED = parse_row(
         {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}], "system": "s"},
         {"conversation": [{"from": "system", "value": "s"}, user("q"), {"from": "assistant", "value": "a"}]},
         {"conversations": [{"role": "system", "content": "s"}, user("q"), said("a")]},
+        {
+            "conversations": [
+                {"from": "system", "value": "s", "weight": None, "markdown": None},
+                {"from": "human", "value": "q", "weight": 0},
+                {"from": "gpt", "value": "a", "weight": 1},
+            ],
+            "chosen": None,
+        },
+        {
+            "instruction": "q",
+            "response": None,
+            "output": "a",
+            "system": "s",
+            "label_text": None,
+            "messages": None,
+        },
+        {
+            "messages": [{"role": "system", "content": "s"}, user("q"), said("a")],
+            **dict.fromkeys(("conversations", "chosen", "rejected", "prompt", "text")),
+        },
     ],
 )
 def test_one_conversation_in_many_layouts(row: dict[str, Any]) -> None:
@@ -218,6 +240,7 @@ HUMAN = {"from": "human", "value": "q"}
         ({"instruction": "q", "output": "a", "messages": []}, "message_unrecognized_key", "instruction"),
         ({"instruction": "q", "output": "a", "history": [["q"]]}, "data_type", "history[0]"),
         ({"instruction": "q", "output": "a", "history": [["q", ""]]}, "missing_content", "history[0]"),
+        ({"instruction": "q", "output": "a", "kto_tag": False}, "message_unrecognized_key", "kto_tag"),
         ({"instruction": "q", "output": "a", "images": ["x.png"]}, "message_unrecognized_key", "images"),
         ({"conversations": []}, "missing_messages_list", "conversations"),
         ({"conversations": "hi"}, "missing_messages_list", "conversations"),
