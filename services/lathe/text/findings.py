@@ -129,6 +129,10 @@ _ERRORS = {
         "the base model's chat template refuses a row",
         "Bring the roles into the order that the template wants, or choose another base model.",
     ),
+    "text_too_long": (
+        "a text is longer than the base model's tokenizer may take at once",
+        "Split it, or put spaces or line breaks into it; most tokenizers take a text in pieces that end at these.",
+    ),
     "too_many_turns": (
         "a conversation has so many trained turns that finding their tokens takes too long",
         "Split the conversation, or give earlier turns weight 0; it hardly fits into a context.",

@@ -1,15 +1,16 @@
 """A long text in pieces that are tokenised one by one and give the tokens of the whole: a tokenizer takes hundreds of
 bytes for each token of what it is given at once.
 
-A text is cut between a letter and a space, a line break, or a comma or full stop of Chinese and Japanese behind it,
-where all of these are true of the tokenizer:
+A text is cut between a letter or digit and a space, a line break, or a comma or full stop of Chinese and Japanese
+behind it, and between a sign of ASCII and a space, where all of these are true of the tokenizer:
 
 - it normalises nothing, or to NFC, in which those never join what stands before them; letters that NFC changes are
   passed over, since some become a letter and a mark (Hindi's U+095D), which belongs to a word with what is behind it;
 - no added token reaches over such a place, or asks what stands on its other side;
-- it splits the text into words by expressions of _ALTERNATIVES. None of them takes one of those behind a letter, looks
-  behind, or looks ahead from elsewhere than white space: so there is an edge of words at that place, and on each side
-  the words are the same whatever stands on the other. What comes after that works on one word at a time.
+- it splits the text into words by expressions of _ALTERNATIVES. None of them takes one of those behind a letter or a
+  digit, takes a space behind a sign (but line breaks), looks behind, or looks ahead from elsewhere than white space: so
+  there is an edge of words at that place, and on each side the words are the same whatever stands on the other. What
+  comes after that works on one word at a time.
 """
 
 from __future__ import annotations
@@ -23,8 +24,10 @@ from tokenizers import AddedToken
 
 SIZE = 1 << 18
 """Characters of a piece, about; what is tokenised at once."""
+MAX_BYTES = 2 << 20
+"""Of what may be tokenised as a whole, in UTF-8: a tokenizer takes up to 270 bytes for each (measured)."""
 
-_EDGE = re.compile(r"[^\W\d_](?=[ \n\u3001\u3002\uff0c])")
+_EDGE = re.compile(r"[^\W_](?=[ \n\u3001\u3002\uff0c])|[!-/:-@\[-`{-~](?= )")
 _SPACES, _OTHERS = r"\s+", r"[^\s\p{L}\p{N}]+"
 _UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
 _ENDINGS = ("'s", "'t", "'re", "'ve", "'m", "'ll", "'d")
@@ -65,9 +68,14 @@ def cut(text: str, size: int = SIZE) -> Iterator[str]:
 
 
 def _edge(text: str, begin: int) -> int | None:
-    """The first place to cut behind a letter from here on."""
-    letters = (letter for letter in _EDGE.finditer(text, begin) if normalize("NFC", letter[0]) == letter[0])
-    return next((letter.end() for letter in letters), None)
+    """The first place to cut from here on."""
+    edges = (edge for edge in _EDGE.finditer(text, begin) if normalize("NFC", edge[0]) == edge[0])
+    return next((edge.end() for edge in edges), None)
+
+
+def longest(pieces: Iterable[str]) -> int:
+    """The bytes of the longest one in UTF-8."""
+    return max((len(piece.encode("utf-8", "surrogatepass")) for piece in pieces), default=0)
 
 
 def grouped(owned: Iterable[tuple[int, str]], size: int = SIZE) -> Iterator[list[tuple[int, str]]]:

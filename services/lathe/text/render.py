@@ -31,6 +31,7 @@ from lathe.text.align import aligned_ranges
 from lathe.text.chat import Chat
 from lathe.text.errors import RowError
 from lathe.text.mask import Piece, Rendered, Source, Span, render_spans, token_start, trained_range
+from lathe.text.pieces import MAX_BYTES
 from lathe.text.rows import Plain
 from lathe.text.template import ChatTemplate
 from lathe.text.tokenizer import Tokenizer
@@ -76,7 +77,8 @@ class Example:
 def render_example(
     tokenizer: Tokenizer, row: Chat | Plain, options: RenderOptions, *, now: datetime | None = None
 ) -> Example:
-    """Raises RowError: template_error, turn_not_maskable, nothing_trained, context_exceeded."""
+    """Raises RowError: template_error, too_many_turns, turn_not_maskable, text_too_long, nothing_trained,
+    context_exceeded."""
     result = render_batch(tokenizer, [row], options, now=now)[0]
     if isinstance(result, RowError):
         raise result
@@ -110,7 +112,10 @@ def render_whole(
     rendered = [_or_error(_render, tokenizer, row, options, moment) for row in rows]
     good = [item for item in rendered if isinstance(item, Rendered)]
     ids = iter(tokenizer.encode_batch([item.text for item in good]))
-    return [item if isinstance(item, RowError) else _example(tokenizer, item, next(ids)) for item in rendered]
+    return [
+        item if isinstance(item, RowError) else _or_error(_example, tokenizer, item, next(ids))
+        for item in rendered
+    ]
 
 
 def cut(example: Example, options: RenderOptions) -> Example:
@@ -164,6 +169,23 @@ def prepare(messages: Sequence[Mapping[str, Any]], template: ChatTemplate) -> li
 def _render(
     tokenizer: Tokenizer, row: Chat | Plain, options: RenderOptions, now: datetime | None
 ) -> Rendered:
+    rendered = _spans(tokenizer, row, options, now)
+    _check_size(tokenizer.whole_bytes(rendered.text))
+    return rendered
+
+
+def _check_size(size: int) -> None:
+    """size: bytes of a text that has to be tokenised at once. Raises RowError."""
+    if size > MAX_BYTES:
+        raise RowError(
+            "messages",
+            "text_too_long",
+            f"{size} bytes of its text can only be tokenised as a whole, and at most {MAX_BYTES} may be; split it, or "
+            "put spaces or line breaks into it",
+        )
+
+
+def _spans(tokenizer: Tokenizer, row: Chat | Plain, options: RenderOptions, now: datetime | None) -> Rendered:
     if isinstance(row, Plain):
         text, edge = row.prompt + row.completion, len(row.prompt)
         return Rendered(text, (Span(edge, len(text), 0, follows_prompt=True),), document=True)
@@ -202,6 +224,7 @@ def _ranges(
         found = aligned_ranges(item, ids, tokenizer.plain_added or {}, stops, tokenizer.encode_short)
         if found is not None:
             return ids, found, True
+    _check_size(len(item.text.encode("utf-8", "surrogatepass")))
     pieces, stable = _pieces(tokenizer, item, tokenizer.encode_spans([item.text])[0])
     tokens = [token for piece in pieces for token in piece.ids()]
     return tokens, [trained_range(pieces, tokens, span, len(item.text), stops) for span in item.spans], stable

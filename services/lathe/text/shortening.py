@@ -158,7 +158,7 @@ def _with_turns(chat: Chat, places: range | list[int]) -> Chat:
 
 def _text_beginning(tokenizer: Tokenizer, row: TrainingRow, key: str, text: str, excess: int) -> Cuts:
     """Without its first tokens, at least one is left."""
-    starts = [start for start, _ in tokenizer.encode_spans([text])[0].offsets]
+    starts, _ = tokenizer.offsets(text)
     return Cuts(
         max(len(starts) - 1, 0), lambda number: _each_text(row, {key: text[starts[number] :]}), excess
     )
@@ -167,7 +167,7 @@ def _text_beginning(tokenizer: Tokenizer, row: TrainingRow, key: str, text: str,
 def _text_end(tokenizer: Tokenizer, row: TrainingRow, content: Plain, excess: int) -> Cuts:
     """Without the last tokens of what is trained, at least one is left."""
     text = content.completion
-    ends = [end for _, end in tokenizer.encode_spans([text])[0].offsets]
+    _, ends = tokenizer.offsets(text)
     return Cuts(
         max(len(ends) - 1, 0),
         lambda number: _each_text(row, {"completion": text[: ends[-1 - number]]}),

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from array import array
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
@@ -176,17 +177,15 @@ class Tokenizer:
 
     def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
         """Ids of a rendered text. Special tokens within the text are recognised, none is added by default."""
+        if len(text) > pieces.SIZE and not add_special_tokens:
+            return self.encode_batch([text])[0]
         return list(self._backend.encode(text, add_special_tokens=add_special_tokens).ids)
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """The ids of each text. Cheaper than encode_spans: no offsets are made, and what is tokenised at once takes
         little memory where the texts can be cut."""
         ids: list[list[int]] = [[] for _ in texts]
-        owned = (
-            (owner, piece)
-            for owner, text in enumerate(texts)
-            for piece in (pieces.cut(text) if self._may_cut else (text,))
-        )
+        owned = ((owner, piece) for owner, text in enumerate(texts) for piece in self._cut(text))
         for group in pieces.grouped(owned):
             found = self._backend.encode_batch_fast([piece for _, piece in group], add_special_tokens=False)
             for (owner, _), one in zip(group, found, strict=True):
@@ -198,6 +197,24 @@ class Tokenizer:
     ) -> list[tokenizers.Encoding]:
         """As encode_batch, with offsets: characters of the text as given, spaces included in their token."""
         return list(self._backend.encode_batch(list(texts), add_special_tokens=add_special_tokens))
+
+    def offsets(self, text: str) -> tuple[array[int], array[int]]:
+        """The characters at which the tokens of a text begin, and those at which they end."""
+        starts, ends, base = array("q"), array("q"), 0
+        for piece in self._cut(text):
+            found = self._backend.encode(piece, add_special_tokens=False).offsets
+            starts.extend(base + start for start, _ in found)
+            ends.extend(base + end for _, end in found)
+            base += len(piece)
+        return starts, ends
+
+    def whole_bytes(self, text: str) -> int:
+        """How much of a text has to be tokenised at once, in bytes of UTF-8: its longest stretch without a place to
+        cut; 0 where it is short in any case."""
+        return pieces.longest(self._cut(text)) if len(text) > pieces.MAX_BYTES // 4 else 0
+
+    def _cut(self, text: str) -> Iterable[str]:
+        return pieces.cut(text) if self._may_cut else (text,)
 
     def encode_short(self, text: str) -> tuple[int, ...]:
         """As encode, remembered: for the few headers that every row has."""

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import AddedToken
 
-from lathe.text.pieces import SIZE, cut, grouped, may_cut
+from lathe.text.pieces import SIZE, cut, grouped, longest, may_cut
 from lathe.text.tokenizer import Tokenizer
 from tests.fixtures.tiny import tiny_tokenizer_json
 
@@ -77,6 +77,7 @@ ADDED = {
 PARTS = [
     "a", "b", "é", "e\u0301", "'s", "'", " ", "  ", "\n", "\r", "\t", "\u00a0", "1", "½", ".", "/", "你", "ſ",
     "。", "，", "<|im_end|>", "end", "york", " Hello", " fox",
+    "12", "_", "(", ":", "{", "\u0308", "\u0663", "²", "\x1c", "\u3000",
     # Letters that NFC makes a letter and a mark.
     "\u095d", "\ufb2a",
 ]  # fmt: skip
@@ -106,9 +107,11 @@ def test_long_texts_are_tokenised_in_pieces(name: str) -> None:
     one = tokenizer(name)
     long = "It's the café's 12 345th fox;\n\n jumps  over <|im_end|>" * (SIZE // 50 + 100)
     assert len(list(cut(long))) > 1
-    assert one.encode_batch(["Hello", long, "", "a b"]) == [
-        one.encode(text) for text in ("Hello", long, "", "a b")
-    ]
+    texts = ["Hello", long, "", "a b"]
+    whole = one.encode_spans(texts)
+    assert one.encode_batch(texts) == [encoding.ids for encoding in whole]
+    starts, ends = one.offsets(long)
+    assert list(zip(starts, ends, strict=True)) == whole[1].offsets
 
 
 @pytest.mark.parametrize("parts", WHOLE.values(), ids=WHOLE)
@@ -133,6 +136,13 @@ def test_a_text_without_places_stays_whole() -> None:
     assert list(cut("a b", 1)) == ["a", " b"]
     assert list(cut("你好，世界。\n再见", 1)) == ["你好", "，世界", "。\n再见"]
     assert list(cut("", 1)) == [""]
+
+
+def test_numbers_tables_and_code_have_places() -> None:
+    assert list(cut("0.51 2 7\n3", 1)) == ["0.51", " 2", " 7", "\n3"]
+    assert list(cut('{"a": [1, "b"],\n "c"} x', 1)) == ['{"a":', " [1,", ' "b"],\n "c"}', " x"]
+    assert longest(cut("0.51 2 7é\n3", 1)) == 4
+    assert longest(()) == 0
 
 
 def test_groups_are_of_so_many_characters() -> None:

@@ -264,10 +264,32 @@ def test_options_have_a_canonical_text() -> None:
 def test_a_conversation_of_too_many_trained_turns_is_refused_before_it_is_rendered(
     tokenizer: Tokenizer,
 ) -> None:
-    """Each trained turn is found by rendering what precedes it: ten thousand of them would take hours."""
-    turns = [("user", "a"), ("assistant", "b")] * 10_000
-    with pytest.raises(RowError, match="10000 of the row's 20000 messages are trained turns") as caught:
+    """Each trained turn is found by rendering what precedes it: ten thousand of them would take half an hour."""
+    turns = [("user", "a"), ("assistant", "b")] * 1500
+    with pytest.raises(RowError, match="1500 of the row's 3000 messages are trained turns") as caught:
         render_example(tokenizer, row(*turns), OPTIONS)
     assert (caught.value.field, caught.value.code) == ("messages", "too_many_turns")
     last = RenderOptions(1 << 20, weights="last_turn")
     assert trained_text(tokenizer, render_example(tokenizer, row(*turns), last)) == ["b<|im_end|>"]
+
+
+def test_what_has_to_be_tokenised_at_once_is_bounded(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A tokenizer takes hundreds of bytes for each byte of such a text: some megabytes would end a service."""
+    monkeypatch.setattr("lathe.text.render.MAX_BYTES", 1 << 20)
+    rows = [row(("user", text), ("assistant", "b")) for text in ("a" * (1 << 21), "é" * (1 << 20), "a b")]
+    long, wide, short = render_batch(tokenizer, rows, OPTIONS)
+    assert isinstance(long, RowError) and (long.field, long.code) == ("messages", "text_too_long")
+    assert "2097" in long.detail and "at most 1048576" in long.detail
+    assert isinstance(wide, RowError) and wide.code == "text_too_long"
+    assert isinstance(short, Example)
+
+
+def test_what_needs_offsets_is_bounded_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are made of the whole text, wherever it could be cut."""
+    monkeypatch.setattr("lathe.text.render.MAX_BYTES", 100)
+    rows = [row(("user", "a b " * 50), ("assistant", answer)) for answer in ("b", "\n\nb")]
+    stable, moved = render_batch(merged_newlines(), rows, OPTIONS)
+    assert isinstance(stable, Example)
+    assert isinstance(moved, RowError) and moved.code == "text_too_long"
