@@ -67,8 +67,8 @@ def row(
         note(f"{last_id(job.name)} is {state_word(job)} and trains on it.")
     if found.unknown:
         note(
-            f"{len(found.unknown)} model(s) were trained on datasets that have been deleted since; whether they saw it "
-            f"cannot be said: {', '.join(sorted({each.model_id for each in found.unknown}))}"
+            f"Of {len(found.unknown)} model(s) it cannot be said, because a dataset or a model that they come from has "
+            f"been deleted: {', '.join(sorted({each.model_id for each in found.unknown}))}"
         )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 from lathe.client.datasets import Datasets
@@ -10,6 +10,8 @@ from lathe.client.jobs import ENDED, Jobs
 from lathe.client.models import Adapters
 from lathe.common.errors import NotFound
 from lathe.v1 import datasets_pb2, jobs_pb2, models_pb2
+
+_READY = datasets_pb2.DATASET_STATE_READY
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,8 +35,8 @@ class ModelLineage:
 @dataclass(frozen=True, slots=True)
 class RowLineage:
     """found: the row and the datasets that have it. models: those trained on one of them. descendants: those that go
-    on from such a model. running: jobs that train on one of them and have not ended. unknown: models whose dataset
-    was deleted, so that nobody can say."""
+    on from such a model. running: jobs that train on one of them and have not ended. unknown: others of which
+    nobody can say, because a dataset or a model that they come from was deleted."""
 
     found: datasets_pb2.FindRowsResponse
     models: tuple[models_pb2.Adapter, ...]
@@ -65,15 +67,18 @@ class Lineage:
         names = {place.dataset.name for place in found.places}
         adapters = list(self._adapters.list())
         models = trained_on({place.dataset.sha256 for place in found.places}, adapters)
-        there = {each.sha256 for each in self._datasets.list("fine-tune")}
+        later = descendants(models, adapters)
+        # Only these were looked into.
+        ready = (each for each in self._datasets.list("fine-tune") if each.state == _READY)
+        doubtful = undocumented(adapters, {each.sha256 for each in ready})
         return RowLineage(
             found=found,
             models=models,
-            descendants=descendants(models, adapters),
+            descendants=later,
             running=tuple(
                 job for job in self._jobs.list() if job.state not in ENDED and job.training_dataset in names
             ),
-            unknown=tuple(each for each in adapters if each.lineage.dataset_sha256 not in there),
+            unknown=tuple(each for each in doubtful if each not in (*models, *later)),
         )
 
     def _training(self, adapter: models_pb2.Adapter) -> Training:
@@ -125,3 +130,17 @@ def descendants(
             return tuple(found)
         found += more
         known |= {each.model_id for each in more}
+
+
+def undocumented(
+    adapters: Sequence[models_pb2.Adapter], digests: Collection[str]
+) -> tuple[models_pb2.Adapter, ...]:
+    """Those that come, over any number of generations, from a file with none of these digests or from a model that is
+    not among the adapters."""
+    ids = {"", *(each.model_id for each in adapters)}
+    roots = tuple(
+        each
+        for each in adapters
+        if each.lineage.dataset_sha256 not in digests or each.lineage.parent_model_id not in ids
+    )
+    return (*roots, *descendants(roots, adapters))

@@ -7,6 +7,7 @@ machine and in every version (the hashes below are part of the contract).
 from __future__ import annotations
 
 import json
+import re
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -25,6 +26,7 @@ TRAIN, HELD_OUT = "train", "held_out"
 TOO_LONG = ("truncated", "tail_cut", "split", "nothing_trained", "identical_outputs", "context_exceeded")
 """What an audit can find of a row that is longer than its limit; the last three also of others."""
 _SEED_LIMIT = 2**63
+_POSITION = re.compile(r"-?[0-9]{1,9}\]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,8 +127,10 @@ def name_of(operation: Operation) -> str:
 def check_operation(operation: Operation) -> None:
     """Raise InvalidArgument for one that cannot be meant."""
     match operation:
-        case Split(seed, fraction, count, _):
+        case Split(seed, fraction, count, stratify_by):
             _check_seed("split", seed)
+            if stratify_by:
+                _path(stratify_by)
             if (fraction != 0) == (count != 0):
                 raise _invalid("split", "give either fraction or count: how much is held out")
             if count < 0 or (fraction != 0 and not 0 < fraction < 1):
@@ -301,7 +305,7 @@ def _path(field: str) -> list[str | int]:
         if key:
             path.append(key)
         for position in positions:
-            if not position.endswith("]") or not position[:-1].lstrip("-").isdigit():
+            if not _POSITION.fullmatch(position):
                 raise _invalid(
                     "split.stratify_by", f"{field!r} is no path; write messages[0].content, label or answer"
                 )

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from lathe.cli.lineage import line_of
-from lathe.client.lineage import ancestry, descendants, trained_on
+from lathe.client.lineage import ancestry, descendants, trained_on, undocumented
 from lathe.common.errors import InvalidArgument, NotFound
 from lathe.v1 import models_pb2 as pb
 
@@ -33,6 +33,14 @@ def test_who_was_trained_on_a_file_and_who_goes_on_from_them() -> None:
     assert descendants((ONE,), ALL) == (TWO, THREE)
     assert descendants((ONE, TWO), ALL) == (THREE,)
     assert descendants((THREE,), ALL) == ()
+
+
+def test_of_whom_it_cannot_be_said_what_they_were_trained_on() -> None:
+    child = adapter("ft:5", "a", "ft:4")
+    assert undocumented([*ALL, child], {"a", "b", "c"}) == (OTHER, child)
+    assert undocumented(ALL, {"a", "b"}) == (THREE, OTHER)
+    assert undocumented([ONE, TWO, THREE], {"b", "c"}) == (ONE, TWO, THREE)
+    assert undocumented([ONE, TWO, THREE], {"a", "b", "c"}) == ()
 
 
 def test_a_line_of_a_local_file(tmp_path: Path) -> None:

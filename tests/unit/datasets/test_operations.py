@@ -231,6 +231,12 @@ SAMPLE_7 = ["2", "5", "6", "10", "18"]
         (Truncate(AUDIT, "drop_row", True), "truncate.keep_unfit"),
         (Drop((0, 1)), "drop.lines"),
         (Drop(tuple(range(1, 10_002))), "drop.lines"),
+        (Split(1, 0.5, stratify_by="messages[0"), "split.stratify_by"),
+        (Split(1, 0.5, stratify_by="messages[]"), "split.stratify_by"),
+        (Split(1, 0.5, stratify_by="messages[--1]"), "split.stratify_by"),
+        (Split(1, 0.5, stratify_by="messages[²]"), "split.stratify_by"),
+        (Split(1, 0.5, stratify_by="messages[" + "9" * 5000 + "]"), "split.stratify_by"),
+        (Split(1, 0.5, stratify_by="."), "split.stratify_by"),
     ],
 )
 def test_what_cannot_be_meant_names_its_field(operation, field):

@@ -119,7 +119,7 @@ async def test_an_index_that_is_lost_is_made_again(world):
         (Sample(1, 61), "61 rows were asked for; the dataset has 60"),
         (Drop((61,)), "no row on line 61"),
         (Split(1, count=60), "leaves nothing to train on"),
-        (Split(1, 0.5, stratify_by="messages[0"), "is no path"),
+        (Split(1, 0.5, stratify_by="mesages[0].content"), "no row has mesages[0].content"),
     ],
 )
 async def test_what_cannot_be_made_of_these_rows_says_so(world, operation, words):
