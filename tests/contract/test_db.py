@@ -24,7 +24,7 @@ from lathe.common.db import (
     migrate,
     schema_state,
 )
-from lathe.common.errors import FailedPrecondition, Internal, Unavailable
+from lathe.common.errors import FailedPrecondition, Internal, InvalidArgument, Unavailable
 from tests.fixtures.servers import PostgresEndpoint
 
 PACKAGE = "tests.contract.example_service"
@@ -148,6 +148,25 @@ async def test_a_write_inside_a_read_is_a_fault(db: Database) -> None:
     with pytest.raises(Internal, match=r"db\.write"):
         async with db.read() as connection:
             await connection.execute(parents.insert().values(id="a"))
+
+
+async def test_a_nul_in_a_text_is_refused_and_in_json_kept(db: Database) -> None:
+    for statement in (
+        parents.insert().values(id="a\0b", at=datetime.now(UTC), data=None),
+        parents.insert().values([{"id": "a"}, {"id": "\0"}]),
+        parents.delete().where(parents.c.id == "\0"),
+    ):
+        with pytest.raises(InvalidArgument, match="NUL"):
+            async with db.write() as connection:
+                await connection.execute(statement)
+    with pytest.raises(InvalidArgument, match="NUL"):
+        async with db.write() as connection:
+            await connection.execute(parents.insert(), [{"id": "a"}, {"id": "\0"}])
+    async with db.write() as connection:
+        await connection.execute(parents.insert().values(id="b", at=None, data={"text": "a\0b"}))
+    async with db.read() as connection:
+        rows = (await connection.execute(parents.select())).all()
+    assert [(row.id, row.data) for row in rows] == [("b", {"text": "a\0b"})]
 
 
 async def test_wrong_sql_is_no_outage(empty: Database) -> None:

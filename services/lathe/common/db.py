@@ -1,7 +1,7 @@
 """One SQL database per service: SQLite embedded, PostgreSQL in a cluster, the same SQL on both.
 
-Stores use SQLAlchemy Core inside `db.read()` or `db.write()`. Outages become Unavailable here; IntegrityError
-passes through, because only the store knows what it means (see `is_unique_violation`).
+Stores use SQLAlchemy Core inside `db.read()` or `db.write()`. Outages become Unavailable here, and a NUL in a text
+InvalidArgument; IntegrityError passes through, because only the store knows what it means (see `is_unique_violation`).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_en
 from sqlalchemy.pool import AsyncAdaptedQueuePool
 
 from lathe.common.dboutage import OutageReason, explain
-from lathe.common.errors import FailedPrecondition, Internal, Unavailable
+from lathe.common.errors import FailedPrecondition, Internal, InvalidArgument, Unavailable
 
 SchemaState = Literal["current", "behind", "ahead"]
 
@@ -92,6 +92,7 @@ class Database:
             else _postgres_engine(url, pool_size, answer_timeout_s)
         )
         event.listen(self._engine.sync_engine, "before_execute", _refuse_write_in_read)
+        event.listen(self._engine.sync_engine, "before_cursor_execute", _refuse_nul, named=True)
         # SQLite has one writer at a time; waiting here costs nothing, waiting in the driver polls.
         self._writer = asyncio.Lock() if self._sqlite else nullcontext()
 
@@ -205,6 +206,14 @@ def _refuse_write_in_read(
 ) -> None:
     if clause.is_dml and not connection.get_execution_options().get(_WRITE, False):
         raise Internal("A statement that writes was run inside db.read(); use db.write().")
+
+
+def _refuse_nul(*, parameters: Any, executemany: bool, **_: Any) -> None:
+    """PostgreSQL's texts cannot hold it and SQLite's can: what a client may send is the same on both."""
+    for row in parameters if executemany else (parameters,):
+        for value in row.values() if isinstance(row, dict) else row:
+            if isinstance(value, str) and "\0" in value:
+                raise InvalidArgument("A text of the request holds the character NUL; leave it out.")
 
 
 @contextmanager

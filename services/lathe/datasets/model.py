@@ -35,6 +35,8 @@ RESULTS_PURPOSE = "fine-tune-results"
 MAX_BYTES = 8 << 30
 MAX_RESULT_BYTES = 3 << 20
 MAX_OVERLAP_LINES = 20
+MAX_FOUND_BYTES = 1 << 20
+"""A longer row is not sent along with the places where it is."""
 # So often a process may end in the middle of an audit before it is given up: it may be what ends them.
 AUDIT_BEGINS = 3
 # Far longer than deleting an object takes: a claim this old is one of a call that broke off.

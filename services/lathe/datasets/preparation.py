@@ -56,7 +56,8 @@ class Places:
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """row: its bytes as they stand in one of the places; empty without a place."""
+    """row: its bytes as they stand in the first place; empty without one, and where it is longer than
+    MAX_FOUND_BYTES."""
 
     digest: bytes
     row: bytes
@@ -177,6 +178,8 @@ class PreparationService:
 
     async def _row(self, dataset: Dataset, index: RowIndex, position: int) -> bytes:
         entry = index.entry(position)
+        if entry.length > rules.MAX_FOUND_BYTES:
+            return b""
         chunks = self.indexes.objects.stream(
             blob_key(dataset.sha256), offset=entry.offset, length=entry.length
         )

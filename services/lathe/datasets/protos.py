@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 
 from google.protobuf.timestamp_pb2 import Timestamp
@@ -31,6 +31,8 @@ from lathe.text.findings import Finding, FindingGroup, Severity, kind_of
 from lathe.text.rowindex import DIGEST_BYTES
 from lathe.v1 import datasets_pb2 as pb
 
+# Below gRPC's 4 MiB; one dataset is far below the rest.
+_PAGE_BYTES = 3 << 20
 _STATES = {
     DatasetState.UPLOADING: pb.DATASET_STATE_UPLOADING,
     DatasetState.VALIDATING: pb.DATASET_STATE_VALIDATING,
@@ -236,16 +238,34 @@ def prepared_pb(made: Prepared) -> pb.PreparedDataset:
     )
 
 
+def page_pb(datasets: Sequence[Dataset]) -> list[pb.Dataset]:
+    """The first of them: as many as fit into one answer beside each other, and one at least."""
+    page: list[pb.Dataset] = []
+    room = _PAGE_BYTES
+    for dataset in datasets:
+        message = dataset_pb(dataset)
+        room -= message.ByteSize()
+        if page and room < 0:
+            break
+        page.append(message)
+    return page
+
+
+def _named_pb(dataset: Dataset) -> pb.Dataset:
+    """Without its report, which is most of it: there may be thousands in one answer."""
+    return dataset_pb(replace(dataset, report=None))
+
+
 def found_pb(found: Found) -> pb.FindRowsResponse:
     places = [
-        pb.RowPlaces(dataset=dataset_pb(place.dataset), count=place.count, first_lines=place.first_lines)
+        pb.RowPlaces(dataset=_named_pb(place.dataset), count=place.count, first_lines=place.first_lines)
         for place in found.places
     ]
     return pb.FindRowsResponse(digest=found.digest.hex(), row=found.row.decode(), places=places)
 
 
 def trained_rows_pb(found: Sequence[Dataset], audit: Audit | None) -> pb.TrainedRows:
-    answer = pb.TrainedRows(datasets=map(dataset_pb, found))
+    answer = pb.TrainedRows(datasets=map(_named_pb, found))
     if audit is not None:
         answer.audit.CopyFrom(public_audit_pb(audit))
     return answer

@@ -23,7 +23,6 @@ from lathe.datasets.upload_service import UploadService
 from lathe.v1 import datasets_pb2 as pb
 from lathe.v1 import datasets_pb2_grpc as pb_grpc
 
-# A dataset may list 20 findings, and all of them by code: a page must stay below gRPC's 4 MiB.
 _MAX_PAGE = 100
 
 
@@ -117,11 +116,10 @@ class DatasetsServicer(PreparationMethods):
             ascending=request.ascending,
             limit=size + 1,
         )
-        token = ""
-        if len(found) > size:
-            last = found[size - 1]
+        page, token = protos.page_pb(found[:size]), ""
+        if len(page) < len(found):
+            last = found[len(page) - 1]
             token = encode_page_token([last.create_time.isoformat(), last.id], query)
-        page = [protos.dataset_pb(dataset) for dataset in found[:size]]
         return pb.ListDatasetsResponse(datasets=page, next_page_token=token)
 
     async def _position(

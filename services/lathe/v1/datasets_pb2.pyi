@@ -1903,7 +1903,7 @@ class FindRowsResponse(message.Message):
     digest: builtins.str
     """Of the row, 32 hex digits: equal rows have equal ones (docs/preparation.md)."""
     row: builtins.str
-    """The row as it is in the dataset that was asked about, or in the first that has it; empty where none has."""
+    """The row as it stands in the first of the places; empty without one, and where it has more than 1 MiB."""
     @builtins.property
     def places(self) -> containers.RepeatedCompositeFieldContainer[RowPlaces]:
         """Oldest dataset first."""
@@ -1930,7 +1930,9 @@ class RowPlaces(message.Message):
     FIRST_LINES_FIELD_NUMBER: builtins.int
     count: builtins.int
     @builtins.property
-    def dataset(self) -> Dataset: ...
+    def dataset(self) -> Dataset:
+        """Without its report."""
+
     @builtins.property
     def first_lines(self) -> containers.RepeatedScalarFieldContainer[builtins.int]:
         """The first 20, 1-based."""
@@ -2021,7 +2023,7 @@ class TrainedRows(message.Message):
     AUDIT_FIELD_NUMBER: builtins.int
     @builtins.property
     def datasets(self) -> containers.RepeatedCompositeFieldContainer[Dataset]:
-        """The project's datasets with these bytes, oldest first; none once all were deleted."""
+        """The project's datasets with these bytes, oldest first, without their reports; none once all were deleted."""
 
     @builtins.property
     def audit(self) -> Audit:

@@ -37,7 +37,7 @@ from lathe.v1 import datasets_pb2 as pb
 log = logging.getLogger(__name__)
 router = APIRouter()
 
-# A page of datasets with their findings must stay below gRPC's 4 MiB.
+# As many as datasets gives at once at most.
 _PAGE = 100
 # Handing a large file over takes the store a while; a retry waits for it that long.
 _COMMIT_WAIT_S = 130.0
