@@ -166,7 +166,8 @@ def label_imbalance(answers: tuple[Share, ...]) -> Finding | None:
     if not rows or answers[0].count < _IMBALANCE * rows:
         return None
     part = f"{answers[0].count} of {rows} answers are {answers[0].value!r}"
-    return Finding(0, "", "label_imbalance", f"{part}; there are {len(answers)} different ones")
+    others = f"there are {len(answers)} different ones" if len(answers) > 1 else "there is no other one"
+    return Finding(0, "", "label_imbalance", f"{part}; {others}")
 
 
 def shares(counts: Mapping[str, int]) -> tuple[Share, ...]:

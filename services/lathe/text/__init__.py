@@ -2,5 +2,6 @@
 
 from __future__ import annotations
 
-VERSION = "3"
-"""Version of the parsing, rendering and mask rules: raised whenever the same row could give other tokens."""
+VERSION = "4"
+"""Version of the parsing, rendering and mask rules: raised whenever the same row could give other tokens,
+or another finding."""

@@ -139,7 +139,8 @@ _ERRORS = {
     ),
     "turn_not_maskable": (
         "it cannot be told which tokens of a turn to train",
-        "Give the turn weight 0, or split the row so that the turn is its last.",
+        "Give the turn weight 0, or split the row so that the turn is its last; where the message names the template, "
+        "correct that or choose another base model.",
     ),
     "context_exceeded": (
         "a row is longer than the context limit",

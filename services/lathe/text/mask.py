@@ -72,13 +72,15 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """What is rendered: a row's messages, in the shape that templates read, at one moment."""
+    """What is rendered: a row's messages, in the shape that templates read, at one moment. ends: the tokens that end a
+    turn, as texts."""
 
     template: ChatTemplate
     messages: Messages
     tools: Tools
     weights: Sequence[int]
     now: datetime
+    ends: Sequence[str] = ()
 
     def text(self, count: int, add_generation_prompt: bool = False) -> str:
         """The first `count` messages. Raises TemplateError."""
@@ -90,7 +92,8 @@ def render_spans(source: Source) -> Rendered:
     """Renders once in full, and per trained turn its prompt (the messages before it, with the generation
     prompt) and the text through it: what lies between is what the assistant writes, its end of turn included.
 
-    That needs both to be prefixes of the full text. Some templates change earlier turns once later ones exist
+    That needs both to be prefixes of the full text; of the latter what goes up to the end of the turn is enough
+    (Phi-3 writes an end of text behind the last one). Some templates change earlier turns once later ones exist
     (they strip reasoning, or move the tools); for those the `{% generation %}` markers decide, where the
     template has them. Raises RowError: too_many_turns, template_error, or turn_not_maskable naming the message.
     """
@@ -131,9 +134,18 @@ def _prefix_span(source: Source, index: int, text: str) -> Span | None:
         through = text if last else source.text(index + 1)
     except TemplateError:
         return None  # a template may refuse the part of a conversation that it takes as a whole
+    if not text.startswith(through):
+        through = _to_its_end(through, len(prompt), source.ends)
     if not (text.startswith(through) and len(through) > len(prompt)):
         return None
     return Span(len(prompt), len(through), index, follows_prompt=True)
+
+
+def _to_its_end(through: str, start: int, ends: Sequence[str]) -> str:
+    """Up to the first end of a turn after `start`; nothing where there is none."""
+    places = [(place, -len(end)) for end in ends if (place := through.find(end, start)) >= 0]
+    place, size = min(places, default=(0, 0))
+    return through[: place - size]
 
 
 def _marked_spans(source: Source, text: str, failed: int) -> Rendered:
@@ -148,12 +160,24 @@ def _marked_spans(source: Source, text: str, failed: int) -> Rendered:
         if marked == text and len(found) == len(turns):
             pairs = [pair for pair in zip(turns, found, strict=True) if source.weights[pair[0]]]
             return Rendered(text, tuple(_marked_span(source, turn, text, place) for turn, place in pairs))
-    raise RowError(
-        f"messages[{failed}]",
-        "turn_not_maskable",
-        "with this base model's chat template, what precedes this turn is not the prompt that the model would see "
-        "for it, so it cannot be told which tokens to train; give the message weight 0, or split the row so that "
-        "the turn is its last",
+    raise RowError(f"messages[{failed}]", "turn_not_maskable", _why_not(source, failed))
+
+
+def _why_not(source: Source, index: int) -> str:
+    """What keeps a turn from being trained, and what helps."""
+    try:
+        fits = source.text(index + 1).startswith(source.text(index, add_generation_prompt=True))
+    except TemplateError:
+        fits = True
+    if not fits:
+        return (
+            "this base model's chat template opens an answer that is asked for in another way than one that is there, "
+            "so that it cannot be told which tokens to train; correct the template, or choose another base model"
+        )
+    return (
+        "this base model's chat template writes this turn, or what precedes it, in another way once other turns "
+        "follow, so that it cannot be told which tokens to train; give the message weight 0, or split the row so that "
+        "the turn is its last"
     )
 
 

@@ -18,8 +18,11 @@ from lathe.text.template import ChatTemplate
 
 _NOW = datetime(2000, 1, 1)
 _TOOL = "lathe_probe_tool"
-# As _content and _call write them: found in one pass, since a row may have very many.
+# Mistral's templates take nine letters and digits only.
+_ID = "lathe0000"
+# As _content, _reasoning and _call write them: found in one pass, since a row may have very many.
 _CONTENT = re.compile(r"lathe probe text (\d+) end")
+_REASONING = re.compile(r"lathe probe reasoning (\d+) end")
 _CALL = re.compile(r"lathe_probe_call_(\d+)_(\d+)_end")
 # Longer conversations hardly have the shape of another one, and remembering a thousand takes memory.
 _REMEMBERED_TURNS = 64
@@ -27,12 +30,14 @@ _REMEMBERED_TURNS = 64
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """One message without its texts. calls: how many tools it calls. keys: what else it has."""
+    """One message without its texts. calls: how many tools it calls. keys: what else it has. reasons: whether it is a
+    trained answer that begins with reasoning, which some templates leave out."""
 
     role: str
     has_content: bool
     calls: int
     keys: tuple[str, ...]
+    reasons: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +60,7 @@ class TemplateProbe:
     def losses(self, chat: Chat) -> Losses:
         """Nothing for a shape that the template refuses: that is another finding."""
         probe = self._cached if len(chat.messages) <= _REMEMBERED_TURNS else self._probe
-        return probe(tuple(map(_turn, chat.messages)), bool(chat.tools))
+        return probe(tuple(map(_turn, chat.messages, chat.weights)), bool(chat.tools))
 
     def _probe(self, turns: tuple[Turn, ...], has_tools: bool) -> Losses:
         messages = [_marked(index, turn) for index, turn in enumerate(turns)]
@@ -67,9 +72,10 @@ class TemplateProbe:
         contents: dict[int, int] = {}
         for match in _CONTENT.finditer(text):
             contents.setdefault(int(match[1]), match.start())
+        reasons = {int(match[1]) for match in _REASONING.finditer(text)}
         calls = {(int(match[1]), int(match[2])) for match in _CALL.finditer(text)}
         found = [(index, contents[index]) for index, _ in enumerate(turns) if index in contents]
-        dropped = tuple(_dropped(turns, contents, calls))
+        dropped = tuple(_dropped(turns, contents, reasons, calls))
         return Losses(dropped, _late(found), has_tools and _TOOL not in text)
 
 
@@ -85,28 +91,36 @@ def _late(found: Sequence[tuple[int, int]]) -> tuple[int, ...]:
 
 
 def _dropped(
-    turns: Sequence[Turn], contents: Collection[int], calls: Collection[tuple[int, int]]
+    turns: Sequence[Turn],
+    contents: Collection[int],
+    reasons: Collection[int],
+    calls: Collection[tuple[int, int]],
 ) -> Iterator[tuple[int, str]]:
-    """contents, calls: what the template wrote, by index."""
+    """contents, reasons, calls: what the template wrote, by index."""
     for index, turn in enumerate(turns):
         if turn.has_content and index not in contents:
             yield index, "content"
+        elif turn.reasons and index not in reasons:
+            yield index, "reasoning"
         if any((index, n) not in calls for n in range(turn.calls)):
             yield index, "tool_calls"
 
 
-def _turn(message: Mapping[str, Any]) -> Turn:
+def _turn(message: Mapping[str, Any], weight: int) -> Turn:
     keys = tuple(key for key in ("name", "tool_call_id") if key in message)
-    return Turn(message["role"], bool(message.get("content")), len(message.get("tool_calls") or ()), keys)
+    content = message.get("content") or ""
+    reasons = bool(weight) and content.lstrip().startswith("<think>") and "</think>" in content
+    return Turn(message["role"], bool(content), len(message.get("tool_calls") or ()), keys, reasons)
 
 
 def _marked(index: int, turn: Turn) -> dict[str, Any]:
-    message: dict[str, Any] = {"role": turn.role, **dict.fromkeys(turn.keys, "lathe00000")}
+    message: dict[str, Any] = {"role": turn.role, **dict.fromkeys(turn.keys, _ID)}
     if turn.has_content:
-        message["content"] = _content(index)
+        reasoning = f"<think>\n{_reasoning(index)}\n</think>\n\n" if turn.reasons else ""
+        message["content"] = reasoning + _content(index)
     if turn.calls:
         message["tool_calls"] = [
-            {"id": "lathe00000", "type": "function", "function": {"name": _call(index, n), "arguments": {}}}
+            {"id": _ID, "type": "function", "function": {"name": _call(index, n), "arguments": {}}}
             for n in range(turn.calls)
         ]
     return message
@@ -114,6 +128,10 @@ def _marked(index: int, turn: Turn) -> dict[str, Any]:
 
 def _content(index: int) -> str:
     return f"lathe probe text {index} end"
+
+
+def _reasoning(index: int) -> str:
+    return f"lathe probe reasoning {index} end"
 
 
 def _call(index: int, number: int) -> str:

@@ -198,7 +198,8 @@ def _spans(tokenizer: Tokenizer, row: Chat | Plain, options: RenderOptions, now:
     if not tokenizer.has_template or now is None:
         raise RowError("messages", "template_error", NO_TEMPLATE)
     template = tokenizer.template
-    return render_spans(Source(template, prepare(row.messages, template), row.tools, weights, now))
+    messages = prepare(row.messages, template)
+    return render_spans(Source(template, messages, row.tools, weights, now, tokenizer.end_texts))
 
 
 def _example(tokenizer: Tokenizer, item: Rendered, ids: list[int]) -> Example:

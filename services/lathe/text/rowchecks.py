@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cached_property
+from unicodedata import category
 
 from lathe.text.chat import Chat, Message
 from lathe.text.findings import Finding
@@ -59,25 +60,25 @@ class RowChecks:
         for part, (_, example) in zip(row.parts, found.sequences, strict=False):
             if row.format is RowFormat.TEXT:
                 return
-            if self._stop_is_missing(part.content, example):
+            runs = list(TRAINED_RUNS.finditer(example.mask))
+            # The last turn of a row that was cut has lost its end: that is told already.
+            whole = runs[:-1] if example.lost else runs
+            if self._stop_is_missing(part.content, example, whole):
                 yield "stop_not_trained", "", "the last trained token of a turn is none that ends a turn"
-            answer = _answer(part.content)
-            if answer is not None and not answer.strip():
-                yield "empty_answer", "", "the answer is white space only"
-            elif answer is not None and not example.lost and example.trained_tokens <= _TINY_TOKENS:
-                yield (
-                    "tiny_answer",
-                    "",
-                    f"the answer has {example.trained_tokens} trained tokens, its end included",
-                )
+            answers = _answers(row.format, part.content)
+            empty = next((field for field, text in answers if not _is_visible(text)), None)
+            size = min((run.end() - run.start() for run in whole), default=_TINY_TOKENS + 1)
+            if empty is not None:
+                yield "empty_answer", empty, "the answer has no visible character"
+            elif size <= _TINY_TOKENS:
+                yield "tiny_answer", "", f"an answer has {size} trained tokens, its end included"
 
-    def _stop_is_missing(self, content: Chat | Plain, example: Example) -> bool:
+    def _stop_is_missing(
+        self, content: Chat | Plain, example: Example, runs: Sequence[re.Match[bytes]]
+    ) -> bool:
         if isinstance(content, Plain):
             return self._tokenizer.eos_id is None
-        ends = [run.end() - 1 for run in TRAINED_RUNS.finditer(example.mask)]
-        # The last turn of a row that was cut has lost its end: that is told already.
-        whole = ends[:-1] if example.lost else ends
-        return any(example.tokens[end] not in self._stops for end in whole)
+        return any(example.tokens[run.end() - 1] not in self._stops for run in runs)
 
     def _template(self, found: RowFormat, chat: Chat, probe: TemplateProbe) -> Iterator[tuple[str, str, str]]:
         losses = probe.losses(chat)
@@ -85,7 +86,7 @@ class RowChecks:
             role = chat.messages[index]["role"]
             yield (
                 "message_dropped",
-                _place(found, index, key),
+                _place(found, index, "content" if key == "reasoning" else key),
                 f"the template does not write the {key} of message {index + 1} ({role})",
             )
         for index in losses.reordered:
@@ -173,6 +174,21 @@ def _answer(content: Chat | Plain) -> str | None:
     if not trained or trained[-1].get("tool_calls"):
         return None
     return trained[-1].get("content") or ""
+
+
+def _answers(found: RowFormat, content: Chat | Plain) -> Iterator[tuple[str, str]]:
+    """(path, text) of each trained answer that is no call."""
+    if isinstance(content, Plain):
+        yield "completion", content.completion
+        return
+    for index, (message, weight) in enumerate(zip(content.messages, content.weights, strict=True)):
+        if weight and not message.get("tool_calls"):
+            yield _place(found, index, "content"), message.get("content") or ""
+
+
+def _is_visible(text: str) -> bool:
+    """Whether there is more than white space and characters without a shape, such as U+200B."""
+    return any(not character.isspace() and category(character) not in ("Cc", "Cf") for character in text)
 
 
 def _place(found: RowFormat, index: int, key: str) -> str:

@@ -36,6 +36,7 @@ class Tokenizer:
     eos_id: the one that ends a text outside any chat; None where the model names none.
     eos_ids: every id that ends a turn, ascending: eos of tokenizer_config, generation_config and config, and
     the special token with which the chat template closes an assistant's turn.
+    end_texts: these as texts.
     special_texts: the special tokens as a text would hold them.
     plain_added: id -> text of the added tokens, where they are recognised as they are written; None where a
     normaliser or word boundaries have a say.
@@ -76,6 +77,9 @@ class Tokenizer:
         self.eos_id: int | None = named if named is not None else next(iter(configured_eos), None)
         eos = {*configured_eos, named, self._end_of_turn()}
         self.eos_ids: tuple[int, ...] = tuple(sorted(id_ for id_ in eos if id_ is not None))
+        self.end_texts: tuple[str, ...] = tuple(
+            token for id_ in self.eos_ids if (token := self.token_of(id_))
+        )
         # Ids need not be dense: what a model's embedding must hold is the highest one, plus one.
         self.vocab_size: int = max(backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         self._encode_short = lru_cache(maxsize=256)(lambda text: tuple(self.encode(text)))

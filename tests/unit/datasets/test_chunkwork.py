@@ -82,7 +82,9 @@ def test_few_answers_are_shown_and_a_dominant_one_is_told():
     labels = Counter({"yes": 95, "no": 5})
     assert few_answers(labels) == (Share("yes", 95), Share("no", 5))
     finding = label_imbalance(few_answers(labels))
-    assert finding is not None and "95 of 100 answers are 'yes'" in finding.message
+    assert finding is not None and "95 of 100 answers are 'yes'; there are 2 different" in finding.message
+    alone = label_imbalance(few_answers(Counter({"yes": 60})))
+    assert alone is not None and alone.message == "60 of 60 answers are 'yes'; there is no other one"
     assert label_imbalance(few_answers(Counter({"yes": 60, "no": 40}))) is None
     assert few_answers(Counter(map(str, range(40)))) == ()
     assert few_answers(Counter({"yes": 49})) == ()

@@ -22,8 +22,8 @@ from lathe.text.render import (
 )
 from lathe.text.rows import parse_line
 from lathe.text.tokenizer import Tokenizer
-from tests.fixtures.templates import BOS, EOS, GENERATION, REAL, SPECIAL, STRIPPING
-from tests.fixtures.tiny import tiny_tokenizer_json
+from tests.fixtures.templates import BOS, ENDS, EOS, GENERATION, REAL, SPECIAL, STRIPPING
+from tests.fixtures.tiny import CHATML, tiny_tokenizer_json
 from tests.unit.text.conftest import MakeTokenizer
 
 OPTIONS = RenderOptions(context_limit=4096)
@@ -155,7 +155,7 @@ def test_for_every_family_the_mask_covers_exactly_the_answers(
         lead = " " if name == "mistral" else ""
         answers = [a.strip() if name == "llama3" else a for _, a in turns]
         # White space of an answer may be joined to its neighbour only at an edge that is not stable.
-        assert trained_text(tokenizer, example) == [lead + answer + EOS[name] for answer in answers]
+        assert trained_text(tokenizer, example) == [lead + answer + ENDS[name] for answer in answers]
     prompt = render_prompt(tokenizer, parsed.messages[:-1], now=NOW)
     if example.boundary_stable or len(turns) == 1:
         assert example.tokens[: len(prompt)] == prompt
@@ -227,8 +227,26 @@ def test_a_template_that_strips_earlier_turns(make_tokenizer: MakeTokenizer) -> 
     with pytest.raises(RowError) as caught:
         render_example(tokenizer, row(*turns), OPTIONS)
     assert (caught.value.code, caught.value.field) == ("turn_not_maskable", "messages[1]")
+    assert "split the row" in caught.value.detail
     example = render_example(tokenizer, row(*turns, weights={1: 0}), OPTIONS)
     assert trained_text(tokenizer, example) == ["<think>y</think>two<|im_end|>"]
+
+
+def test_a_turn_that_has_another_end_where_others_follow(make_tokenizer: MakeTokenizer) -> None:
+    ends = "('<|im_end|>' if loop.last else '<|endoftext|>')"
+    tokenizer = make_tokenizer(CHATML.replace("'<|im_end|>'", ends))
+    turns = (("user", "a"), ("assistant", "one"), ("user", "b"), ("assistant", "two"))
+    with pytest.raises(RowError) as caught:
+        render_example(tokenizer, row(*turns), OPTIONS)
+    assert (caught.value.code, caught.value.field) == ("turn_not_maskable", "messages[1]")
+
+
+def test_a_template_that_opens_an_answer_as_it_writes_none(make_tokenizer: MakeTokenizer) -> None:
+    tokenizer = make_tokenizer(CHATML.replace("assistant\n' }}", "assistant\n<think>\n' }}"))
+    with pytest.raises(RowError) as caught:
+        render_example(tokenizer, row(("user", "a"), ("assistant", "one")), OPTIONS)
+    assert (caught.value.code, caught.value.field) == ("turn_not_maskable", "messages[1]")
+    assert "correct the template" in caught.value.detail
 
 
 def test_generation_markers_decide_where_prefixes_do_not(make_tokenizer: MakeTokenizer) -> None:

@@ -15,7 +15,7 @@ from lathe.text.rowchecks import RowChecks, language_of_row, texts_of
 from lathe.text.rows import TrainingRow, parse_line
 from lathe.text.sequences import Tokenised, tokenise_rows
 from lathe.text.tokenizer import Tokenizer
-from tests.fixtures.templates import REAL
+from tests.fixtures.templates import NINE_LETTERS, NO_REASONING, REAL
 from tests.fixtures.tiny import CHATML, tiny_tokenizer_config, tiny_tokenizer_json
 
 TOOLS = [{"type": "function", "function": {"name": "get_weather", "parameters": {"type": "object"}}}]
@@ -70,6 +70,26 @@ def test_a_call_that_the_template_ignores_is_found():
     assert codes(row) == ["message_dropped", "tools_not_rendered"]
 
 
+def test_an_answer_that_a_template_leaves_out_beside_its_calls_is_found():
+    call = {**CALL, "id": "abcdefghi"}
+    messages = [
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": "Let me look at it.", "tool_calls": [call]},
+    ]
+    row = parse_line(json.dumps({"messages": messages}).encode())
+    assert codes(row, NINE_LETTERS) == ["message_dropped"]
+
+
+def test_reasoning_that_the_template_leaves_out_of_what_is_trained_is_found():
+    turns = ("user", "Hi"), ("assistant", "<think>\nA greeting.\n</think>\n\nHow can I help you?")
+    assert codes(parsed(*turns), NO_REASONING) == ["message_dropped"]
+    assert codes(parsed(*turns)) == []
+    asked = ("user", "What do you do?"), ("assistant", "I answer what I am asked.")
+    messages = [{"role": role, "content": content} for role, content in (*turns, *asked)]
+    messages[1]["weight"] = 0
+    assert codes(parse_line(json.dumps({"messages": messages}).encode()), NO_REASONING) == []
+
+
 _SYSTEM_LAST = "{% set ordered = messages[1:2] + messages[:1] + messages[2:] %}"
 
 
@@ -100,8 +120,26 @@ def test_special_tokens_in_a_text_are_found():
 
 def test_empty_and_tiny_answers_are_found():
     assert codes(parsed(("user", "Hi"), ("assistant", " \n"))) == ["empty_answer"]
+    assert codes(parsed(("user", "Hi"), ("assistant", "\u200b\ufeff\u00ad"))) == ["empty_answer"]
+    assert codes(parsed(("user", "Hi"), ("assistant", "🙂 ok"))) == []
     assert codes(parsed(("user", "Hi"), ("assistant", "a"))) == ["tiny_answer"]
     assert codes(parse_line(b'{"prompt": "a", "completion": " "}')) == ["empty_answer"]
+
+
+@pytest.mark.parametrize(("answer", "code"), [(" \n", "empty_answer"), ("a", "tiny_answer")])
+def test_every_trained_answer_is_looked_at(answer, code):
+    more = ("user", "And now?"), ("assistant", "How can I help you?")
+    row = parsed(("user", "Hi"), ("assistant", answer), *more)
+    assert codes(row) == [code]
+    (found,) = tokenise_rows(tokenizer(), [row], RenderOptions(4096))
+    assert isinstance(found, Tokenised)
+    (finding,) = RowChecks(tokenizer()).check(7, row, found)
+    assert finding.field == ("messages[1].content" if code == "empty_answer" else "")
+    messages = [
+        {"role": role, "content": content} for role, content in (("user", "Hi"), ("assistant", answer), *more)
+    ]
+    messages[1]["weight"] = 0
+    assert codes(parse_line(json.dumps({"messages": messages}).encode())) == []
 
 
 def test_a_model_without_end_of_text_is_found():

@@ -16,7 +16,7 @@ from lathe.text.render import Example, RenderOptions, render_prompt, trained_tex
 from lathe.text.rows import parse_line
 from lathe.text.sequences import Tokenised, split, tokenise_rows
 from lathe.text.tokenizer import Tokenizer
-from tests.fixtures.templates import EOS, REAL
+from tests.fixtures.templates import ENDS, REAL
 from tests.fixtures.tiny import tiny_tokenizer_json
 from tests.unit.text.test_render import CONTENT, FAMILIES, merged_newlines
 
@@ -85,7 +85,7 @@ def test_both_prompts_of_a_pair_are_the_prompt_of_inference(
     for example in examples(found):
         assert example.tokens[: len(prompt)] == prompt
         assert example.mask[: len(prompt) + 1] == bytes(len(prompt)) + b"\1"
-        assert trained_text(tokenizer, example)[0].endswith(EOS[name])
+        assert trained_text(tokenizer, example)[0].endswith(ENDS[name])
 
 
 def test_an_output_whose_edge_is_unstable_leaves_the_prompt_as_it_is() -> None:
