@@ -11,12 +11,22 @@ behind it, and between a sign of ASCII and a space, where all of these are true 
   digit, takes a space behind a sign (but line breaks), looks behind, or looks ahead from elsewhere than white space: so
   there is an edge of words at that place, and on each side the words are the same whatever stands on the other. What
   comes after that works on one word at a time.
+
+Tokenizers that write spaces as U+2581 (those of Llama 2, Mistral, Gemma and Phi-3) may take the whole text as one word.
+For them it is cut between a letter or digit and a space with another behind it, where these are true:
+
+- nothing but spaces is normalised, and no added token reaches over such a place, begins with a letter or digit, or ends
+  with one: on both sides stands what the model is given;
+- the model is BPE, of which no merge joins U+2581 to something else before it: what is merged on one side does not
+  depend on the other;
+- where U+2581 is put before every text, it stands for the space, which the piece then lacks.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 from unicodedata import normalize
 
@@ -55,22 +65,34 @@ _ONE = f"(?:{'|'.join(map(re.escape, _ALTERNATIVES))})"
 _SAFE = re.compile(rf"(?:{_ONE}\|)*{re.escape(_SPACES)}")
 
 
-def cut(text: str, size: int = SIZE) -> Iterator[str]:
-    """The text in pieces of at least so many characters, where it has places to cut."""
-    begin = 0
-    while len(text) - begin > size:
-        end = _edge(text, begin + size - 1)
-        if end is None:
-            break
-        yield text[begin:end]
-        begin = end
-    yield text[begin:]
+@dataclass(frozen=True, slots=True)
+class Places:
+    """Where texts may be cut: behind each match of edge. left_out: characters behind it that the next piece lacks."""
+
+    edge: re.Pattern[str]
+    left_out: int = 0
+
+    def cut(self, text: str, size: int = SIZE) -> Iterator[str]:
+        """The text in pieces of at least so many characters, where it has places."""
+        begin = left_out = 0
+        while len(text) - begin > size:
+            end = self._next(text, begin + size - 1)
+            if end is None:
+                break
+            yield text[begin + left_out : end]
+            begin, left_out = end, self.left_out
+        yield text[begin + left_out :]
+
+    def _next(self, text: str, begin: int) -> int | None:
+        edges = (edge for edge in self.edge.finditer(text, begin) if normalize("NFC", edge[0]) == edge[0])
+        return next((edge.end() for edge in edges), None)
 
 
-def _edge(text: str, begin: int) -> int | None:
-    """The first place to cut from here on."""
-    edges = (edge for edge in _EDGE.finditer(text, begin) if normalize("NFC", edge[0]) == edge[0])
-    return next((edge.end() for edge in edges), None)
+_SPACE = "\u2581"
+_SPACE_EDGE = re.compile(r"[^\W_](?= [^\W_])")
+WORDS = Places(_EDGE)
+SPACES = Places(_SPACE_EDGE)
+PREPENDED = Places(_SPACE_EDGE, left_out=1)
 
 
 def longest(pieces: Iterable[str]) -> int:
@@ -92,14 +114,52 @@ def grouped(owned: Iterable[tuple[int, str]], size: int = SIZE) -> Iterator[list
         yield group
 
 
-def may_cut(tokenizer: Mapping[str, Any], added: Iterable[AddedToken]) -> bool:
-    """Whether the tokens of a text are those of its pieces. tokenizer: the content of a tokenizer.json; added: all of
-    its added tokens."""
-    return (
-        all(step.get("type") == "NFC" for step in _steps(tokenizer.get("normalizer"), "normalizers"))
-        and _splits_at_spaces(_steps(tokenizer.get("pre_tokenizer"), "pretokenizers"))
-        and not any(map(_reaches_over, added))
+def places_of(tokenizer: Mapping[str, Any], added: Iterable[AddedToken]) -> Places | None:
+    """Where the tokens of a text are those of its pieces; None if that is not known. tokenizer: the content of a
+    tokenizer.json; added: all of its added tokens."""
+    tokens = list(added)
+    normalizers = _steps(tokenizer.get("normalizer"), "normalizers")
+    splits = _steps(tokenizer.get("pre_tokenizer"), "pretokenizers")
+    if all(step.get("type") == "NFC" for step in normalizers) and _splits_at_spaces(splits):
+        return None if any(map(_reaches_over, tokens)) else WORDS
+    places = _between_words(normalizers, splits)
+    apart = places is not None and _merges_words_apart(tokenizer.get("model") or {})
+    return places if apart and not any(map(_touches_words, tokens)) else None
+
+
+def _between_words(
+    normalizers: Sequence[Mapping[str, Any]], splits: Sequence[Mapping[str, Any]]
+) -> Places | None:
+    """Where nothing is done but that spaces are written as U+2581, and one is put before a text."""
+    if not normalizers:
+        spaced = [step.get("type") for step in splits] == ["Metaspace"]
+        return SPACES if spaced and splits[0].get("replacement") == _SPACE else None
+    *before, replaced = normalizers
+    if replaced != {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE}:
+        return None
+    # Gemma's splits at spaces, of which there are none any more.
+    if any(step.get("type") != "Split" or step.get("pattern") != {"String": " "} for step in splits):
+        return None
+    if not before:
+        return SPACES
+    return PREPENDED if before == [{"type": "Prepend", "prepend": _SPACE}] else None
+
+
+def _merges_words_apart(model: Mapping[str, Any]) -> bool:
+    heeds_ends = any(
+        model.get(key)
+        for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "ignore_merges")
     )
+    if model.get("type") != "BPE" or heeds_ends or _SPACE not in (model.get("vocab") or ()):
+        return False
+    pairs = (merge.split(" ") if isinstance(merge, str) else merge for merge in model.get("merges") or ())
+    return not any(last.startswith(_SPACE) and not first.endswith(_SPACE) for first, last in pairs)
+
+
+def _touches_words(token: AddedToken) -> bool:
+    text = str(token.content).replace(_SPACE, " ").strip()
+    ends = bool(re.match(r"[^\W_]", text) or re.search(r"[^\W_]\Z", text))
+    return token.rstrip or token.single_word or ends or _SPACE_EDGE.search(text) is not None
 
 
 def _splits_at_spaces(steps: Sequence[Mapping[str, Any]]) -> bool:

@@ -52,11 +52,11 @@ class Tokenizer:
         configured_eos: Sequence[int],
         digest_source: bytes,
         *,
-        may_cut: bool,
+        places: pieces.Places | None,
     ) -> None:
-        """may_cut: whether long texts may be tokenised in pieces."""
+        """places: where long texts may be cut, to be tokenised in pieces."""
         self._backend = backend
-        self._may_cut = may_cut
+        self._places = places
         self._template = chat_template
         self._special_tokens = dict(special_tokens)
         added = backend.get_added_tokens_decoder()
@@ -143,8 +143,8 @@ class Tokenizer:
         known = {name: value for name, value in special.items() if value is not None}
         template = _chat_template(chat_template or _templates(tokenizer_config.get("chat_template")), known)
         eos = [*_eos_ids(generation_config), *_eos_ids(config)]
-        may_cut = pieces.may_cut(parsed, backend.get_added_tokens_decoder().values())
-        return cls(backend, known, template, eos, canonical, may_cut=may_cut)
+        places = pieces.places_of(parsed, backend.get_added_tokens_decoder().values())
+        return cls(backend, known, template, eos, canonical, places=places)
 
     @property
     def template(self) -> ChatTemplate:
@@ -203,13 +203,15 @@ class Tokenizer:
         return list(self._backend.encode_batch(list(texts), add_special_tokens=add_special_tokens))
 
     def offsets(self, text: str) -> tuple[array[int], array[int]]:
-        """The characters at which the tokens of a text begin, and those at which they end."""
+        """The characters at which the tokens of a text begin, and those at which they end. Where a long text was cut a
+        space may count to the token before or behind it."""
         starts, ends, base = array("q"), array("q"), 0
+        left_out = 0 if self._places is None else self._places.left_out
         for piece in self._cut(text):
             found = self._backend.encode(piece, add_special_tokens=False).offsets
             starts.extend(base + start for start, _ in found)
             ends.extend(base + end for _, end in found)
-            base += len(piece)
+            base += len(piece) + left_out
         return starts, ends
 
     def whole_bytes(self, text: str) -> int:
@@ -218,7 +220,7 @@ class Tokenizer:
         return pieces.longest(self._cut(text)) if len(text) > pieces.MAX_BYTES // 4 else 0
 
     def _cut(self, text: str) -> Iterable[str]:
-        return pieces.cut(text) if self._may_cut else (text,)
+        return (text,) if self._places is None else self._places.cut(text)
 
     def encode_short(self, text: str) -> tuple[int, ...]:
         """As encode, remembered: for the few headers that every row has."""
