@@ -96,3 +96,33 @@ def test_lineage_names_the_models_of_a_row_and_the_rows_of_a_model(
     file.write_bytes(jsonl([row("Who has never been asked?", "This.")]))
     assert model not in lathe.said("lineage", "row", str(file), "1").output
     assert isinstance(lathe.run("lineage", "model", "ft:none").exception, NotFound)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        (("--model", "typo"), "The model 'typo' does not exist"),
+        (("--n-epochs", "0"), "n_epochs is 0"),
+        (("--suffix", "b@d"), "suffix must be"),
+        (("--validation", "no/such.jsonl"), "There is no file no/such.jsonl"),
+        (("--validation", "file-none"), "file-none was not found"),
+    ],
+)
+def test_a_file_is_uploaded_once_all_else_of_its_job_is_right(
+    lathe: Lathe, base_model: str, tmp_path: Path, wrong: tuple[str, str], words: str
+) -> None:
+    file = tmp_path / f"{uuid4().hex}.jsonl"
+    file.write_bytes(jsonl(ROWS))
+    refused = lathe.run("jobs", "create", "--train", str(file), "--model", base_model, *wrong)
+    assert words in str(refused.exception)
+    if wrong[0] == "--model":
+        assert words in str(lathe.run("datasets", "check", str(file), *wrong).exception)
+    assert file.name not in lathe.said("datasets", "list", "--json").output
+
+
+def test_a_job_on_paths_is_estimated(lathe: Lathe, client: Client, base_model: str, tmp_path: Path) -> None:
+    file = tmp_path / f"{uuid4().hex}.jsonl"
+    file.write_bytes(jsonl(ROWS))
+    paths = ("--train", str(file), "--validation", str(file))
+    assert "of 25 examples" in lathe.said("jobs", "estimate", *paths, "--model", base_model).output
+    assert file.name in {dataset.display_name for dataset in client.datasets.list()}

@@ -52,7 +52,9 @@ def test_rows_are_split_dropped_sampled_and_deduplicated(
     assert one.sha256 == other.sha256 and one.report.example_count == 20
     with pytest.raises(InvalidArgument, match="count"):
         client.datasets.sample(colours.name, 0)
-    impossible = client.datasets.wait(client.datasets.sample(colours.name, 61).name)
+    with pytest.raises(InvalidArgument, match="9 rows would be held out"):
+        client.datasets.split(colours.name, count=9)
+    impossible = client.datasets.wait(client.datasets.drop(colours.name, [61]).name)
     assert impossible.report.findings[0].code == "cannot_prepare"
 
 

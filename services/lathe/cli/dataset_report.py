@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+from lathe.cli.optionwords import in_options
 from lathe.cli.output import enum_word, note
 from lathe.v1 import datasets_pb2 as pb
 
@@ -20,7 +21,7 @@ def report_lines(report: pb.ValidationReport) -> Iterator[str]:
     """The first findings by line, what is not among them by code, and what to do."""
     for finding in report.findings:
         where = f"line {finding.line}" if finding.line else "file"
-        yield f"  {where}{', ' + finding.field if finding.field else ''}: {finding.message}"
+        yield f"  {where}{', ' + finding.field if finding.field else ''}: {in_options(finding.message)}"
     if report.finding_count > len(report.findings):
         yield f"  and {report.finding_count - len(report.findings)} more findings."
     for group in report.groups:

@@ -14,6 +14,7 @@ from lathe.cli.dataset_report import say_report
 from lathe.cli.datasets_audit import METHOD, MODEL, print_audit, print_sequence
 from lathe.cli.estimates import answer_lines
 from lathe.cli.output import JSON, note, plain, print_json
+from lathe.cli.training_files import check_job
 from lathe.client import Client
 from lathe.client.jobsettings import asked_settings
 from lathe.common.errors import InvalidArgument
@@ -62,6 +63,7 @@ def check(
     wanted = asked_settings(method, settings or [], {})
     audit, preview, answer = pb.Audit(), pb.PreviewDatasetResponse(), jobs_pb2.EstimateJobResponse()
     with client_of(context) as client:
+        check_job(client, model, method=method, settings=wanted)
         dataset, known = _uploaded(client, path, file_type, mapped)
         if dataset.state == pb.DATASET_STATE_READY:
             audit = client.datasets.audit(dataset.name, model, method=method)

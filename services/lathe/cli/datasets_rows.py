@@ -112,7 +112,12 @@ def truncate(
     context: typer.Context,
     dataset: DATASET,
     model: Annotated[str, typer.Option(help="The base model whose template and tokens count.")],
-    limit: Annotated[int, typer.Option(help="Tokens a row may have; the model's own limit if unset.")] = 0,
+    limit: Annotated[
+        int,
+        typer.Option(
+            "--limit", "--context-limit", help="Tokens a row may have; the model's own limit if unset."
+        ),
+    ] = 0,
     policy: Annotated[
         str,
         typer.Option(help="drop_oldest turns, cut_end (the last turns), or drop_row."),

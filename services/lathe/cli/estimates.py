@@ -10,7 +10,7 @@ import typer
 
 from lathe.cli.connection import client_of
 from lathe.cli.output import JSON, enum_word, note, print_json, size
-from lathe.cli.training_files import dataset_of
+from lathe.cli.training_files import job_files
 from lathe.client import Client
 from lathe.client.jobsettings import asked_settings
 from lathe.common.errors import DeadlineExceeded, InvalidArgument, LatheError, Unimplemented
@@ -61,18 +61,17 @@ def estimate(
     if replaces is not None:
         replaces.requests_per_hour = requests_per_hour
     wanted = asked_settings(method, settings or [], {"n_epochs": n_epochs})
+    asked: dict[str, Any] = {
+        "method": method,
+        "settings": wanted,
+        "engine_class": engine_class,
+        "dedicated": dedicated,
+        "workers": workers,
+        "replaces": replaces,
+    }
     with client_of(context) as client:
-        found = client.jobs.estimate(
-            model,
-            dataset_of(client, train),
-            validation_dataset=dataset_of(client, validation) if validation else "",
-            method=method,
-            settings=wanted,
-            engine_class=engine_class,
-            dedicated=dedicated,
-            workers=workers,
-            replaces=replaces,
-        )
+        dataset, asked["validation_dataset"] = job_files(client, model, train, validation, **asked)
+        found = client.jobs.estimate(model, dataset, **asked)
     if as_json:
         print_json(found)
     else:

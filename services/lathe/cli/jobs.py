@@ -22,7 +22,7 @@ from lathe.cli.output import (
     state_word,
     when,
 )
-from lathe.cli.training_files import dataset_of
+from lathe.cli.training_files import job_files
 from lathe.client import Client
 from lathe.client.jobsettings import asked_settings
 from lathe.common.errors import InvalidArgument
@@ -73,17 +73,18 @@ def create(
     }
     wanted = asked_settings(method, settings or [], named)
     with client_of(context) as client:
-        dataset = dataset_of(client, train)
         asked: dict[str, Any] = {
-            "validation_dataset": dataset_of(client, validation) if validation else "",
+            "suffix": suffix,
+            "seed": seed,
             "method": method,
             "settings": wanted,
             "engine_class": engine_class,
             "dedicated": dedicated,
             "workers": workers,
         }
+        dataset, asked["validation_dataset"] = job_files(client, model, train, validation, **asked)
         confirm(asked_of(client, model, dataset, **asked), yes=yes, quiet=as_json)
-        job = client.jobs.create(model, dataset, suffix=suffix, seed=seed, **asked)
+        job = client.jobs.create(model, dataset, **asked)
         if watch:
             if not as_json:
                 note(job_id(job))

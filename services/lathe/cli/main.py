@@ -29,8 +29,10 @@ from lathe.cli import (
     quickstart,
 )
 from lathe.cli.connection import CHOICE, Connection, Environment, stored_contexts
+from lathe.cli.optionwords import option_names
 from lathe.cli.output import JSON
 from lathe.common.errors import FailedPrecondition, InvalidArgument, LatheError
+from lathe.common.fieldwords import renamed
 
 app = typer.Typer(
     name="lathe",
@@ -133,7 +135,7 @@ def as_lathe_error(error: Exception) -> LatheError | None:
     the contract's type: protobuf refuses it when the request is made.
     """
     if isinstance(error, LatheError):
-        return error
+        return renamed(error, option_names())
     if isinstance(error, OSError) and error.filename is not None:
         return FailedPrecondition(f"{error.filename} cannot be used: {error.strerror}.")
     if isinstance(error, ValueError) and str(error).startswith(_OUT_OF_RANGE):

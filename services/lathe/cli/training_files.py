@@ -1,13 +1,16 @@
 """The files that commands take: a dataset's name, or a path, which is uploaded."""
 
 from pathlib import Path
+from typing import Any
 
 from lathe.cli.output import note
 from lathe.client import Client
-from lathe.common.errors import InvalidArgument
+from lathe.common.errors import InvalidArgument, NotFound
 from lathe.v1 import datasets_pb2
 
 _ENDINGS = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
+# Stands for a file that has yet to be uploaded; no dataset has this name.
+NOT_UPLOADED = "file-not-uploaded-yet"
 
 
 def dataset_of(client: Client, given: str) -> str:
@@ -18,6 +21,42 @@ def dataset_of(client: Client, given: str) -> str:
     dataset = upload_file(client, given)
     note(f"Uploaded {given} as {_id(dataset)}.")
     return dataset.name
+
+
+def job_files(client: Client, model: str, train: str, validation: str = "", **asked: Any) -> tuple[str, str]:
+    """The names of a job's datasets, `` for no validation; paths are uploaded.
+
+    Before that all else is looked at: what is wrong with it would be wrong after a long upload as well. asked: the
+    other arguments of `client.jobs.estimate`. Raises InvalidArgument for a path to no file, and what `estimate` raises.
+    """
+    names = [_not_yet(given) for given in (train, validation)]
+    if NOT_UPLOADED in names:
+        for name in names:
+            if name not in ("", NOT_UPLOADED):
+                client.datasets.get(name)
+        check_job(client, model, *names, **asked)
+    return dataset_of(client, train), dataset_of(client, validation) if validation else ""
+
+
+def check_job(
+    client: Client, model: str, train: str = NOT_UPLOADED, validation: str = "", **asked: Any
+) -> None:
+    """Raise what is wrong with a job before its files are there. The platform looks for a job's files last: where it
+    misses one that is NOT_UPLOADED, all else is right."""
+    files = {"job.training_dataset": train, "job.validation_dataset": validation}
+    try:
+        client.jobs.estimate(model, train, validation_dataset=validation, timeout=0, **asked)
+    except NotFound as error:
+        if not any(files.get(violation.field) == NOT_UPLOADED for violation in error.violations):
+            raise
+
+
+def _not_yet(given: str) -> str:
+    if Path(given).is_file():
+        return NOT_UPLOADED
+    if given:
+        _check_no_path(given)
+    return given
 
 
 def _check_no_path(given: str) -> None:

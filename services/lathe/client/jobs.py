@@ -77,6 +77,8 @@ class Jobs:
         training_dataset: str,
         *,
         validation_dataset: str = "",
+        suffix: str = "",
+        seed: int | None = None,
         method: str = "supervised",
         settings: Mapping[str, Any] | None = None,
         engine_class: str = "",
@@ -95,6 +97,7 @@ class Jobs:
         """
         job = self._asked(model, training_dataset, validation_dataset, method, settings or {})
         job.compute.CopyFrom(pb.ComputeSpec(engine_class=engine_class, dedicated=dedicated, workers=workers))
+        job.MergeFrom(pb.Job(suffix=suffix, seed=seed))
         request = pb.EstimateJobRequest(parent=self._project, job=job, replaces=replaces)
         deadline, pause = time.monotonic() + timeout, 0.05
         while True:

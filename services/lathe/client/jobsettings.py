@@ -73,6 +73,16 @@ def parsed(method: str, assignment: str) -> tuple[str, Any]:
         raise InvalidArgument(f"{shown}; it must be {_kind(field)}.") from error
 
 
+def setting_paths(method: str) -> dict[str, str]:
+    """The paths by which errors of the platform call a method's settings, by the settings' names."""
+    parts = {
+        "hyperparameters": f"job.method.{method}.hyperparameters",
+        "lora": f"job.method.{method}.lora",
+        "training": "job.training",
+    }
+    return {name: f"{parts[part]}.{field.name}" for name, (part, field) in _places(method).items()}
+
+
 def _kind(field: FieldDescriptor) -> str:
     if field.is_repeated:
         return "a list of texts"

@@ -17,6 +17,7 @@ from typing import Any
 
 from lathe.common.errors import FieldViolation, InvalidArgument
 from lathe.text.findings import KINDS
+from lathe.text.jsonl import MIN_EXAMPLES
 from lathe.text.rows import Plain, TrainingRow, parse_line
 from lathe.text.shortening import Policy
 
@@ -158,6 +159,38 @@ def _check_truncate(operation: Truncate) -> None:
         raise _invalid("truncate.policy", f"{operation.policy!r} must be one of {', '.join(Policy)}")
     if operation.keep_unfit and operation.policy == Policy.DROP_ROW:
         raise _invalid("truncate.keep_unfit", "drop_row drops what does not fit; take another policy")
+
+
+def check_size(operation: Operation, rows: int) -> None:
+    """Raise InvalidArgument for what a dataset of so many rows cannot give, as far as their number alone says it;
+    `check_parts` says the rest, once the rows were looked at."""
+    match operation:
+        case Split(_, fraction, count, _):
+            held_out = held_out_rows(rows, fraction, count)
+            check_parts(operation, (rows - held_out, held_out))
+        case Sample(_, count):
+            if count > rows:
+                raise _invalid("sample.count", f"{count} rows were asked for; the dataset has {rows}")
+            check_parts(operation, (count,))
+        case Drop(lines, _, _):
+            check_parts(operation, (rows - len(set(lines)),))
+        case _:
+            pass
+
+
+def check_parts(operation: Operation, sizes: Sequence[int]) -> None:
+    """Raise InvalidArgument where one of the operation's parts, of these sizes, has too few rows for a dataset. None
+    is made then: a good one beside a bad one would be taken for the whole answer."""
+    if min(sizes) >= MIN_EXAMPLES:
+        return
+    least = f"a dataset has at least {MIN_EXAMPLES} rows"
+    if isinstance(operation, Split):
+        train, held_out = sizes
+        raise _invalid(
+            "split",
+            f"{held_out} rows would be held out and {train} left to train on (equal rows stay together), and {least}",
+        )
+    raise _invalid(name_of(operation), f"{sizes[0]} rows would be left, and {least}")
 
 
 def audit_of(operation: Operation) -> AuditChoice | None:

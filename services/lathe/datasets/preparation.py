@@ -19,6 +19,8 @@ from lathe.datasets.operations import (
     Truncate,
     audit_of,
     check_operation,
+    check_parts,
+    check_size,
     name_of,
     parts_of,
     with_audit,
@@ -94,6 +96,7 @@ class PreparationService:
             done = await self.truncations.begun(operation)
             async for _ in self.truncations.rows(done, parent.sha256):
                 pass
+        check_parts(operation, (done.rows - done.dropped,))
         return done.rows, [Prepared("", done.rows - done.dropped, shortened=done.shortened, unfit=done.unfit)]
 
     async def prepare(
@@ -217,8 +220,10 @@ class PreparationService:
 
     async def _settled(self, parent: Dataset, operation: Operation) -> Operation:
         """The operation with the key of the audit that it asks about. Raises InvalidArgument for one that cannot be
-        meant, FailedPrecondition where there can be no audit, Unavailable until it is there."""
+        meant, or not of so many rows, FailedPrecondition where there can be no audit, Unavailable until it is there."""
         check_operation(operation)
+        if parent.report is not None:
+            check_size(operation, parent.report.example_count)
         choice = audit_of(operation)
         if choice is None:
             return operation

@@ -37,13 +37,15 @@ from lathe.datasets.operations import (
     Split,
     Truncate,
     audit_of,
+    check_parts,
+    check_size,
     findings_of,
     parts_of,
 )
 from lathe.datasets.pauses import Pauses
 from lathe.datasets.ports import DatasetStore
 from lathe.datasets.rowindexes import RowIndexes
-from lathe.datasets.selection import Cut, Selection, StrataPass, select
+from lathe.datasets.selection import Cut, Selection, StrataPass, counts, select
 from lathe.datasets.truncation import Truncations
 from lathe.text.rowindex import VERSION, RowIndex
 
@@ -181,12 +183,15 @@ class Preparing:
 
 
 async def selected(operation: Choosing, indexes: RowIndexes, sha256: str) -> Selection:
-    """Which rows of the file an operation takes. Raises InvalidArgument for one that cannot be done to it, NotFound
-    if the file is gone, Unavailable while it is not indexed."""
+    """Which rows of the file an operation takes. Raises InvalidArgument for one that cannot be done to it or leaves
+    too few rows, NotFound if the file is gone, Unavailable while it is not indexed."""
     async with indexes.opened(sha256) as index:
+        check_size(operation, len(index))
         strata = await _strata(operation, indexes.objects, sha256)
         found = await _found(operation, indexes)
-        return await asyncio.to_thread(select, operation, index, strata, found)
+        selection = await asyncio.to_thread(select, operation, index, strata, found)
+    check_parts(operation, counts(operation, selection))
+    return selection
 
 
 async def _strata(operation: Choosing, objects: ObjectStore, sha256: str) -> array[int] | None:

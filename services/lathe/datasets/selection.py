@@ -39,8 +39,6 @@ def select(
             groups = strata if strata is not None else array("H", bytes(2 * rows))
             return operations.choose_held_out(_ascending(drawn), drawn, groups, wanted)
         case Sample(seed, count):
-            if count > rows:
-                raise _invalid("sample.count", f"{count} rows were asked for; the dataset has {rows}")
             drawn = operations.tickets(seed, (position.to_bytes(8, "big") for position in range(rows)))
             return _only(_ascending(drawn)[:count], rows)
         case Dedupe():

@@ -117,17 +117,44 @@ async def test_an_index_that_is_lost_is_made_again(world):
     ("operation", "words"),
     [
         (Sample(1, 61), "61 rows were asked for; the dataset has 60"),
-        (Drop((61,)), "no row on line 61"),
+        (Sample(1, 9), "9 rows would be left, and a dataset has at least 10"),
         (Split(1, count=60), "leaves nothing to train on"),
-        (Split(1, 0.5, stratify_by="mesages[0].content"), "no row has mesages[0].content"),
+        (Split(1, count=9), "9 rows would be held out and 51 left to train on"),
+        (Split(1, 0.9), "54 rows would be held out and 6 left to train on"),
+        (Split(1, 0.5, stratify_by="messages[0"), "is no path"),
+        (Drop(tuple(range(1, 52))), "9 rows would be left"),
     ],
 )
-async def test_what_cannot_be_made_of_these_rows_says_so(world, operation, words):
+async def test_what_so_few_rows_cannot_give_is_refused_before_anything_is_made(world, operation, words):
     parent = await world.ready(SIXTY)
+    with pytest.raises(InvalidArgument, match=words):
+        await world.preparation().prepare("acme", parent.id, operation, "")
+    with pytest.raises(InvalidArgument, match=words):
+        await world.preparation().count("acme", parent.id, operation)
+    assert await world.store.unwritten() == []
+
+
+TWICE = jsonl(ROWS[:8] * 4)
+
+
+@pytest.mark.parametrize(
+    ("content", "operation", "words"),
+    [
+        (SIXTY, Drop((61,)), "no row on line 61"),
+        (SIXTY, Split(1, 0.5, stratify_by="mesages[0].content"), "no row has mesages[0].content"),
+        (TWICE, Dedupe(), "8 rows would be left"),
+        # Four equal rows stay together: two such sets fit into 11.
+        (TWICE, Split(1, count=11), "8 rows would be held out and 24 left to train on"),
+    ],
+)
+async def test_what_the_rows_cannot_give_is_an_error_of_all_that_was_to_be_made(
+    world, content, operation, words
+):
+    parent = await world.ready(content)
     for made in await world.derive(parent, operation):
         assert (made.state, made.report.findings[0].code) == (DatasetState.ERROR, "cannot_prepare")
         assert words in made.report.findings[0].message
-    with pytest.raises(InvalidArgument, match=words[:10].replace("(", ".")):
+    with pytest.raises(InvalidArgument, match=words):
         await world.preparation().count("acme", parent.id, operation)
 
 
@@ -159,11 +186,6 @@ async def test_rows_are_dropped_by_what_an_audit_found(world):
     wrong = Dedupe(AuditChoice("baseModels/tiny", method="dpo"))
     with pytest.raises(FailedPrecondition, match="cannot be audited: The method dpo"):
         await service.prepare("acme", parent.id, wrong, "")
-
-
-async def test_too_few_rows_are_refused_as_in_an_upload(world):
-    (made,) = await world.derive(await world.ready(SIXTY), Sample(1, 9))
-    assert (made.state, made.report.findings[0].code) == (DatasetState.ERROR, "invalid_n_examples")
 
 
 async def test_what_is_made_of_a_deleted_dataset_fails_and_names_it(world, service):

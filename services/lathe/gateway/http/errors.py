@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 from lathe.common import errors
 from lathe.common.errors import (
@@ -18,9 +18,8 @@ from lathe.common.errors import (
     RetryableError,
     Unimplemented,
 )
+from lathe.common.fieldwords import renamed
 from lathe.text.errors import RowError
-
-E = TypeVar("E", bound=LatheError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,27 +112,13 @@ def unsupported(field: str, message: str) -> Unimplemented:
     return Unimplemented(message, reason="UNSUPPORTED_PARAMETER", violations=[FieldViolation(field, message)])
 
 
-def in_door_words(error: E, renames: Sequence[tuple[str, str]]) -> E:
-    """The error with gRPC's field paths replaced by OpenAI's: (prefix, replacement), the first that fits."""
-    # Some subclasses are built from other arguments than these attributes.
-    changed = type(error).__new__(type(error))
-    changed.__dict__.update(error.__dict__)
-    changed.args = error.args
-    changed.violations = tuple(
-        FieldViolation(_renamed_path(item.field, renames), _renamed_text(item.description, renames))
-        for item in error.violations
-    )
-    changed.message = _renamed_text(error.message, renames)
-    return changed
-
-
 @contextmanager
 def door_words(renames: Sequence[tuple[str, str]]) -> Iterator[None]:
-    """Raise `in_door_words` of any LatheError inside."""
+    """Raise any LatheError inside with gRPC's field paths replaced by OpenAI's, as `renamed` does it."""
     try:
         yield
     except LatheError as error:
-        raise in_door_words(error, renames) from error
+        raise renamed(error, renames) from error
 
 
 @contextmanager
@@ -143,16 +128,3 @@ def cursor_errors() -> Iterator[None]:
         yield
     except NotFound as error:
         raise invalid("after", f"Invalid value for 'after': {error.message}") from error
-
-
-def _renamed_path(path: str, renames: Sequence[tuple[str, str]]) -> str:
-    for old, new in renames:
-        if path == old or path.startswith((f"{old}.", f"{old}[")):
-            return new + path[len(old) :]
-    return path
-
-
-def _renamed_text(text: str, renames: Sequence[tuple[str, str]]) -> str:
-    for old, new in renames:
-        text = re.sub(rf"(?<![\w.]){re.escape(old)}(?!\w)", new, text)
-    return text
