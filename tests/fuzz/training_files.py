@@ -49,8 +49,13 @@ def _read(content: bytes, file_type: FileType) -> None:
     _SCRATCH.write_bytes(content)
     columns = {"prompt": "question", "completion": "answer"} if file_type is FileType.JSONL else {}
     try:
+        ended = False
         for record in read_records(_SCRATCH, file_type, columns):
+            assert not ended
+            assert record.place
             assert (record.row is None) == (record.error is not None)
+            assert record.error is None or record.error.code in KINDS, record
+            ended = record.last
             if record.row is not None:
                 parse_row(dict(record.row))
     except RowError as error:

@@ -13,7 +13,7 @@ import os
 import resource
 import signal
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -70,7 +70,7 @@ def convert(source: Path, target: Path, options: ImportOptions) -> Converted:
     with local_disk(target), target.open("wb") as file:
         try:
             for record in _records(files, options):
-                file.write(writer.line(record.place, record.row, record.error))
+                file.write(writer.line(record))
                 if writer.validator.stopped:
                     break
                 if writer.charged > limit:
@@ -87,7 +87,7 @@ def _records(files: Sequence[Path], options: ImportOptions) -> Iterator[Record]:
         try:
             for record in read_records(path, options.file_type, options.columns):
                 place = record.place if len(files) == 1 else f"file {number}, {record.place}"
-                yield Record(place, record.row, record.error)
+                yield msgspec.structs.replace(record, place=place)
         except RowError as error:
             if len(files) == 1:
                 raise
@@ -104,20 +104,21 @@ class _Writer:
         self.charged = 0
         self._rows = 0
 
-    def line(self, place: str, row: Mapping[str, object] | None, error: RowError | None) -> bytes:
+    def line(self, record: Record) -> bytes:
         self._rows += 1
         self.charged += _MIN_ROW_BYTES
-        data = b""
+        data, error = b"", record.error
         if error is None:
             try:
-                data = msgspec.json.encode(row)
+                data = msgspec.json.encode(record.row)
             except (TypeError, ValueError, RecursionError) as cause:
                 error = RowError("", "data_type", f"the row cannot be written as JSON: {cause}")
         if error is not None:
-            self.validator.refuse(self._rows, error, place)
+            self.validator.refuse(self._rows, error, record.place, last=record.last)
             return b""
         too_long = len(data) > MAX_LINE_BYTES
-        self.validator.check(Line(self._rows, b"" if too_long else data, self.size, too_long=too_long), place)
+        line = Line(self._rows, b"" if too_long else data, self.size, too_long=too_long)
+        self.validator.check(line, record.place)
         data += b"\n"
         self.digest.update(data)
         self.size += len(data)
@@ -169,7 +170,7 @@ async def convert_apart(
     words = f"The program that reads such files ended {how}"
     if -ended in _FROM_OUTSIDE:
         raise ReaderKilled(f"{words}.", retry_after=2)
-    return unreadable(f"{words}; it may be a damaged file.")
+    return unreadable(f"{words}; the file may be damaged, or need more memory than a file may have.")
 
 
 def unreadable(message: str) -> Converted:

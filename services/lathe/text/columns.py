@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -23,6 +24,8 @@ _STRUCTURED = frozenset(
 _TEXT_OR_TURNS = frozenset({"prompt", "completion", "chosen", "rejected", "input"})
 _WORDS = {"true": True, "false": False}
 _INTEGER = re.compile(r"-?[0-9]{1,18}")
+_NUMBER = re.compile(r"[+-]?(?:[0-9]{1,18}\.?|[0-9]*\.[0-9]+)(?:e[+-]?[0-9]+)?", re.IGNORECASE)
+_NO_NUMBER = re.compile(r"[+-]?(?:nan|inf(?:inity)?)", re.IGNORECASE)
 
 
 def resolve_columns(columns: Mapping[str, str]) -> dict[str, str]:
@@ -80,7 +83,7 @@ def from_values(row: Mapping[str, Any]) -> dict[str, Any]:
             if key in FIELDS:
                 raise RowError(key, "data_type", "the column is binary; only text can be trained on")
         elif value is not None:
-            found[key] = _parsed(key, _without_nulls(value))
+            found[key] = _parsed(key, _without_nulls(key, value))
     return found
 
 
@@ -108,11 +111,10 @@ def from_cells(row: Mapping[str, str]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key, cell in row.items():
         if key in ("label", "score", "similarity"):
-            value = _scalar(
-                cell.strip(), verdict=not texts and "sentence1" not in row and "premise" not in row
-            )
+            verdict = not texts and "sentence1" not in row and "premise" not in row
+            value = _scalar(key, cell.strip(), verdict=verdict)
         elif key == "parallel_tool_calls":
-            value = _scalar(cell.strip(), verdict=True)
+            value = _scalar(key, cell.strip(), verdict=True)
         else:
             value = _parsed(key, cell)
         if value is not None:
@@ -149,7 +151,7 @@ def _is_turns(value: object) -> bool:
     return isinstance(value, list) and all(isinstance(turn, dict) and "role" in turn for turn in value)
 
 
-def _scalar(cell: str, *, verdict: bool) -> Any:
+def _scalar(key: str, cell: str, *, verdict: bool) -> Any:
     if not cell:
         return None
     if cell.lower() in _WORDS:
@@ -158,16 +160,31 @@ def _scalar(cell: str, *, verdict: bool) -> Any:
         return cell == "1"
     if _INTEGER.fullmatch(cell):
         return int(cell)
-    try:
-        return float(cell)
-    except ValueError:
+    if _NO_NUMBER.fullmatch(cell):
+        raise _not_finite(key, cell)
+    if not _NUMBER.fullmatch(cell):
         return cell
+    number = float(cell)
+    if math.isinf(number):
+        raise _not_finite(key, cell)
+    return number
 
 
-def _without_nulls(value: Any) -> Any:
-    """A table gives every struct all keys that one of them has: null is what its row did not say."""
+def _not_finite(key: str, number: object) -> RowError:
+    return RowError(
+        key, "data_type", f"{str(number)[:40]!r} is no number that can be kept; leave out the row"
+    )
+
+
+def _without_nulls(key: str, value: Any) -> Any:
+    """A table gives every struct all keys that one of them has: null is what its row did not say. NaN and infinities,
+    which JSON does not have, are null too where they mean nothing. Raises RowError where they do."""
     if isinstance(value, dict):
-        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+        return {name: _without_nulls(key, item) for name, item in value.items() if item is not None}
     if isinstance(value, list):
-        return [_without_nulls(item) for item in value]
+        return [_without_nulls(key, item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        if key in FIELDS:
+            raise _not_finite(key, value)
+        return None
     return value

@@ -40,9 +40,16 @@ def _decode_exactly(line: bytes) -> Any:
     except RowError:
         raise
     except (ValueError, RecursionError) as error:
-        cause = "nested too deeply" if isinstance(error, RecursionError) else str(error)
-        raise RowError("", "invalid_json", f"the line is not JSON: {cause}") from None
+        raise RowError("", "invalid_json", f"the line is not JSON: {unreadable_value(error)}") from None
     return value
+
+
+def unreadable_value(error: ValueError | RecursionError) -> str:
+    """Why a decoder took a value for none, where it is not the syntax, for people who do not know the decoder."""
+    if isinstance(error, RecursionError):
+        return "nested too deeply"
+    said = str(error)
+    return "a number has too many digits" if said.startswith("Exceeds the limit") else said
 
 
 def _why(error: json.JSONDecodeError, text: str) -> str:
@@ -51,9 +58,12 @@ def _why(error: json.JSONDecodeError, text: str) -> str:
         return "what begins here ends on another line; write each object on one line"
     if text[error.pos :].strip() == ",":
         return "a comma follows the object; write nothing between the lines"
+    if error.msg == "Extra data" and text[: error.pos].endswith("\r"):
+        return "it has lines that end with CR alone; end each with LF"
+    said = error.msg.removesuffix(" at")
     if error.pos >= len(text):
-        return f"{error.msg} at its end"
-    return f"{error.msg} at character {error.pos + 1} of {len(text)}"
+        return f"{said} at its end"
+    return f"{said} at character {error.pos + 1} of {len(text)}"
 
 
 def refuse_constant(name: str) -> NoReturn:

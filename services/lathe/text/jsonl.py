@@ -250,11 +250,12 @@ class Validator:
         """Whether the rest of the file is not looked at."""
         return self._stopped
 
-    def refuse(self, number: int, error: RowError, place: str = "") -> None:
-        """Counts a row that is a bad one."""
+    def refuse(self, number: int, error: RowError, place: str = "", *, last: bool = False) -> None:
+        """Counts a row that is a bad one. last: what is behind it cannot be read."""
         self._rows += 1
         message = f"{error.detail} ({place} of the file)" if place else error.detail
         self._add(Finding(number, error.field, error.code, message))
+        self._stopped = self._stopped or last
         if self._rows - self._examples >= MAX_BAD_ROWS:
             self.stop(
                 RowError("", "too_many_errors", f"{MAX_BAD_ROWS} rows are bad; the others were not checked")

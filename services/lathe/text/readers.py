@@ -10,14 +10,14 @@ import csv
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from msgspec import Struct
 
 from lathe.text.columns import Columns, from_cells, from_values, without_extras
-from lathe.text.decoding import check_unicode, decode_json, finite, refuse_constant
+from lathe.text.decoding import check_unicode, decode_json, finite, refuse_constant, unreadable_value
 from lathe.text.errors import RowError
 from lathe.text.filekinds import SNIFFED_BYTES, FileType, foreign
 from lathe.text.jsonl import MAX_LINE_BYTES, LineSplitter
@@ -28,19 +28,28 @@ _MAX_COLUMNS = 10_000
 # Of what JSON has beside strings: `-Infinity`, an escaped pair of surrogates.
 _LONGEST_WORD = 16
 _DELIMITERS = ",;\t|"
+_NUL = "a NUL byte stands where text should be; the file is damaged, or is it UTF-16? Save it as CSV UTF-8"
+# What the csv module says of what a file may have, in better words.
+_CSV_WORDS = {
+    "new-line character seen in unquoted field": "a CR stands alone; end lines with LF, and put cells that have line "
+    "ends into quotes",
+    "unexpected end of data": "a quote is not closed",
+}
 _SEPARATOR_LINE = re.compile(r'"?sep=([,;\t|])"?\r?\n', re.IGNORECASE)
 
 
 class Record(Struct, frozen=True):
-    """One row of the file. place: where it stands there ("line 7"). row: None where `error` says why."""
+    """One row of the file. place: where it stands there ("line 7"). row: None where `error` says why. last: nothing
+    behind it can be read."""
 
     place: str
     row: Mapping[str, Any] | None = None
     error: RowError | None = None
+    last: bool = False
 
 
 def read_records(path: Path, file_type: FileType, columns: Mapping[str, str]) -> Iterator[Record]:
-    """The file's rows in order. Raises RowError where it cannot be read, or not any further."""
+    """The file's rows in order. Raises RowError where none can be read, or none any further."""
     names = Columns(columns)
     with path.open("rb") as file:
         problem = foreign(file.read(SNIFFED_BYTES), file_type)
@@ -57,45 +66,60 @@ def read_records(path: Path, file_type: FileType, columns: Mapping[str, str]) ->
             return _jsonl(path, names)
 
 
-def _record(place: str, make: Any, row: Mapping[str, Any]) -> Record:
+def _record(place: str, make: Any, row: object) -> Record:
     try:
         return Record(place, make(row))
     except RowError as error:
         return Record(place, error=error)
+    except RecursionError as error:
+        return Record(place, error=RowError("", "invalid_json", unreadable_value(error)))
+
+
+def _check_names(names: Sequence[str], code: str) -> None:
+    if len(names) > _MAX_COLUMNS:
+        raise RowError("", code, f"the file has {len(names)} columns; at most {_MAX_COLUMNS} are read")
+    named = Counter(name for name in names if name.strip())
+    for name, count in named.most_common(1):
+        if count > 1:
+            raise RowError("", code, f"the file has more than one column {name[:100]!r}")
 
 
 # --- CSV ---------------------------------------------------------------------------------------------------------
 
 
 class _Lines:
-    """Lines of text for the csv module, which asks for another while a quoted cell is open. `size` counts characters
-    since it was last set to 0. Raises RowError for a line that is no UTF-8, and for a row that has no end."""
+    """Lines of text for the csv module, which asks for another while a quoted cell is open. Raises RowError for a line
+    that is no UTF-8, and for a row that has no end."""
 
     def __init__(self, file: BinaryIO, number: int = 0) -> None:
         """number: of lines that were read before."""
         self._file = file
+        self._size = 0
         self.number = number
-        self.size = 0
+        self.has_nul = False
+        self.ended = False
+
+    def begin_row(self) -> str:
+        """Where the next row stands."""
+        self._size, self.has_nul = 0, False
+        return f"line {self.number + 1}"
 
     def __iter__(self) -> Iterator[str]:
         while line := self._file.readline(MAX_LINE_BYTES + 1):
             self.number += 1
-            self.size += len(line)
-            if self.size > MAX_LINE_BYTES:
-                raise RowError(
-                    "",
-                    "line_too_long",
-                    f"the row that reaches to line {self.number} is longer than {MAX_LINE_BYTES} bytes; is a quote not "
-                    "closed?",
-                )
+            self._size += len(line)
+            if self._size > MAX_LINE_BYTES:
+                cause = f"the row is longer than {MAX_LINE_BYTES} bytes; is a quote not closed?"
+                raise RowError("", "line_too_long", cause)
+            self.has_nul = self.has_nul or b"\0" in line
             try:
                 yield line.decode("utf-8-sig" if self.number == 1 else "utf-8")
             except UnicodeDecodeError as error:
-                raise RowError(
-                    "",
-                    "invalid_utf8",
-                    f"byte {error.start + 1} of line {self.number} is not UTF-8; save the file as CSV UTF-8",
-                ) from None
+                cause = (
+                    f"byte {error.start + 1} of line {self.number} is not UTF-8; save the file as CSV UTF-8"
+                )
+                raise RowError("", "invalid_utf8", cause) from None
+        self.ended = True
 
 
 def _csv(path: Path, columns: Columns) -> Iterator[Record]:
@@ -105,13 +129,15 @@ def _csv(path: Path, columns: Columns) -> Iterator[Record]:
         delimiter, read = _delimiter(file)
         lines = _Lines(file, read)
         reader = csv.reader(iter(lines), delimiter=delimiter, strict=True)
-        header = _header(reader)
+        header = _header(reader, lines)
         used = columns.names(header)
         places = [(index, used[name]) for index, name in enumerate(header) if name in used]
-        for place, cells in _csv_rows(reader, lines):
-            if isinstance(cells, RowError):
-                yield Record(place, error=cells)
-            elif len(cells) != len(header):
+        for found in _csv_rows(reader, lines):
+            if isinstance(found, Record):
+                yield found
+                continue
+            place, cells = found
+            if len(cells) != len(header):
                 cause = (
                     f"the row has {len(cells)} cells, and the header has {len(header)}; a cell with a {delimiter!r} "
                     "needs quotes"
@@ -136,34 +162,45 @@ def _delimiter(file: BinaryIO) -> tuple[str, int]:
     return max(_DELIMITERS, key=first.count), 0
 
 
-def _header(reader: Iterator[list[str]]) -> list[str]:
+def _header(reader: Iterator[list[str]], lines: _Lines) -> list[str]:
+    lines.begin_row()
     try:
         header = next(reader, [])
-    except csv.Error as error:
-        raise RowError("", "invalid_csv", f"the header cannot be read: {error}") from None
-    if len(header) > _MAX_COLUMNS:
-        raise RowError(
-            "", "invalid_csv", f"the header has {len(header)} columns; at most {_MAX_COLUMNS} are read"
-        )
-    named = Counter(name for name in header if name.strip())
-    for name, count in named.most_common(1):
-        if count > 1:
-            raise RowError("", "invalid_csv", f"the header names the column {name[:100]!r} twice")
+    except (csv.Error, RowError) as error:
+        wrong = _bad_row(error)
+        raise RowError("", wrong.code, f"the header cannot be read: {wrong.detail}") from None
+    if lines.has_nul:
+        raise RowError("", "invalid_csv", f"the header cannot be read: {_NUL}")
+    _check_names(header, "invalid_csv")
     return header
 
 
-def _csv_rows(reader: Iterator[list[str]], lines: _Lines) -> Iterator[tuple[str, list[str] | RowError]]:
+def _csv_rows(reader: Iterator[list[str]], lines: _Lines) -> Iterator[tuple[str, list[str]] | Record]:
+    """Each row's place and cells, or why it has none."""
     while True:
-        lines.size, begin = 0, lines.number + 1
+        place = lines.begin_row()
         try:
             cells = next(reader, None)
-        except csv.Error as error:
-            yield f"line {begin}", RowError("", "invalid_csv", f"the row is not CSV: {error}")
+        except (csv.Error, RowError) as error:
+            last = lines.ended or isinstance(error, RowError)
+            yield Record(place, error=_bad_row(error), last=last)
+            if last:
+                return
             continue
         if cells is None:
             return
-        if cells:
-            yield f"line {begin}", cells
+        if lines.has_nul:
+            yield Record(place, error=RowError("", "invalid_csv", _NUL))
+        elif cells:
+            yield place, cells
+
+
+def _bad_row(error: csv.Error | RowError) -> RowError:
+    if isinstance(error, RowError):
+        return error
+    said = str(error)
+    cause = next((words for begin, words in _CSV_WORDS.items() if said.startswith(begin)), said)
+    return RowError("", "invalid_csv", f"the row is not CSV: {cause}")
 
 
 # --- Parquet -----------------------------------------------------------------------------------------------------
@@ -173,21 +210,74 @@ def _parquet(path: Path, columns: Columns) -> Iterator[Record]:
     import pyarrow as pa  # type: ignore[import-untyped]
     import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
+    number = 0
     try:
         with pq.ParquetFile(path, pre_buffer=False, buffer_size=_CHUNK) as file:
+            _check_names(file.schema_arrow.names, "invalid_parquet")
             used = columns.names(file.schema_arrow.names)
             batches = file.iter_batches(batch_size=_BATCH_ROWS, columns=list(used), use_threads=False)
-            number = 0
             for batch in batches:
-                table = batch.rename_columns([used[name] for name in batch.schema.names])
-                for row in table.to_pylist():
+                table = _with_times_as_text(batch.rename_columns([used[name] for name in batch.schema.names]))
+                for row in _rows(table):
                     number += 1
-                    yield _record(f"row {number}", lambda row: without_extras(from_values(row)), row)
+                    yield _record(f"row {number}", _typed_row, row)
     except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
         if isinstance(error, MemoryError):
             raise
         cause = str(error).split("\n", 1)[0]
-        raise RowError("", "invalid_parquet", f"the file is not Parquet, or is damaged: {cause}") from None
+        if not number:
+            cause = f"the file is not Parquet, or is damaged: {cause}"
+            raise RowError("", "invalid_parquet", cause) from None
+        cause = f"the file is damaged, here or behind it: {cause}"
+        yield Record(f"row {number + 1}", error=RowError("", "invalid_parquet", cause), last=True)
+
+
+def _typed_row(row: Mapping[str, Any] | RowError) -> Mapping[str, Any]:
+    if isinstance(row, RowError):
+        raise row
+    return without_extras(from_values(row))
+
+
+def _with_times_as_text(batch: Any) -> Any:
+    """Dates and times as Arrow writes them: not all of them have a Python value, and which do depends on what is
+    installed."""
+    import pyarrow as pa
+
+    def readable(kind: Any) -> Any:
+        if pa.types.is_timestamp(kind) or pa.types.is_date(kind) or pa.types.is_time(kind):
+            return pa.string()
+        if pa.types.is_duration(kind):
+            return pa.int64()
+        if pa.types.is_struct(kind):
+            return pa.struct([field.with_type(readable(field.type)) for field in kind])
+        if pa.types.is_list(kind):
+            return pa.list_(kind.value_field.with_type(readable(kind.value_type)))
+        return kind
+
+    kinds = [readable(kind) for kind in batch.schema.types]
+    if kinds == batch.schema.types:
+        return batch
+    made = [column.cast(kind) for column, kind in zip(batch.columns, kinds, strict=True)]
+    return pa.RecordBatch.from_arrays(made, names=batch.schema.names)
+
+
+def _rows(batch: Any) -> Iterator[Mapping[str, Any] | RowError]:
+    """As Python values; an error in the place of a row whose text is none: Arrow does not look at it before."""
+    try:
+        yield from batch.to_pylist()
+    except UnicodeDecodeError:
+        for index in range(batch.num_rows):
+            yield _row(batch.slice(index, 1))
+
+
+def _row(batch: Any) -> Mapping[str, Any] | RowError:
+    found: dict[str, Any] = {}
+    for name, column in zip(batch.schema.names, batch.columns, strict=True):
+        try:
+            found[name] = column[0].as_py()
+        except UnicodeDecodeError:
+            return RowError(name, "invalid_utf8", "the text is not UTF-8")
+    return found
 
 
 # --- JSON --------------------------------------------------------------------------------------------------------
@@ -219,18 +309,26 @@ def _object(value: object, columns: Columns) -> Mapping[str, Any]:
 
 
 def _json(path: Path, columns: Columns) -> Iterator[Record]:
+    def made(value: object) -> Mapping[str, Any]:
+        check_unicode(value, "")
+        return _object(value, columns)
+
     with path.open("rb") as file:
         first = file.read(_CHUNK).removeprefix(codecs.BOM_UTF8).lstrip()[:1]
         if first != b"[":
             yield from _jsonl(path, columns)
             return
         file.seek(0)
-        for number, element in enumerate(_Elements(file), 1):
-            yield _record(f"element {number}", lambda row: _object(row, columns), element)
+        elements = _Elements(file)
+        try:
+            for number, element in enumerate(elements, 1):
+                yield _record(f"element {number}", made, element)
+        except RowError as error:
+            yield Record(f"line {elements.line}", error=error, last=True)
 
 
 class _Elements:
-    """The elements of one JSON array, as they are read. Raises RowError."""
+    """The elements of one JSON array, as they are read. Raises RowError; `line` is then where in the file."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
@@ -238,7 +336,10 @@ class _Elements:
         self._scan = json.JSONDecoder(parse_constant=refuse_constant, parse_float=finite).raw_decode
         self._text = ""
         self._place = 0
+        self._lines = 0
         self._ended = False
+        self._broken = False
+        self.line = 1
 
     def __iter__(self) -> Iterator[Any]:
         if self._token() != "[":
@@ -273,38 +374,43 @@ class _Elements:
         while True:
             try:
                 value, end = self._scan(self._text, self._place)
-                check_unicode(value, "")
             except json.JSONDecodeError as error:
-                # It may only be cut where the text read so far ends; read twice as much of it.
+                # It may only be cut where the text read so far ends.
                 cut = error.pos > len(self._text) - _LONGEST_WORD or error.msg.startswith(
                     "Unterminated string"
                 )
-                if not cut or not self._more(max(_CHUNK, len(self._text) - self._place)):
-                    raise self._wrong(error.msg) from None
+                if not cut or not self._more():
+                    raise self._wrong(error.msg.removesuffix(" at"), at=error.pos) from None
             except (ValueError, RecursionError) as error:
-                cause = "nested too deeply" if isinstance(error, RecursionError) else str(error)
-                raise self._wrong(cause) from None
+                raise self._wrong(unreadable_value(error)) from None
             else:
-                self._place = end
-                return value
+                # A number may go on.
+                if end < len(self._text) or not isinstance(value, int | float) or not self._more():
+                    self._place = end
+                    return value
 
-    def _more(self, size: int = _CHUNK) -> bool:
-        """Read on; False at the end of the file."""
+    def _more(self) -> bool:
+        """Read on, twice as much of an element that is not whole yet; False at the end of the file."""
         if self._ended:
             return False
+        if self._broken:
+            raise self._wrong("what follows is not UTF-8", "invalid_utf8", at=len(self._text))
+        self._lines += self._text.count("\n", 0, self._place)
         self._text = self._text[self._place :]
         self._place = 0
         if len(self._text) > MAX_LINE_BYTES:
-            raise self._wrong(
-                f"an element is longer than {MAX_LINE_BYTES} bytes, or is not JSON", "line_too_long"
-            )
-        data = self._file.read(size)
+            cause = f"an element is longer than {MAX_LINE_BYTES} bytes, or is not JSON"
+            raise self._wrong(cause, "line_too_long")
+        data = self._file.read(max(_CHUNK, len(self._text)))
         try:
             self._text += self._decode(data, not data)
         except UnicodeDecodeError as error:
-            raise self._wrong(f"not UTF-8: {error.reason}", "invalid_utf8") from None
+            # The elements before it are good ones.
+            self._text += error.object[: error.start].decode()
+            self._broken = True
         self._ended = not data
-        return bool(data)
+        return True if self._broken else bool(data)
 
-    def _wrong(self, cause: str, code: str = "invalid_json") -> RowError:
+    def _wrong(self, cause: str, code: str = "invalid_json", *, at: int | None = None) -> RowError:
+        self.line = self._lines + self._text.count("\n", 0, self._place if at is None else at) + 1
         return RowError("", code, f"the file is not one JSON array of objects: {cause}")

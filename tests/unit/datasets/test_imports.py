@@ -84,6 +84,25 @@ async def test_bad_rows_are_named_by_their_number_and_their_place(world, service
 
 
 @pytest.mark.parametrize(
+    ("content", "name", "code", "place"),
+    [
+        (b"prompt,completion\na,b\n\nc,\xff\nd,e\n", "x.csv", "invalid_utf8", "line 4"),
+        (b'prompt,completion\na,b\n"c,d\ne,f\n', "x.csv", "invalid_csv", "line 3"),
+        (b'[{"text": "a"},\n\n{"text": NaN},\n{"text": "b"}]', "x.json", "invalid_json", "line 3"),
+    ],
+)
+async def test_what_cannot_be_read_further_is_named_and_the_rest_not_judged(
+    world, content, name, code, place
+):
+    """Least of all for having too few rows."""
+    dataset = await world.ready(content, name=name)
+    [finding] = dataset.report.findings
+    assert (dataset.state, finding.line, finding.code) == (DatasetState.ERROR, 2, code)
+    assert finding.message.endswith(f"({place} of the file)")
+    assert dataset.report.example_count == 2
+
+
+@pytest.mark.parametrize(
     ("content", "name", "code"),
     [
         (b"", "a.csv", "invalid_n_examples"),

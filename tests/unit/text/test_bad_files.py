@@ -63,6 +63,25 @@ def test_a_bad_line_is_named_and_the_others_are_good(line: bytes, code: str) -> 
     assert code in KINDS
 
 
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        (
+            ROW.replace("é".encode(), b"\x00"),
+            "the line is not JSON: Invalid control character at character 44 of 87",
+        ),
+        (ROW[:-20] + b"\n", "the line is not JSON: Unterminated string starting at character"),
+        (b'{"messages": ' + b"9" * 5000 + b"}", "the line is not JSON: a number has too many digits"),
+        (
+            b"\r".join([ROW] * 3),
+            "the line is not JSON: it has lines that end with CR alone; end each with LF",
+        ),
+    ],
+)
+def test_what_is_wrong_is_said_in_words_for_people(line: bytes, words: str) -> None:
+    assert report([GOOD, line]).findings[0].message.startswith(words)
+
+
 def test_of_equal_keys_the_last_wins_and_line_ends_do_not_matter() -> None:
     twice = b'{"messages": 7, ' + ROW[1:]
     windows = (twice + b"\r\n") * 12 + ROW

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -103,10 +104,12 @@ def test_csv_that_is_wrong_names_the_line_and_goes_on(read: Read) -> None:
 @pytest.mark.parametrize(
     ("content", "code", "words"),
     [
-        (b"text,text\na,b\n", "invalid_csv", "'text' twice"),
-        (b"text\na\n\xff\n", "invalid_utf8", "byte 1 of line 3"),
-        (b'text\n"a\n' + b"b\n" * 600, "line_too_long", "is a quote not closed"),
-        (b"text\n" + b"a" * 2000 + b"\n", "line_too_long", "reaches to line 2"),
+        (b"text,text\na,b\n", "invalid_csv", "more than one column 'text'"),
+        (b"t\xff\na\n", "invalid_utf8", "header cannot be read: byte 2 of line 1"),
+        (b'"text\na\n', "invalid_csv", "header cannot be read: .* a quote is not closed"),
+        (b"text\ra\rb\r", "invalid_csv", "a CR stands alone; end lines with LF"),
+        (b"t\x00e\x00\n\x00a\x00", "invalid_csv", "header cannot be read: a NUL byte .* UTF-16"),
+        (b"text" + b"a" * 2000 + b"\n", "line_too_long", "header cannot be read: the row is longer"),
         (b"\x1f\x8b\x08\x00", "compressed_file", "gzip"),
         (b"PK\x03\x04", "compressed_file", "zip"),
         (b"PK\x03\x04" + bytes(26) + b"xl/workbook.xml", "wrong_file_type", "Excel workbook .* CSV UTF-8"),
@@ -115,13 +118,58 @@ def test_csv_that_is_wrong_names_the_line_and_goes_on(read: Read) -> None:
         (b"PAR1", "wrong_file_type", "Parquet"),
     ],
 )
-def test_csv_that_cannot_be_read_further(
+def test_csv_of_which_nothing_can_be_read(
     read: Read, monkeypatch: pytest.MonkeyPatch, content: bytes, code: str, words: str
 ) -> None:
     monkeypatch.setattr(readers, "MAX_LINE_BYTES", 1000)
     with pytest.raises(RowError, match=words) as caught:
         read(content, "csv")
     assert caught.value.code == code
+
+
+@pytest.mark.parametrize(
+    ("content", "wrong"),
+    [
+        (b"a\xff\nb\n", ("line 4", "invalid_utf8", "byte 2 of line 4")),
+        (b'"a\nb\xff"\n', ("line 4", "invalid_utf8", "byte 2 of line 5")),
+        (b'"a\n' + b"b\n" * 600, ("line 4", "line_too_long", "is a quote not closed")),
+        (b"a" * 2000 + b"\n", ("line 4", "line_too_long", "longer than 1000 bytes")),
+        (b'"a\nb\n', ("line 4", "invalid_csv", "a quote is not closed")),
+    ],
+)
+def test_csv_that_cannot_be_read_further_says_from_where_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes, wrong: tuple[str, str, str]
+) -> None:
+    monkeypatch.setattr(readers, "MAX_LINE_BYTES", 1000)
+    (tmp_path / "file").write_bytes(b'text\n"x\ny"\n' + content)
+    *good, last = read_records(tmp_path / "file", FileType.CSV, {})
+    assert [record.row for record in good] == [{"text": "x\ny"}]
+    assert last.error is not None
+    assert (last.place, last.error.code, last.last) == (*wrong[:2], True)
+    assert wrong[2] in last.error.detail
+
+
+def test_a_csv_row_with_a_nul_byte_is_none(read: Read) -> None:
+    assert read(b'text\na\nb\x00\n"c\n\x00"\nd\n', "csv") == [
+        {"text": "a"},
+        ("line 3", "invalid_csv", ""),
+        ("line 4", "invalid_csv", ""),
+        {"text": "d"},
+    ]
+
+
+@pytest.mark.parametrize("cell", ["nan", "NaN", "-inf", "Infinity", "1e999"])
+def test_a_cell_that_is_no_finite_number_is_refused(read: Read, cell: str) -> None:
+    content = f"sentence1,sentence2,score\na,b,.5\na,b,{cell}\n".encode()
+    assert read(content, "csv") == [
+        {"sentence1": "a", "sentence2": "b", "score": 0.5},
+        ("line 3", "data_type", "score"),
+    ]
+
+
+@pytest.mark.parametrize("cell", ["1_0", "12345678901234567890", "١٢", "1,5", "nano"])
+def test_a_label_that_only_python_takes_for_a_number_is_a_text(read: Read, cell: str) -> None:
+    assert read(f"text;label\na;{cell}\n".encode(), "csv") == [{"text": "a", "label": cell}]
 
 
 def test_parquet(read: Read) -> None:
@@ -162,6 +210,79 @@ def test_parquet_that_is_damaged(read: Read) -> None:
         read(b"\x1f\x8b\x08", "parquet")
 
 
+def test_parquet_that_is_damaged_behind_good_rows(tmp_path: Path) -> None:
+    rows = [{"text": f"{number:04d}" * 50} for number in range(400)]
+    whole = bytearray(parquet(rows, row_group_size=100, compression="none", use_dictionary=False))
+    begin = whole.index(rows[250]["text"].encode()) - 4
+    whole[begin : begin + 4] = b"\xff\xff\xff\x7f"
+    (tmp_path / "file").write_bytes(whole)
+    *good, last = read_records(tmp_path / "file", FileType.PARQUET, {})
+    assert [record.row for record in good] == rows[: len(good)]
+    assert 0 < len(good) <= 250
+    assert last.error is not None
+    assert (last.place, last.error.code, last.last) == (f"row {len(good) + 1}", "invalid_parquet", True)
+
+
+def test_parquet_with_a_text_that_is_not_utf8_names_the_row(read: Read) -> None:
+    texts = pa.array([b"a", b"\xff", b"b"], pa.binary())
+    prompts = pa.StringArray.from_buffers(3, *texts.buffers()[1:])
+    buffer = io.BytesIO()
+    pq.write_table(pa.table({"prompt": prompts, "completion": ["x", "y", "z"]}), buffer)
+    assert read(buffer.getvalue(), "parquet") == [
+        {"prompt": "a", "completion": "x"},
+        ("row 2", "invalid_utf8", "prompt"),
+        {"prompt": "b", "completion": "z"},
+    ]
+
+
+def test_parquet_with_numbers_that_json_does_not_have(read: Read) -> None:
+    rows = [{"text": "a", "label": number, "loss": number} for number in (0.5, math.nan, -math.inf)]
+    assert read(parquet(rows), "parquet") == [
+        {"text": "a", "label": 0.5, "loss": 0.5},
+        ("row 2", "data_type", "label"),
+        ("row 3", "data_type", "label"),
+    ]
+    assert read(parquet(rows[1:]), "parquet", text="text") == [{"text": "a"}, {"text": "a"}]
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pa.timestamp("us"), pa.timestamp("ns"), pa.timestamp("ns", "Europe/Berlin"), pa.date32(), pa.time64("ns"),
+        pa.duration("ns"), pa.list_(pa.timestamp("ns")), pa.struct([("at", pa.timestamp("us", "UTC"))]),
+    ],
+)  # fmt: skip
+def test_a_column_of_times_keeps_nobody_from_training(read: Read, kind: pa.DataType) -> None:
+    """Whether or not there are Python values for all of them."""
+    width = pa.int32() if kind == pa.date32() else pa.int64()
+    leaf = (
+        kind.value_type
+        if pa.types.is_list(kind)
+        else kind.field(0).type
+        if pa.types.is_struct(kind)
+        else kind
+    )
+    times = pa.array([1, (1 << 30) + 1], width).cast(leaf)
+    if pa.types.is_list(kind):
+        times = pa.ListArray.from_arrays([0, 1, 2], times)
+    elif pa.types.is_struct(kind):
+        times = pa.StructArray.from_arrays([times], ["at"])
+    buffer = io.BytesIO()
+    pq.write_table(pa.table({"text": ["a", "b"], "made": times}), buffer)
+    found = read(buffer.getvalue(), "parquet")
+    assert [row["text"] for row in found] == ["a", "b"]
+    json.dumps(found)
+
+
+def test_parquet_with_columns_that_cannot_be_told_apart(read: Read) -> None:
+    twice = pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], names=["text", "text"])
+    buffer = io.BytesIO()
+    pq.write_table(twice, buffer)
+    with pytest.raises(RowError, match="more than one column 'text'") as caught:
+        read(buffer.getvalue(), "parquet")
+    assert caught.value.code == "invalid_parquet"
+
+
 def test_json_arrays(read: Read) -> None:
     rows = [{"text": "é" * n} for n in range(50)]
     for text in (
@@ -176,34 +297,62 @@ def test_json_arrays(read: Read) -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "code", "words"),
+    ("content", "good", "wrong"),
     [
-        (b"[", "invalid_json", "Expecting value"),
-        (b'[{"a": 1}', "invalid_json", "a comma or the end"),
-        (b'[{"a": 1},]', "invalid_json", "Expecting value"),
-        (b'[{"a": 1} {}]', "invalid_json", "a comma or the end"),
-        (b'[{"a": 1}] x', "invalid_json", "behind the list"),
-        (b'[{"a": "x', "invalid_json", "Unterminated string"),
-        (b'[{"a": 1e999}]', "invalid_json", "too large"),
-        (b'[{"a": NaN}]', "invalid_json", "NaN"),
-        (b"[" * 10_000, "invalid_json", "nested too deeply"),
-        (b'[{"a": "\xff"}]', "invalid_utf8", "not UTF-8"),
-        (b'[{"a": "\\ud800"}]', "invalid_utf8", "surrogate"),
-        (b'[{"a": ' + b'"' + b"x" * 3000, "line_too_long", "an element is longer"),
-        (b"[" + b"9" * 3000 + b"]", "invalid_json", ""),
+        (b"[", 0, ("line 1", "invalid_json", "Expecting value")),
+        (b'[{"a": 1}', 1, ("line 1", "invalid_json", "a comma or the end")),
+        (b'[{"a": 1},\n{"a": 1}\n\n', 2, ("line 4", "invalid_json", "a comma or the end")),
+        (b'[{"a": 1},\n]', 1, ("line 2", "invalid_json", "Expecting value")),
+        (b'[{"a": 1} {}]', 1, ("line 1", "invalid_json", "a comma or the end")),
+        (b'[{"a": 1}] x', 1, ("line 1", "invalid_json", "behind the list")),
+        (b'[\n{"a": 1},\n{"a": "x', 1, ("line 3", "invalid_json", "Unterminated string starting")),
+        (b'[{"a": 1},\n{"a":\n1e999}]', 1, ("line 2", "invalid_json", "too large")),
+        (b'[{"a": NaN}]', 0, ("line 1", "invalid_json", "NaN")),
+        (b'[{"a": "\x00"}]', 0, ("line 1", "invalid_json", "Invalid control character")),
+        (b'[{"a": ' + b"9" * 900 + b"0" * 4000 + b"}]", 0, ("line 1", "invalid_json", "too many digits")),
+        (b"\n[" * 10_000, 0, ("line 3", "invalid_json", "nested too deeply")),
+        (b'[{"a": 1},\n{"a":\n"\xff"}]', 1, ("line 3", "invalid_utf8", "not UTF-8")),
+        (b'[{"a": 1},\n{"a": ' + b'"' + b"x" * 9000, 1, ("line 2", "line_too_long", "an element is longer")),
     ],
 )
-def test_json_that_cannot_be_read_further(
-    read: Read, monkeypatch: pytest.MonkeyPatch, content: bytes, code: str, words: str
+@pytest.mark.parametrize("chunk", [7, 64, 1 << 20])
+def test_json_that_cannot_be_read_further_says_from_where_on(
+    tmp_path: Path, content: bytes, good: int, wrong: tuple[str, str, str], chunk: int
 ) -> None:
-    monkeypatch.setattr(readers, "MAX_LINE_BYTES", 1000)
-    monkeypatch.setattr(readers, "_CHUNK", 64)
-    if content.startswith(b"[99"):
-        assert read(content, "json") == [("element 1", "data_type", "")]
-        return
-    with pytest.raises(RowError, match=words) as caught:
-        read(content, "json")
-    assert caught.value.code == code
+    (tmp_path / "file").write_bytes(content)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(readers, "MAX_LINE_BYTES", 8000)
+        patch.setattr(readers, "_CHUNK", chunk)
+        *before, last = read_records(tmp_path / "file", FileType.JSON, {})
+    assert [record.row for record in before] == [{"a": 1}] * good
+    assert last.error is not None
+    assert (last.place, last.error.code, last.last) == (*wrong[:2], True)
+    assert wrong[2] in last.error.detail
+    assert " at" not in last.error.detail[-3:]
+
+
+def test_elements_that_are_no_rows_are_named_and_the_others_are_rows(
+    read: Read, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(readers, "_CHUNK", 16)
+    content = b'[{"a": 1}, {"a": "\\ud800"}, ' + b"9" * 300 + b', [1], true, "", {"a": 2}]'
+    assert read(content, "json") == [
+        {"a": 1},
+        ("element 2", "invalid_utf8", "a"),
+        ("element 3", "data_type", ""),
+        ("element 4", "data_type", ""),
+        ("element 5", "data_type", ""),
+        ("element 6", "data_type", ""),
+        {"a": 2},
+    ]
+
+
+@pytest.mark.parametrize("depth", [300, 600, 900])
+def test_a_row_that_nests_deeply_is_a_row_or_is_named(read: Read, depth: int) -> None:
+    row = b'{"text": "a", "extra": ' + b"[" * depth + b"]" * depth + b"}"
+    for found in (read(b"[" + row + b"]", "json"), read(row, "jsonl", text="text", prompt="extra")):
+        assert len(found) == 1
+        assert isinstance(found[0], dict) or found[0][1] == "invalid_json"
 
 
 ROW = st.dictionaries(
