@@ -38,6 +38,8 @@ _MAX_RATIO = 200
 _SLACK_BYTES = 64 << 20
 _MIN_ROW_BYTES = 32
 _LOCAL_DISK_FULL = 3
+# A number of a table is one in JSON.
+_ENCODER = msgspec.json.Encoder(decimal_format="number")
 _KEPT_VARIABLES = ("PATH", "PYTHONPATH", "LANG", "TZ", "LD_LIBRARY_PATH", "TMPDIR")
 
 
@@ -110,7 +112,7 @@ class _Writer:
         data, error = b"", record.error
         if error is None:
             try:
-                data = msgspec.json.encode(record.row)
+                data = _ENCODER.encode(record.row)
             except (TypeError, ValueError, RecursionError) as cause:
                 error = RowError("", "data_type", f"the row cannot be written as JSON: {cause}")
         if error is not None:

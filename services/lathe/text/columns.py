@@ -17,24 +17,31 @@ FIELDS = MEANINGFUL | {
 }  # fmt: skip
 """The keys of training rows."""
 _AUTOTRAIN = {"text_column": "text", "prompt_text_column": "prompt", "rejected_text_column": "rejected"}
-_STRUCTURED = frozenset(
-    {"messages", "conversations", "conversation", "tools", "functions", "history", "preferred_output",
-     "preferred_completion", "non_preferred_output", "non_preferred_completion"}
-)  # fmt: skip
-_TEXT_OR_TURNS = frozenset({"prompt", "completion", "chosen", "rejected", "input"})
+_CONVERSATIONS = frozenset({"messages", "conversations", "conversation"})
+_OUTPUTS = frozenset(
+    {"preferred_output", "preferred_completion", "non_preferred_output", "non_preferred_completion"}
+)
+_SAID = frozenset({"content", "tool_calls", "function_call"})
+# Texts, or lists of messages: both of them, if a row has both.
+_ALIKE = (("prompt", "completion"), ("chosen", "rejected"))
+_STRUCTURED = _CONVERSATIONS | _OUTPUTS | {"tools", "functions", "history"}
 _WORDS = {"true": True, "false": False}
-_INTEGER = re.compile(r"-?[0-9]{1,18}")
-_NUMBER = re.compile(r"[+-]?(?:[0-9]{1,18}\.?|[0-9]*\.[0-9]+)(?:e[+-]?[0-9]+)?", re.IGNORECASE)
+# Where digits would be lost (a zero before them, too many of them), it is a text: a code of its own.
+_INTEGER = re.compile(r"[+-]?(?:0|[1-9][0-9]{0,17})")
+_NUMBER = re.compile(
+    rf"(?:{_INTEGER.pattern}\.?|[+-]?(?:0|[1-9][0-9]*)?\.[0-9]+)(?:e[+-]?[0-9]+)?", re.IGNORECASE
+)
 _NO_NUMBER = re.compile(r"[+-]?(?:nan|inf(?:inity)?)", re.IGNORECASE)
 
 
 def resolve_columns(columns: Mapping[str, str]) -> dict[str, str]:
     """Key of the row -> name of the column, with AutoTrain's names of settings (`text_column`, `prompt_text_column`,
     `rejected_text_column`) under those of rows. Raises RowError, whose field is the key."""
-    compared = "rejected_text_column" in columns
     resolved: dict[str, str] = {}
     for given, column in columns.items():
-        key = "chosen" if compared and given == "text_column" else _AUTOTRAIN.get(given, given)
+        key = _AUTOTRAIN.get(given, given)
+        if given == "text_column":
+            key = _autotrains_text(column, compared="rejected_text_column" in columns)
         if key not in FIELDS:
             known = ", ".join(sorted([*FIELDS, *_AUTOTRAIN]))
             raise RowError(given, "unknown_column", f"is no key of a training row; known: {known}")
@@ -44,6 +51,13 @@ def resolve_columns(columns: Mapping[str, str]) -> dict[str, str]:
             raise RowError(given, "unknown_column", f"{key} is given twice")
         resolved[key] = column
     return resolved
+
+
+def _autotrains_text(column: str, *, compared: bool) -> str:
+    """What AutoTrain's `text_column` is: beside a rejected one the better answer, and under a name for conversations
+    they are."""
+    name = column.strip().lower()
+    return "chosen" if compared else name if name in _CONVERSATIONS else "text"
 
 
 class Columns:
@@ -74,27 +88,38 @@ class Columns:
         return {key: row[column] for key, column in self._columns.items() if column in row}
 
 
-def from_values(row: Mapping[str, Any]) -> dict[str, Any]:
-    """A row whose values have types: nulls go, and bytes under keys that mean nothing; JSON in a string becomes what it
-    says. Raises RowError."""
+def from_values(row: Mapping[str, Any], *, table: bool) -> dict[str, Any]:
+    """A row whose values have types: keys that are null go, and bytes under keys that mean nothing; JSON in a string
+    becomes what it says. table: whether null is all that its values can have for a key that is not there. Raises
+    RowError."""
     found: dict[str, Any] = {}
     for key, value in row.items():
         if _is_binary(value):
             if key in FIELDS:
                 raise RowError(key, "data_type", "the column is binary; only text can be trained on")
         elif value is not None:
-            found[key] = _parsed(key, _without_nulls(key, value))
-    return found
+            found[key] = _parsed(key, _without_nulls(key, value) if table else value)
+    return _with_turns(found)
 
 
 def without_extras(row: dict[str, Any]) -> dict[str, Any]:
     """A conversation of a table without the columns that say nothing of it: tables have such columns, and rows of
-    OpenAI's layout may not. Where the last word is not the assistant's, they are what a grader needs."""
+    OpenAI's layout may not; nor a prompt that is only what the user says first. Where the last word is not the
+    assistant's, they are what a grader needs."""
     messages = row.get("messages")
-    last = messages[-1] if isinstance(messages, list) and messages else None
+    turns = messages if isinstance(messages, list) else []
+    last = turns[-1] if turns else None
     if not isinstance(last, dict) or last.get("role") != "assistant":
         return row
-    return {key: value for key, value in row.items() if key in FIELDS}
+    known = {key: value for key, value in row.items() if key in FIELDS}
+    if _first_asked(turns) == known.get("prompt"):
+        known.pop("prompt", None)
+    return known
+
+
+def _first_asked(turns: list[Any]) -> object:
+    said = (turn for turn in turns if isinstance(turn, dict) and turn.get("role") == "user")
+    return next((turn.get("content") for turn in said), None)
 
 
 def _is_binary(value: object) -> bool:
@@ -119,21 +144,36 @@ def from_cells(row: Mapping[str, str]) -> dict[str, Any]:
             value = _parsed(key, cell)
         if value is not None:
             found[key] = value
-    return found
+    return _with_turns(found)
 
 
 def _parsed(key: str, value: Any) -> Any:
-    if not isinstance(value, str):
-        return value
-    if key in _STRUCTURED:
+    if key in _STRUCTURED and isinstance(value, str):
         return _json(key, value) if value.strip() else None
-    if key in _TEXT_OR_TURNS and value.lstrip()[:1] in ("[", "{"):
-        try:
-            found = decode_json(value.encode())
-        except RowError:
-            return value
-        return found if _is_turns(found) else value
     return value
+
+
+def _with_turns(row: dict[str, Any]) -> dict[str, Any]:
+    """The row, whose texts that are messages in JSON become them: an answer may be JSON too, and stays a text."""
+    for names in _ALIKE:
+        found = {name: _decoded(row[name], "[") for name in names if isinstance(row.get(name), str)}
+        if all(map(_are_turns, found.values())):
+            row.update(found)
+    if isinstance(row.get("input"), str) and not row.keys().isdisjoint(_OUTPUTS):
+        given = _decoded(row["input"], "{")
+        if isinstance(given, dict):
+            row["input"] = given
+    return row
+
+
+def _decoded(text: str, begin: str) -> Any:
+    """What a text says that is JSON and begins so; None of any other."""
+    if not text.lstrip().startswith(begin):
+        return None
+    try:
+        return decode_json(text.encode())
+    except RowError:
+        return None
 
 
 def _json(key: str, text: str) -> Any:
@@ -145,10 +185,12 @@ def _json(key: str, text: str) -> Any:
         ) from None
 
 
-def _is_turns(value: object) -> bool:
-    if isinstance(value, dict):
-        return "messages" in value
-    return isinstance(value, list) and all(isinstance(turn, dict) and "role" in turn for turn in value)
+def _are_turns(value: object) -> bool:
+    return isinstance(value, list) and bool(value) and all(map(_is_turn, value))
+
+
+def _is_turn(value: object) -> bool:
+    return isinstance(value, dict) and "role" in value and not value.keys().isdisjoint(_SAID)
 
 
 def _scalar(key: str, cell: str, *, verdict: bool) -> Any:

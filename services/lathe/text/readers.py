@@ -235,7 +235,7 @@ def _parquet(path: Path, columns: Columns) -> Iterator[Record]:
 def _typed_row(row: Mapping[str, Any] | RowError) -> Mapping[str, Any]:
     if isinstance(row, RowError):
         raise row
-    return without_extras(from_values(row))
+    return without_extras(from_values(row, table=True))
 
 
 def _with_times_as_text(batch: Any) -> Any:
@@ -250,8 +250,10 @@ def _with_times_as_text(batch: Any) -> Any:
             return pa.int64()
         if pa.types.is_struct(kind):
             return pa.struct([field.with_type(readable(field.type)) for field in kind])
-        if pa.types.is_list(kind):
-            return pa.list_(kind.value_field.with_type(readable(kind.value_type)))
+        if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+            return (pa.list_ if pa.types.is_list(kind) else pa.large_list)(
+                kind.value_field.with_type(readable(kind.value_type))
+            )
         return kind
 
     kinds = [readable(kind) for kind in batch.schema.types]
@@ -305,7 +307,7 @@ def _json_line(number: int, data: bytes, columns: Columns, *, too_long: bool) ->
 def _object(value: object, columns: Columns) -> Mapping[str, Any]:
     if not isinstance(value, dict):
         raise RowError("", "data_type", "a row must be an object of keys and values")
-    return from_values(columns.renamed(value))
+    return from_values(columns.renamed(value), table=False)
 
 
 def _json(path: Path, columns: Columns) -> Iterator[Record]:

@@ -32,6 +32,8 @@ AUTOTRAIN = {"prompt_text_column": "prompt", "text_column": "good", "rejected_te
         ("alpaca.csv", {}, RowFormat.CHAT, Layout.ALPACA),
         ("alpaca.json", {}, RowFormat.CHAT, Layout.ALPACA),
         ("chat.parquet", {}, RowFormat.CHAT, Layout.OPENAI),
+        ("ultrachat.parquet", {}, RowFormat.CHAT, Layout.OPENAI),
+        ("ultrachat.parquet", {"text_column": "messages"}, RowFormat.CHAT, Layout.OPENAI),
         ("question_answer.jsonl", {"prompt": "question", "completion": "answer"}, RowFormat.COMPLETION, Layout.TRL),
     ],
 )  # fmt: skip
@@ -46,7 +48,9 @@ async def test_a_file_is_stored_as_jsonl(world, name, columns, found, layout):
     assert (dataset.source_sha256, dataset.source_size_bytes) == (sha(content), len(content))
     rows = [json.loads(line) for line in stored.splitlines()]
     assert len(rows) == dataset.report.example_count >= 10
-    assert not columns or all(set(each) <= {"prompt", "completion", "chosen", "rejected"} for each in rows)
+    assert not columns or all(
+        set(each) <= {"prompt", "completion", "chosen", "rejected", "messages"} for each in rows
+    )
     assert world.objects.keys() == [blob_key(dataset.sha256)]
 
 
@@ -202,6 +206,14 @@ def test_a_file_that_unpacks_to_far_too_much_is_stopped(tmp_path, monkeypatch):
     made = convert(source, target, ImportOptions(FileType.PARQUET))
     assert [finding.code for finding in made.report.findings] == ["too_large"]
     assert target.stat().st_size < 6 << 20
+
+
+def test_a_decimal_is_a_number(tmp_path):
+    source, target = tmp_path / "source", tmp_path / "rows"
+    scores = pa.array(["0.50", "4"], pa.string()).cast(pa.decimal128(3, 2))
+    source.write_bytes(parquet({"sentence1": ["a", "b"], "sentence2": ["c", "d"], "score": scores}))
+    convert(source, target, ImportOptions(FileType.PARQUET))
+    assert [json.loads(line)["score"] for line in target.read_text().splitlines()] == [0.5, 4]
 
 
 async def test_the_process_apart_says_the_same_and_has_no_secrets(tmp_path, monkeypatch):

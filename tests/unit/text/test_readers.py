@@ -69,6 +69,13 @@ def parquet(rows: list[dict[str, Any]], **options: Any) -> bytes:
                 {"prompt": "c", "completion": "d", "label": False},
             ],
         ),
+        (
+            b"text,label\na,1.5\na,-.5\na,1e3\na,007\na,1_0\na,12345678901234567890\n",
+            [
+                *({"text": "a", "label": number} for number in (1.5, -0.5, 1000.0)),
+                *({"text": "a", "label": text} for text in ("007", "1_0", "12345678901234567890")),
+            ],
+        ),
         (b"sentence1,sentence2,score\na,b,0.5\n", [{"sentence1": "a", "sentence2": "b", "score": 0.5}]),
         (
             b'prompt,chosen,rejected\n[a],b,"[{""x"": 1}]"\n',
@@ -191,6 +198,42 @@ def test_parquet(read: Read) -> None:
     pictures = [{"text": "a", "image": {"bytes": b"\x00"}}, {"text": "b", "thumbnail": b"\x00"}]
     assert read(parquet(pictures[1:]), "parquet") == [{"text": "b"}]
     assert read(parquet(pictures[:1]), "parquet") == [("row 1", "data_type", "image")]
+
+
+@pytest.mark.parametrize(
+    "answer", ["[]", '[{"role": "CEO", "name": "Bo"}]', '{"messages": []}', json.dumps(TURNS)]
+)
+def test_an_answer_that_is_json_is_a_text(read: Read, answer: str) -> None:
+    rows: list[dict[str, Any]] = [
+        {"prompt": "q", "completion": answer},
+        {"prompt": "q", "chosen": answer, "rejected": "b"},
+        {"instruction": "q", "input": answer, "output": answer},
+    ]
+    for row in rows:
+        table = io.StringIO(newline="")
+        csv.writer(table).writerows([row.keys(), row.values()])
+        assert read(table.getvalue().encode(), "csv") == [row]
+        assert read(parquet([row]), "parquet") == [row]
+    turns = {"prompt": TURNS[:1], "completion": TURNS[1:]}
+    assert read(parquet([{key: json.dumps(value) for key, value in turns.items()}]), "parquet") == [turns]
+
+
+def test_null_in_json_is_kept_where_it_says_something(read: Read) -> None:
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"default": None}}}
+    row = {"messages": TURNS, "tools": [tool], "source": None}
+    assert read(json.dumps([row]).encode(), "json") == [{"messages": TURNS, "tools": [tool]}]
+    assert read(json.dumps(row).encode(), "jsonl", messages="messages", tools="tools") == [
+        {"messages": TURNS, "tools": [tool]}
+    ]
+
+
+def test_a_prompt_that_only_repeats_what_is_asked_is_left_out(read: Read) -> None:
+    """As in UltraChat 200k and No Robots."""
+    asked = [{"role": "system", "content": "s"}, *TURNS]
+    row = {"prompt": "q", "prompt_id": "7", "messages": asked, "category": "Chat"}
+    assert read(parquet([row]), "parquet") == [{"messages": asked}]
+    other = {**row, "prompt": "Be a pirate."}
+    assert read(parquet([other]), "parquet") == [{"prompt": "Be a pirate.", "messages": asked}]
 
 
 def test_parquet_that_is_damaged(read: Read) -> None:
@@ -433,6 +476,9 @@ def test_autotrains_names() -> None:
         "chosen": "t",
         "rejected": "r",
     }
+    # As its own configurations have it for sets of conversations.
+    assert resolve_columns({"text_column": "messages"}) == {"messages": "messages"}
+    assert resolve_columns({"text_column": "Conversations"}) == {"conversations": "Conversations"}
 
 
 @pytest.mark.parametrize(
