@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import ssl
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from lathe.datasets.addresses import networks
 from lathe.datasets.fetching import MAX_STUCK, FetchBroke, Fetcher, FetchRefused, Secret
+from tests.fixtures.certificates import Authority
 
 ROWS = b'{"a": 1}\n' * 1000
 
@@ -40,13 +45,15 @@ class Site(BaseHTTPRequestHandler):
         pass
 
 
-@pytest.fixture
-def site() -> Iterator[type[Site]]:
+@contextmanager
+def serving(tls: ssl.SSLContext | None = None) -> Iterator[Any]:
     class Own(Site):
         pass
 
     Own.pages, Own.seen, Own.secrets = {}, [], []
     server = ThreadingHTTPServer(("127.0.0.1", 0), Own)
+    if tls is not None:
+        server.socket = tls.wrap_socket(server.socket, server_side=True)
     # It prints what its handlers raise: a client that hangs up is no news here.
     server.handle_error = lambda *_: None  # type: ignore[method-assign]
     Own.port = server.server_port  # type: ignore[attr-defined]
@@ -54,6 +61,12 @@ def site() -> Iterator[type[Site]]:
     yield Own
     server.shutdown()
     server.server_close()
+
+
+@pytest.fixture
+def site() -> Iterator[Any]:
+    with serving() as own:
+        yield own
 
 
 def fetcher(*answers: str, allowed: tuple[str, ...] = ("127.0.0.0/8",), **limits: Any) -> Fetcher:
@@ -142,6 +155,32 @@ async def test_every_redirect_is_checked_again(site: Any) -> None:
         with pytest.raises(FetchRefused, match=why):
             await read(fetcher(), site, "/b")
     assert set(site.secrets) == {""}
+
+
+async def test_https_is_for_the_name_and_never_goes_on_without(site: Any, tmp_path: Path) -> None:
+    authority = Authority()
+    files = authority.mount(tmp_path / "tls", ["files.example.com"])
+    server = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    server.load_cert_chain(files.cert, files.key)
+    trusting = replace(fetcher(), tls=ssl.create_default_context(cadata=authority.pem.decode()))
+
+    async def fetched(fetch: Fetcher, url: str) -> bytes:
+        return b"".join([chunk async for chunk in fetch.fetch(url)])
+
+    with serving(server) as secure:
+        begin = f"https://files.example.com:{secure.port}"
+        secure.pages["/a"] = lambda it: it.answer(302, location="/b")
+        secure.pages["/b"] = lambda it: it.answer(200, ROWS)
+        secure.pages["/c"] = lambda it: it.answer(302, location=f"http://files.example.com:{site.port}/a")
+        site.pages["/a"] = lambda it: it.answer(302, location=f"{begin}/b")
+        assert await fetched(trusting, f"{begin}/a") == await read(trusting, site) == ROWS
+        with pytest.raises(FetchRefused, match="from https to http"):
+            await fetched(trusting, f"{begin}/c")
+        for fetch, url in ((fetcher(), begin), (trusting, begin.replace("files", "other"))):
+            with pytest.raises(FetchRefused, match="certificate is not trusted"):
+                await fetched(fetch, f"{url}/a")
+    assert [path for path, _ in secure.seen] == ["/a", "/b", "/b", "/c"]
+    assert len(site.seen) == 1
 
 
 async def test_no_proxy_of_the_environment(site: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -328,7 +367,15 @@ async def test_what_cannot_be_gone_on_with_begins_again_another_time(
 
 
 @pytest.mark.parametrize(
-    "content_range", ["", "bytes 0-9/10", f"bytes 100-{len(FILE) - 1}/5", "bytes 99-/x", "items 100-9/9"]
+    "content_range",
+    [
+        "",
+        "bytes 0-9/10",
+        f"bytes 99-{len(FILE) - 1}/{len(FILE)}",
+        f"bytes 100-{len(FILE) - 1}/5",
+        "bytes 99-/x",
+        "items 100-9/9",
+    ],
 )
 async def test_a_wrong_part_is_not_taken(site: Any, content_range: str) -> None:
     def page(it: Any) -> None:
