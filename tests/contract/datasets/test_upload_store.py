@@ -25,7 +25,7 @@ async def stores(request, tmp_path):
     db = Database(url)
     await migrate(db, "lathe.datasets")
     datasets, uploads = SqlDatasetStore(db), SqlUploadStore(db)
-    await datasets.add(dataset(), "")
+    await datasets.add(dataset(), "create:1")
     await uploads.add_upload(SESSION)
     yield datasets, uploads
     await db.close()
@@ -87,4 +87,5 @@ async def test_what_is_given_up_takes_its_dataset_with_it(stores, cancelled):
     state = (await uploads.get_upload("p", "file-1")).state
     assert state is (UploadState.CANCELLED if cancelled else UploadState.EXPIRED)
     assert await datasets.get("p", "file-1") is None
+    assert await datasets.find_by_request("p", "create:1") is None
     assert [found.id for found in await datasets.in_state(DatasetState.DELETING)] == ["file-1"]

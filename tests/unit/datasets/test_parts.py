@@ -82,6 +82,17 @@ async def test_a_digest_that_comes_at_the_end_is_checked_like_an_announced_one(w
     assert session.sha256 == right
 
 
+async def test_a_part_that_grew_after_the_end_is_not_the_file(world, parts):
+    """A presigned URL works on for a while."""
+    dataset, part = await begin(world, parts)
+    _, committed = await parts.complete("acme", dataset.id, [part])
+    await world.objects.put(f"{dataset.staging_key}/{part}", GOOD * 2)
+    await world.validate()
+    found = await parts.datasets.get("acme", dataset.id)
+    assert (found.state, found.report.findings[0].code) == (DatasetState.ERROR, "digest_mismatch")
+    assert committed.size_bytes == len(GOOD) and world.objects.keys() == []
+
+
 async def test_a_client_that_sends_far_more_than_it_announced_is_stopped(world, parts, monkeypatch):
     monkeypatch.setattr(rules, "MAX_PART_BYTES", 10)
     dataset, _ = await begin(world, parts, b"0123456789")
@@ -123,6 +134,8 @@ async def test_signing(world, parts, monkeypatch):
         for part, url in signed.parts:
             await world.objects.put(url.removeprefix("https://s3.example.com/"), b"x" * part.size)
     assert rounds == [[(0, 0, 8), (1, 8, 8)], [(2, 16, 4)]]
+    # What is none of the planned parts is none of the file.
+    await world.objects.put(f"{dataset.staging_key}/part-x", b"y")
     _, committed = await parts.complete("acme", dataset.id, [])
     assert committed.state is DatasetState.VALIDATING
     await world.validate()

@@ -104,10 +104,13 @@ async def test_a_dry_count_waits_for_the_index(world):
     assert (await world.preparation().count("acme", parent.id, Drop((1,))))[1][0].rows == 59
 
 
-async def test_an_index_that_is_lost_is_made_again(world):
+@pytest.mark.parametrize("left", [None, b"", b"ARROW1 but no more"])
+async def test_an_index_that_is_lost_or_damaged_is_made_again(world, left):
     parent = await world.ready(SIXTY)
     await world.prepare()
     await world.objects.delete(index_key(parent.sha256))
+    if left is not None:
+        await world.objects.put(index_key(parent.sha256), left)
     with pytest.raises(Unavailable):
         await world.preparation().count("acme", parent.id, Dedupe())
     await world.prepare()

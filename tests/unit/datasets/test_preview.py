@@ -61,6 +61,12 @@ async def test_the_first_row_is_shown_unless_others_are_asked_for(world, base):
         await previewed(world, dataset, range(1, 22))
 
 
+async def test_what_does_not_fit_into_one_answer_is_left_out(world, base, monkeypatch):
+    monkeypatch.setattr(preview, "_MAX_SEQUENCES", 1)
+    found = await previewed(world, await world.ready(), [2, 12])
+    assert [sequence.line for sequence in found[1]] == [2]
+
+
 async def test_a_file_that_cannot_train_says_why(world, base):
     dataset = await world.ready(jsonl([*(row(f"Hello {n}") for n in range(12)), row("a", "b " * 600)]))
     audit, sequences = await previewed(world, dataset, options=AuditOptions(truncation="error"))

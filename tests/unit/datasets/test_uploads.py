@@ -74,6 +74,8 @@ async def test_bytes_that_are_not_those_announced_are_not_kept(world, service):
     # The gateway repeats a call whose answer was lost.
     again = await service.commit_upload("acme", dataset.id, dataset.staging_key, len(GOOD), sha(GOOD))
     assert again == dataset
+    with pytest.raises(FailedPrecondition, match="never changes"):
+        await service.commit_upload("acme", dataset.id, dataset.staging_key, 7, sha(GOOD))
 
 
 async def test_a_commit_can_be_repeated_but_never_changes_a_dataset(world, service):
