@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import logging
 import shutil
 from collections.abc import AsyncIterator, Callable, Mapping
@@ -11,10 +12,11 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from lathe.common.errors import LatheError, NotFound, RetryableError, Unavailable
+from lathe.common.errors import DataLoss, LatheError, NotFound, RetryableError, Unavailable
 from lathe.common.objectstore.base import ObjectStore, local_disk
+from lathe.datasets.blobs import fetch_blob, file_sha256
 from lathe.datasets.chunkwork import Chunk, Chunker, ChunkResult, ChunkWork
-from lathe.datasets.collecting import Collector, Outcome, file_sha256, overlap_finding
+from lathe.datasets.collecting import Collector, Outcome, overlap_finding
 from lathe.datasets.folders import work_folder
 from lathe.datasets.model import (
     AUDIT_BEGINS,
@@ -35,6 +37,7 @@ from lathe.text.duplicates import read_duplicates, write_duplicates
 from lathe.text.findinglines import FindingLines
 from lathe.text.findings import Tally
 from lathe.text.render import RenderOptions
+from lathe.text.template import TRAINING_DATE
 
 log = logging.getLogger(__name__)
 
@@ -153,14 +156,13 @@ class Auditor:
             "template": task.template_digest,
             "options": options.canonical(),
         }
-        key = blob_key(task.dataset_sha256)
-        found = await self._objects.head(key)
+        found = await self._objects.head(blob_key(task.dataset_sha256))
         size = found.size if found is not None else 0
         async with self._workers_for(size, self._most) as workers:
             do = await self._chunk_work(task, options, workers)
             with local_disk(files.tokens), TokenWriter(files.tokens, metadata) as writer:
                 collector = Collector(writer)
-                async with aclosing(workers.results(self._works(key, do))) as results:
+                async with aclosing(workers.results(self._works(task.dataset_sha256, do))) as results:
                     async for result in results:
                         # In a thread: the event loop stays free.
                         await asyncio.to_thread(collector.add, result)
@@ -183,18 +185,31 @@ class Auditor:
         self, task: AuditTask, options: RenderOptions, workers: Workers
     ) -> Callable[[Chunk], ChunkResult]:
         if isinstance(workers, Threads):
-            return ChunkWork(await self._tokenizers.get(task.files), options, task.now).run
-        return partial(run_chunk, Task(await self._tokenizers.folder(task.files), options, task.now))
+            return ChunkWork(await self._tokenizers.get(task.files), options, TRAINING_DATE).run
+        return partial(run_chunk, Task(await self._tokenizers.folder(task.files), options, TRAINING_DATE))
 
-    async def _works(self, key: str, do: Callable[[Chunk], ChunkResult]) -> AsyncIterator[Work[ChunkResult]]:
-        async for lines in self._chunks(key):
+    async def _works(
+        self, sha256: str, do: Callable[[Chunk], ChunkResult]
+    ) -> AsyncIterator[Work[ChunkResult]]:
+        async for lines in self._chunks(sha256):
             yield Work(partial(do, lines), f"the lines from {lines[0].number} on")
 
-    async def _chunks(self, key: str) -> AsyncIterator[Chunk]:
-        chunker = Chunker()
-        async for data in self._objects.stream(key, chunk_size=256 * 1024):
-            for lines in await asyncio.to_thread(list, chunker.feed(data)):
+    async def _chunks(self, sha256: str) -> AsyncIterator[Chunk]:
+        """Of a stored file. Raises DataLoss at its end if it is not what was stored."""
+        chunker, digest = Chunker(), hashlib.sha256()
+
+        def take(data: bytes) -> list[Chunk]:
+            digest.update(data)
+            return list(chunker.feed(data))
+
+        async for data in self._objects.stream(blob_key(sha256), chunk_size=256 * 1024):
+            for lines in await asyncio.to_thread(take, data):
                 yield lines
+        if digest.hexdigest() != sha256:
+            raise DataLoss(
+                "The stored file is damaged: its SHA-256 is not what it was. Delete the dataset and upload the file "
+                "again."
+            )
         for lines in chunker.finish():
             yield lines
 
@@ -206,7 +221,7 @@ class Auditor:
             if audit is None or not audit.tokens_key:
                 raise NotFound(f"The audit {key} is not there any more.")
             path = files.tokens.with_name(f"{key}.arrow")
-            await self._objects.fetch(audit.tokens_key, path)
+            await fetch_blob(self._objects, audit.result.sha256, path)
             paths.append(path)
         size = await asyncio.to_thread(lambda: sum(path.stat().st_size for path in paths))
         async with self._workers_for(size, 1) as workers:

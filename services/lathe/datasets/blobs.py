@@ -1,10 +1,15 @@
-"""Deleting blobs that nothing names any more, beside whoever is about to name one."""
+"""Blobs, which bear the names of their digests: reading one whole, and deleting those that nothing names any more,
+beside whoever is about to name one."""
 
 from __future__ import annotations
 
+import asyncio
+import hashlib
 from dataclasses import dataclass
+from pathlib import Path
 
 from lathe.common.clock import Clock
+from lathe.common.errors import DataLoss
 from lathe.common.ids import IdFactory
 from lathe.common.objectstore.base import ObjectStore
 from lathe.datasets.model import blob_key, index_prefix
@@ -33,3 +38,18 @@ class Blobs:
             await self.objects.delete_prefix(index_prefix(sha256))
             await self.objects.delete(blob_key(sha256))
             await self.store.release_blob(sha256, holder)
+
+
+async def fetch_blob(objects: ObjectStore, sha256: str, path: Path) -> None:
+    """Copy a blob into a file. Raises NotFound, DataLoss for one that is not what was stored (the file is then gone),
+    Unavailable."""
+    await objects.fetch(blob_key(sha256), path)
+    if await asyncio.to_thread(file_sha256, path) != sha256:
+        await asyncio.to_thread(path.unlink)
+        raise DataLoss(f"The stored object {blob_key(sha256)} is damaged: its SHA-256 is another.")
+
+
+def file_sha256(path: Path) -> str:
+    """Lower-case hex of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

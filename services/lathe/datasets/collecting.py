@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from heapq import merge
 from itertools import accumulate, pairwise, repeat
-from pathlib import Path
 
 from lathe.datasets.chunkwork import ChunkResult
 from lathe.datasets.model import AuditResult, Distribution, Report, Share, Statistics, report_of
@@ -191,9 +189,3 @@ def distribution(counts: Mapping[int, int]) -> Distribution:
     return Distribution(
         total, values[0], quantile(10), quantile(50), round(mean, 2), quantile(90), quantile(99), values[-1]
     )
-
-
-def file_sha256(path: Path) -> str:
-    """Lower-case hex of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -227,8 +227,8 @@ class BaseModelInfo:
 
 @dataclass(frozen=True, slots=True)
 class AuditTask:
-    """All that an audit's result depends on. `files` say where the tokenizer is, and `now` is what a template that
-    writes the date reads: neither is part of the key, because the digests and the stored row stand for them.
+    """All that an audit's result depends on. files: where the tokenizer is; no part of the key, because the digests
+    stand for them. now: when it was first asked for.
     compared: the keys of two finished audits, of a training and a validation file: the task is then to find what both
     hold, and nothing is tokenised."""
 

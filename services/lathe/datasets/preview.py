@@ -10,6 +10,7 @@ from itertools import islice
 from pathlib import Path
 
 from lathe.common.objectstore.base import ObjectStore
+from lathe.datasets.blobs import fetch_blob
 from lathe.datasets.model import Audit, AuditOptions, AuditState, TokenizerFile, invalid
 from lathe.datasets.service import DatasetsService
 from lathe.datasets.tokenizers import TokenizerCache
@@ -59,7 +60,8 @@ class Previews:
         """The audit and, once it is done, the rows of these lines, as far as they fit into one answer; of a file with
         errors those that have none.
 
-        Raises what `ensure_audit` raises, and InvalidArgument for a line that is no row of the file.
+        Raises what `ensure_audit` raises, InvalidArgument for a line that is no row of the file, and DataLoss where the
+        stored tokens are damaged.
         """
         if len(lines) > MAX_LINES:
             raise invalid("lines", f"lines has {len(lines)} numbers; at most {MAX_LINES} are shown at once.")
@@ -82,7 +84,7 @@ class Previews:
         path = self._folder / f"{audit.result.sha256}.arrow"
         if not await asyncio.to_thread(path.is_file):
             await asyncio.to_thread(self._folder.mkdir, parents=True, exist_ok=True)
-            await self._objects.fetch(audit.tokens_key, path)
+            await fetch_blob(self._objects, audit.result.sha256, path)
         await asyncio.to_thread(_touch, path)
         return path
 

@@ -14,6 +14,7 @@ from lathe.common.background import Wakeup
 from lathe.common.clock import Clock
 from lathe.common.errors import DataLoss, FailedPrecondition, NotFound, Unavailable
 from lathe.common.objectstore.base import ObjectStore
+from lathe.datasets.blobs import fetch_blob
 from lathe.datasets.folders import work_folder
 from lathe.datasets.model import blob_key, index_key
 from lathe.datasets.ports import DatasetStore
@@ -97,21 +98,15 @@ class RowIndexes:
         await asyncio.to_thread(_use, path, self.kept_bytes)
         return index
 
-    @asynccontextmanager
-    async def fetched(self, key: str) -> AsyncIterator[Path]:
-        """An object as a file, as long as the block lasts. Raises NotFound."""
-        async with self._work() as folder:
-            path = folder / "object"
-            await self.objects.fetch(key, path)
-            yield path
-
     async def found_lines(self, audit_key: str, codes: Collection[str]) -> frozenset[int]:
         """The lines for which an audit found one of these codes. Raises FailedPrecondition if the audit is
-        gone."""
+        gone, DataLoss if what it found is damaged."""
         audit = await self.store.get_audit(audit_key, self.clock.now())
         if audit is None or not audit.findings_key:
             raise FailedPrecondition("The audit whose findings are meant has gone. Ask for it anew.")
-        async with self.fetched(audit.findings_key) as path:
+        async with self._work() as folder:
+            path = folder / "findings"
+            await fetch_blob(self.objects, audit.result.findings_sha256, path)
             return await asyncio.to_thread(
                 lambda: frozenset(line for line, _ in read_finding_lines(path, codes))
             )

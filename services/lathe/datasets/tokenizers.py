@@ -12,7 +12,7 @@ from pathlib import Path
 
 from lathe.common.errors import DataLoss
 from lathe.common.objectstore.base import ObjectStore
-from lathe.datasets.collecting import file_sha256
+from lathe.datasets.blobs import file_sha256
 from lathe.datasets.model import TokenizerFile
 from lathe.text.tokenizer import Tokenizer
 

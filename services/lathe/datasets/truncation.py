@@ -20,6 +20,7 @@ from lathe.text.render import RenderOptions
 from lathe.text.rows import parse_row
 from lathe.text.rowwriting import row_line
 from lathe.text.shortening import Policy, excess_tokens, shorten
+from lathe.text.template import TRAINING_DATE
 from lathe.text.tokenizer import Tokenizer
 
 
@@ -111,7 +112,7 @@ class Truncations:
         limit = RowLimit(
             tokenizer,
             render_options(task.options),
-            task.now,
+            TRAINING_DATE,
             Policy(operation.policy),
             operation.keep_unfit,
         )

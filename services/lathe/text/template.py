@@ -30,6 +30,10 @@ _START, _END = "\ufdd0", "\ufdd1"
 
 NowFn = Callable[[], datetime]
 
+TRAINING_DATE = datetime(2026, 1, 1)
+"""What a template that writes the date reads of every row that is trained on. It is always the same, so that a row
+gives the same tokens whenever it is audited: rows of files that were audited on different days are compared by them."""
+
 
 class _Generation(Extension):
     """`{% generation %}…{% endgeneration %}`: transformers' marker of what the assistant writes."""

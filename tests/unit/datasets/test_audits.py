@@ -6,7 +6,14 @@ from datetime import timedelta
 
 import pytest
 
-from lathe.common.errors import FailedPrecondition, InvalidArgument, NotFound, Unavailable, Unimplemented
+from lathe.common.errors import (
+    DataLoss,
+    FailedPrecondition,
+    InvalidArgument,
+    NotFound,
+    Unavailable,
+    Unimplemented,
+)
 from lathe.datasets.auditing import Auditor
 from lathe.datasets.model import AuditOptions, AuditState, Report, blob_key, check_format
 from lathe.text.arrow import read_tokens
@@ -184,6 +191,24 @@ async def test_a_dataset_deleted_while_it_is_audited_leaves_nothing(world, base)
     assert not [key for key in sorted(world.objects.keys()) if key.startswith("blobs/")]
     again = await audited(world, await world.ready())
     assert again.state is AuditState.READY
+
+
+async def test_a_stored_file_that_is_damaged_is_not_audited(world, base):
+    dataset = await world.ready()
+    await world.objects.put(blob_key(dataset.sha256), GOOD.replace(b"Hello", b"Jello", 1))
+    failed = await audited(world, dataset)
+    assert (failed.state, failed.report.findings[0].code) == (AuditState.FAILED, "server_error")
+    assert "damaged" in failed.report.findings[0].message and not failed.object_key
+
+
+async def test_damaged_findings_name_no_lines(world, base):
+    audit = await audited(world, await world.ready(jsonl([row()] * 12)))
+    path = world.folder / "findings"
+    await world.objects.fetch(audit.findings_key, path)
+    content = path.read_bytes()
+    await world.objects.put(audit.findings_key, content.replace(b"duplicate", b"triplicat"))
+    with pytest.raises(DataLoss, match="damaged"):
+        await world.preparation().indexes.found_lines(audit.key, ("duplicate",))
 
 
 @pytest.mark.parametrize("passed", [False, True])

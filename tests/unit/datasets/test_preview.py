@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import pytest
 
-from lathe.common.errors import InvalidArgument
+from lathe.common.errors import DataLoss, InvalidArgument
 from lathe.datasets import preview
 from lathe.datasets.model import AuditOptions, AuditState
 from lathe.datasets.preview import Previews
 from lathe.datasets.tokenizers import TokenizerCache
 from lathe.text.findinglines import read_finding_lines
 from lathe.text.formats import Role
+from tests.fixtures.tiny import CHATML
 from tests.unit.datasets.conftest import jsonl, row
 
 TINY = "baseModels/tiny"
@@ -120,3 +121,41 @@ async def test_what_both_files_hold_is_found(world, base, tmp_path):
     path = tmp_path / "findings.arrow"
     await world.objects.fetch(alone.findings_key, path)
     assert list(read_finding_lines(path)) == []
+
+
+async def test_both_files_hold_a_row_whatever_day_each_is_audited_on(world):
+    dated = "{{ strftime_now('%d %b %Y, and so on through the day and the night') + '\n' }}" + CHATML
+    await world.base_models.add_tiny(world.objects, template=dated)
+    train = await world.ready(jsonl(row(f"Hello {n}") for n in range(12)))
+    valid = await world.ready(jsonl(row(f"Hello {n}") for n in range(11, 23)), name="valid.jsonl")
+    service = world.start()
+    await service.ensure_audit("acme", valid.id, TINY, OPTIONS, held_out=True)
+    await world.audit()
+    world.clock.tick(86_400)
+    for _ in range(3):
+        audit = await service.ensure_audit("acme", train.id, TINY, OPTIONS, validation=valid.id)
+        await world.audit()
+    assert [(group.code, group.lines) for group in audit.report.groups] == [("validation_duplicate", (12,))]
+
+
+async def test_damaged_tokens_are_neither_shown_nor_compared(world, base):
+    train = await world.ready()
+    valid = await world.ready(jsonl(row(f"Goodbye {n}") for n in range(12)), name="valid.jsonl")
+    audit, _ = await previewed(world, train)
+    await previews(world).start()
+    content = await world.objects.get(audit.tokens_key)
+    await world.objects.put(audit.tokens_key, content.replace(*_other_token(content)))
+    with pytest.raises(DataLoss, match="damaged"):
+        await previewed(world, train)
+    with pytest.raises(DataLoss, match="damaged"):
+        await previewed(world, train)
+    for _ in range(3):
+        found = await world.start().ensure_audit("acme", train.id, TINY, OPTIONS, validation=valid.id)
+        await world.audit()
+    assert found.state is AuditState.FAILED and "damaged" in found.report.findings[0].message
+
+
+def _other_token(content: bytes) -> tuple[bytes, bytes]:
+    """Bytes of the file, and as many others."""
+    middle = content[len(content) // 2 :][:8]
+    return middle, bytes(byte ^ 1 for byte in middle)
