@@ -7,8 +7,10 @@ error, so that nothing unknown is trained on silently.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
+
+from lathe.text.privacy import redacted
 
 
 class Severity(StrEnum):
@@ -272,8 +274,8 @@ class FindingGroup:
 
 
 class Tally:
-    """Counts findings by code as they are found, and keeps the first ones. Of a line a code counts once, if all its
-    findings are added in a row."""
+    """Counts findings by code as they are found, and keeps the first ones, without what is sensitive in the names or
+    values that they quote. Of a line a code counts once, if all its findings are added in a row."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -294,7 +296,8 @@ class Tally:
             lines.append(finding.line)
         first = self._first[kind_of(finding.code).severity]
         if len(first) < MAX_FINDINGS:
-            first.append(finding)
+            quoted = {"field": redacted(finding.field), "message": redacted(finding.message)}
+            first.append(replace(finding, **quoted))
 
     @property
     def has_errors(self) -> bool:

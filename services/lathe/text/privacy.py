@@ -15,10 +15,11 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Sensitive:
-    """code: of the finding. start: the character it begins at. what: in words, without the thing itself."""
+    """code: of the finding. start, end: its half-open span of characters. what: in words, without the thing itself."""
 
     code: str
     start: int
+    end: int
     what: str
 
 
@@ -28,7 +29,11 @@ _PLACEHOLDER = r"[{<\[(]|[$%*]|(?i:pass|passwd|password|pwd|secret|your[_-]?pass
 _SHAPES: tuple[tuple[str, str, re.Pattern[str]], ...] = tuple(
     (literal, what, re.compile(shape, re.ASCII))
     for literal, what, shape in (
-        ("-----BEGIN ", "a private key", r"-----BEGIN (?:[A-Z0-9]{1,20} ){0,2}PRIVATE KEY(?: BLOCK)?-----"),
+        (
+            "-----BEGIN ",
+            "a private key",
+            r"-----BEGIN (?:[A-Z0-9]{1,20} ){0,2}PRIVATE KEY(?: BLOCK)?-----(?s:.*)",
+        ),
         ("AKIA", "an AWS access key", r"\bAKIA[0-9A-Z]{16}\b"),
         ("ASIA", "an AWS access key", r"\bASIA[0-9A-Z]{16}\b"),
         ("sk-", "an API key", r"\bsk-(?=[A-Za-z_-]{0,200}[0-9])[A-Za-z0-9_-]{20,200}"),
@@ -103,17 +108,24 @@ def find_sensitive(text: str) -> Iterator[Sensitive]:
     for literal, what, shape in _SHAPES:
         found = shape.search(text) if literal in text else None
         if found is not None:
-            yield Sensitive("secret", found.start(), what)
+            yield Sensitive("secret", *found.span(), what)
     card = next((m for m in _CARD.finditer(text) if is_card_number(m[0])), None)
     if card is not None:
-        yield Sensitive("card_number", card.start(), "a payment card's number")
+        yield Sensitive("card_number", *card.span(), "a payment card's number")
     account = next((m for m in _IBAN.finditer(text) if is_iban(m[0] + m[1])), None)
     if account is not None:
-        yield Sensitive("bank_account", account.start(), "a bank account's number")
+        yield Sensitive("bank_account", account.start(), account.end(1), "a bank account's number")
     if "@" in text:
         email = next((m for m in _EMAIL.finditer(text) if not _INVENTED.search(m[1])), None)
         if email is not None:
-            yield Sensitive("email", email.start(), "an e-mail address")
+            yield Sensitive("email", *email.span(), "an e-mail address")
+
+
+def redacted(text: str) -> str:
+    """The text with what is sensitive in it replaced by what that is."""
+    while (found := next(find_sensitive(text), None)) is not None:
+        text = f"{text[: found.start]}({found.what}){text[found.end :]}"
+    return text
 
 
 def is_card_number(text: str) -> bool:

@@ -62,3 +62,14 @@ def test_a_code_counts_once_a_line():
     for line in (1, 1, 2):
         tally.add(Finding(line, "", "email", "an address"))
     assert tally.groups() == (FindingGroup("email", 2, (1, 2)),)
+
+
+def test_names_and_values_that_findings_quote_are_told_without_what_is_sensitive():
+    key = "AKIA" + "Q7A8" * 4
+    tally = Tally()
+    tally.add(Finding(3, f"messages[0].{key}", "message_unrecognized_key", "unknown key"))
+    tally.add(Finding(5, "messages[1].weight", "invalid_weight", 'must be 0 or 1, not "ann@firma.de"'))
+    assert [(finding.field, finding.message) for finding in tally.first()] == [
+        ("messages[0].(an AWS access key)", "unknown key"),
+        ("messages[1].weight", 'must be 0 or 1, not "(an e-mail address)"'),
+    ]

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lathe.text.privacy import find_sensitive, is_card_number, luhn
+from lathe.text.privacy import find_sensitive, is_card_number, luhn, redacted
 
 
 def codes(text: str) -> list[str]:
@@ -119,3 +119,20 @@ def test_no_text_takes_long(text):
     begin = time.thread_time()  # not how busy the machine is
     codes(text)
     assert time.thread_time() - begin < 2
+
+
+def test_what_is_sensitive_is_taken_out_of_a_text():
+    key = "AKIA" + "Q7A8" * 4
+    told = redacted(f"unknown role '{key}'; not {key}, ann@firma.de or 4111 1111 1111 1111 12/27")
+    assert told == (
+        "unknown role '(an AWS access key)'; not (an AWS access key), (an e-mail address) or "
+        "(a payment card's number) 12/27"
+    )
+    assert redacted("-----BEGIN RSA PRIVATE KEY-----\nMIIE") == "(a private key)"
+    assert redacted("DE89 3704 0044 0532 0130 00 of Ann").startswith("(a bank account's number)")
+    assert redacted("messages[0].role") == "messages[0].role"
+
+
+@given(st.text())
+def test_nothing_sensitive_is_left(text):
+    assert codes(redacted(text)) == []
