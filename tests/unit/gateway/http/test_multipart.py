@@ -47,6 +47,27 @@ async def test_any_bytes_in_any_pieces(content: bytes, size: int) -> None:
     assert head == FileForm("fine-tune", "a.jsonl", None) and got == content
 
 
+WHOLE = PURPOSE + part("columns[prompt]", b"q") + part("file", b"{}\n" * 3, "a.jsonl") + END
+
+
+@given(
+    cuts=st.lists(
+        st.tuples(st.integers(0, len(WHOLE)), st.integers(0, 9), st.binary(max_size=4)), max_size=4
+    ),
+    size=st.integers(1, 90),
+)
+async def test_a_damaged_form_is_refused_or_read(cuts: list[tuple[int, int, bytes]], size: int) -> None:
+    body = bytearray(WHOLE)
+    for begin, length, put in cuts:
+        body[begin : begin + length] = put
+    try:
+        _, content = await read(bytes(body), size)
+    except InvalidArgument as error:
+        assert error.message
+    else:
+        assert content in body
+
+
 async def test_pieces_are_large_and_bounded() -> None:
     content = bytes(5_000_000)
     form = parts(KIND, stream(PURPOSE + part("file", content, "a") + END, 65_536))
