@@ -18,10 +18,10 @@ import pytest
 
 from lathe.common.db import Database, migrate
 from lathe.common.errors import Internal, LatheError
-from lathe.datasets.auditing import Auditor
-from lathe.datasets.chunkwork import Chunk, Chunker, ChunkResult, ChunkWork
+from lathe.datasets.auditing import Auditor, chunk_of_work
+from lathe.datasets.chunkwork import Chunk, Chunker, ChunkResult, ChunkWork, joined
 from lathe.datasets.model import AuditOptions, AuditState
-from lathe.datasets.workers import Processes, Task, Work, run_chunk
+from lathe.datasets.workers import Processes, Task, Work, limited_memory, run_chunk
 from lathe.text.render import RenderOptions
 from lathe.text.tokenizer import Tokenizer
 from tests.fixtures.tiny import build_tiny_tokenizer
@@ -37,6 +37,21 @@ def die_once(died: Path, task: Task, lines: Chunk) -> ChunkResult:
         died.touch()
         die()
     return run_chunk(task, lines)
+
+
+def die_at_two_lines(task: Task, lines: Chunk) -> ChunkResult:
+    """Over one of them its process ends, over the other it takes more memory than it may."""
+    for line in lines:
+        if line.number == 70:
+            os.abort()
+        if line.number == 130:
+            with limited_memory(1 << 20):
+                bytearray(64 << 20)
+    return run_chunk(task, lines)
+
+
+def die_anyway(lines: Chunk) -> ChunkResult:
+    raise AssertionError(die())
 
 
 def die() -> None:
@@ -118,7 +133,7 @@ async def test_a_killed_process_costs_nothing_but_time(task, tmp_path, one):
 
 
 async def test_work_that_kills_each_process_is_given_up(one):
-    with pytest.raises(Internal, match="died 3 times at the search for duplicates"):
+    with pytest.raises(Internal, match=r"died 3 times.* at the search for duplicates"):
         await one.result(Work(die, "the search for duplicates"))
 
 
@@ -140,6 +155,46 @@ def test_nothing_outlives_a_service_that_ends_amid_a_search(tmp_path, end, code)
         for process in (parent.pid, search):
             if runs(process):
                 os.kill(process, signal.SIGKILL)
+
+
+async def test_what_no_process_survives_is_told_of_by_its_line(task, one, monkeypatch):
+    monkeypatch.setattr("lathe.datasets.workers._DEATHS", 1)
+    expected = [
+        ChunkWork(Tokenizer.from_folder(task.tokenizer), task.options, task.now).run(lines)
+        for lines in chunks()
+    ]
+    do = partial(die_at_two_lines, task)
+
+    async def works():
+        for lines in chunks():
+            yield chunk_of_work(do, lines)
+
+    found = [result async for result in one.results(works())]
+    assert (found[0], found[3]) == (expected[0], expected[3])
+    assert [
+        (item.line, item.code) for result in found for item in result.findings if item.code == "row_too_heavy"
+    ] == [
+        (70, "row_too_heavy"),
+        (130, "row_too_heavy"),
+    ]
+    assert [line for result in found for line in result.lines] == [
+        n for n in range(1, 201) if n not in (70, 130)
+    ]
+
+
+async def test_what_kills_every_line_is_held_against_none(task, one, monkeypatch):
+    monkeypatch.setattr("lathe.datasets.workers._DEATHS", 1)
+    lines = chunks()[0][:2]
+    with pytest.raises(Internal, match="at the lines from 1 on"):
+        await one.result(chunk_of_work(die_anyway, lines))
+
+
+def test_the_lines_of_a_chunk_make_its_result(task):
+    work = ChunkWork(Tokenizer.from_folder(task.tokenizer), replace(task.options, context_limit=16), task.now)
+    (lines, *_) = Chunker().feed(
+        jsonl([*(row(f"Hello {n}", "Yes " * n) for n in range(40)), {"messages": []}] * 2)
+    )
+    assert joined(lines, [work.run([line]) for line in lines]) == work.run(lines)
 
 
 async def test_a_tokenizer_that_cannot_be_read_is_told_of(task, tmp_path, one):

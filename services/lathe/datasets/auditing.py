@@ -15,7 +15,7 @@ from pathlib import Path
 from lathe.common.errors import DataLoss, LatheError, NotFound, RetryableError, Unavailable
 from lathe.common.objectstore.base import ObjectStore, local_disk
 from lathe.datasets.blobs import fetch_blob, file_sha256
-from lathe.datasets.chunkwork import Chunk, Chunker, ChunkResult, ChunkWork
+from lathe.datasets.chunkwork import Chunk, Chunker, ChunkResult, ChunkWork, joined
 from lathe.datasets.collecting import Collector, Outcome, overlap_finding
 from lathe.datasets.folders import work_folder
 from lathe.datasets.model import (
@@ -30,7 +30,7 @@ from lathe.datasets.model import (
 from lathe.datasets.ports import DatasetStore
 from lathe.datasets.service import render_options
 from lathe.datasets.tokenizers import TokenizerCache
-from lathe.datasets.workers import Processes, Task, Threads, Work, Workers, run_chunk
+from lathe.datasets.workers import Parts, Processes, Task, Threads, Work, Workers, run_chunk
 from lathe.text import VERSION
 from lathe.text.arrow import TokenWriter
 from lathe.text.duplicates import read_duplicates, write_duplicates
@@ -192,7 +192,7 @@ class Auditor:
         self, sha256: str, do: Callable[[Chunk], ChunkResult]
     ) -> AsyncIterator[Work[ChunkResult]]:
         async for lines in self._chunks(sha256):
-            yield Work(partial(do, lines), f"the lines from {lines[0].number} on")
+            yield chunk_of_work(do, lines)
 
     async def _chunks(self, sha256: str) -> AsyncIterator[Chunk]:
         """Of a stored file. Raises DataLoss at its end if it is not what was stored."""
@@ -236,6 +236,16 @@ class AuditFiles:
     tokens: Path
     duplicates: Path
     findings: Path
+
+
+def chunk_of_work(do: Callable[[Chunk], ChunkResult], lines: Chunk) -> Work[ChunkResult]:
+    """A chunk as work that may be done line by line."""
+
+    def parts() -> Parts[ChunkResult]:
+        works = [Work(partial(do, [line]), f"line {line.number}") for line in lines]
+        return Parts(works, partial(joined, lines))
+
+    return Work(partial(do, lines), f"the lines from {lines[0].number} on", parts)
 
 
 async def _search(workers: Workers, files: AuditFiles, *objects: Path) -> None:

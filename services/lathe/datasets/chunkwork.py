@@ -137,6 +137,31 @@ class ChunkWork:
         result.findings.extend(self._checks.check(line, row, found))
 
 
+def joined(lines: Chunk, results: Sequence[ChunkResult | None]) -> ChunkResult:
+    """The result of a chunk of those of its lines, each done alone; None is that of a row which no process survives."""
+    whole = ChunkResult()
+    for line, result in zip(lines, results, strict=True):
+        if result is None:
+            _refuse(
+                whole,
+                line.number,
+                RowError("", "row_too_heavy", "no process that audited the row survived it"),
+            )
+            continue
+        whole.format = result.format or whole.format
+        whole.tokens += result.tokens
+        whole.mask += result.mask
+        for name in ("findings", "sizes", "lines", "roles", "row_lines", "languages"):
+            getattr(whole, name).extend(getattr(result, name))
+        whole.examples += result.examples
+        whole.rows += result.rows
+        whole.truncated += result.truncated
+        whole.labels.update(result.labels)
+        for quantity, counts in result.counts.items():
+            whole.counts.setdefault(quantity, Counter()).update(counts)
+    return whole
+
+
 def _parse(line: Line) -> TrainingRow:
     if line.too_long:
         raise RowError("", "line_too_long", "the line is too long")

@@ -1,6 +1,6 @@
 """Who does the work of an audit: threads of this process, or processes of its own. These are spawned, never forked; one
-that dies costs what was in hand, which is done again. Results come in the order of the work, so that nothing depends on
-who did what."""
+that dies costs what was in hand, which is done again; work that none survives is done in its parts, each alone. Results
+come in the order of the work, so that nothing depends on who did what."""
 
 from __future__ import annotations
 
@@ -8,13 +8,15 @@ import asyncio
 import logging
 import multiprocessing
 import os
+import resource
 import signal
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from functools import lru_cache
@@ -29,7 +31,7 @@ from lathe.text.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 
-# How often in a row processes may die before the audit is given up: the work may be what kills them.
+# How often in a row processes may die before that is held against the work.
 _DEATHS = 3
 # Work ahead of the oldest that is not done, for each process.
 _AHEAD = 2
@@ -38,16 +40,33 @@ _LAST_S = 1.0
 # Each takes some 250 MB.
 _USUALLY_AT_MOST = 4
 
+# What the rows of a chunk may take in a process, beside the tokenizer; the heaviest rows take half of it.
+CHUNK_MEMORY_BYTES = 1 << 30
+
 R = TypeVar("R")
 
 
 @dataclass(frozen=True, slots=True)
+class Parts(Generic[R]):
+    """Work that can be done in parts. join: the result of the whole, of those of its parts in their order; None for one
+    that no process survives."""
+
+    works: Sequence[Work[R]]
+    join: Callable[[Sequence[R | None]], R]
+
+
+@dataclass(frozen=True, slots=True)
 class Work(Generic[R]):
-    """do: whoever does it, and how often, the result is the same; another process is sent it pickled. name: what it
-    is."""
+    """do: whoever does it, and how often, the result is the same; another process is sent it pickled. It may raise
+    MemoryError. name: what it is. parts: of work that may be what its processes die of."""
 
     do: Callable[[], R]
     name: str
+    parts: Callable[[], Parts[R]] | None = None
+
+
+class ProcessesDied(Internal):
+    """No process survives some work."""
 
 
 class Workers(Protocol):
@@ -75,8 +94,10 @@ class Threads:
 
 @dataclass(slots=True)
 class _Pending(Generic[R]):
+    """future: None before the work is handed to a process."""
+
     work: Work[R]
-    future: Future[R]
+    future: Future[R] | None = None
 
 
 class Processes:
@@ -108,19 +129,56 @@ class Processes:
         self._closed.close()
 
     async def _oldest(self, pending: deque[_Pending[R]]) -> R:
+        """The result of the first of them, which it takes away. Raises ProcessesDied."""
         for _ in range(_DEATHS):
             try:
-                result = await asyncio.wrap_future(pending[0].future)
+                result = await asyncio.wrap_future(self._handed_out(pending))
+            except MemoryError:
+                # Its process lives, and would not have more the next time.
+                break
             except BrokenProcessPool:
                 log.warning("A process of an audit died; what it had in hand is done again.")
-                self._executor.shutdown(wait=False)
-                self._executor = self._started()
-                for item in pending:
-                    item.future = self._submitted(item.work)
+                self._restart(pending)
                 continue
             pending.popleft()
             return result
-        raise Internal(f"The processes of the audit died {_DEATHS} times at {pending[0].work.name}.")
+        # After a death nothing else is in hand that its parts could die of.
+        work = pending.popleft().work
+        words = f"The processes of the audit died {_DEATHS} times, or had too little memory, at {work.name}."
+        if work.parts is None:
+            raise ProcessesDied(words)
+        parts = work.parts()
+        results = await self._survived(parts.works)
+        if len(results) > 1 and all(result is None for result in results):
+            # It is not the work that they die of: somebody ends them, or the machine has no memory left.
+            raise ProcessesDied(words)
+        return parts.join(results)
+
+    def _handed_out(self, pending: deque[_Pending[R]]) -> Future[R]:
+        """That of the first; all of them are with the processes then."""
+        futures = []
+        for item in pending:
+            item.future = item.future or self._submitted(item.work)
+            futures.append(item.future)
+        return futures[0]
+
+    async def _survived(self, works: Sequence[Work[R]]) -> list[R | None]:
+        """Their results, one after another; None where no process survives."""
+        results: list[R | None] = []
+        for work in works:
+            try:
+                result: R = await self.result(work)
+                results.append(result)
+            except ProcessesDied as error:
+                log.warning("%s", error.message)
+                results.append(None)
+        return results
+
+    def _restart(self, pending: deque[_Pending[R]]) -> None:
+        self._executor.shutdown(wait=False, cancel_futures=True)
+        self._executor = self._started()
+        for item in pending:
+            item.future = None
 
     def _started(self) -> ProcessPoolExecutor:
         return ProcessPoolExecutor(
@@ -162,8 +220,32 @@ class Task:
 
 
 def run_chunk(task: Task, lines: Chunk) -> ChunkResult:
-    """The chunk's result; the tokenizer of the last task is kept."""
-    return _chunk_work(task).run(lines)
+    """The chunk's result; the tokenizer of the last task is kept. Raises MemoryError, or ends its process, where the
+    rows take more than CHUNK_MEMORY_BYTES."""
+    work = _chunk_work(task)
+    with limited_memory(CHUNK_MEMORY_BYTES):
+        return work.run(lines)
+
+
+@contextmanager
+def limited_memory(size: int) -> Iterator[None]:
+    """So many bytes may be taken beside what this process has, where its system tells how many these are."""
+    try:
+        pages = int(Path("/proc/self/statm").read_bytes().split()[5])
+    except FileNotFoundError:
+        yield
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    wanted = pages * resource.getpagesize() + size
+    resource.setrlimit(resource.RLIMIT_DATA, (_lower(wanted, soft, hard), hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
+
+
+def _lower(*limits: int) -> int:
+    return min(limit for limit in limits if limit != resource.RLIM_INFINITY)
 
 
 @lru_cache(maxsize=1)

@@ -131,6 +131,10 @@ _ERRORS = {
         "the base model's chat template refuses a row",
         "Bring the roles into the order that the template wants, or choose another base model.",
     ),
+    "row_too_heavy": (
+        "a row takes more memory than its audit may have",
+        "Split the row, or write it more simply.",
+    ),
     "text_too_long": (
         "a text is longer than the base model's tokenizer may take at once",
         "Split it, or put spaces or line breaks into it; most tokenizers take a text in pieces that end at these.",
