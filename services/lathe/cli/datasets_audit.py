@@ -1,6 +1,6 @@
 """The commands of `lathe datasets` that need a model: audit, preview."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import groupby
 from typing import Annotated
 
@@ -77,11 +77,23 @@ def preview(
     else:
         for sequence in found.sequences:
             print_sequence(sequence)
+        for text in missing_lines(found, line or []):
+            note(text)
         if found.state != pb.AUDIT_STATE_READY:
             for text in report_lines(found.report):
                 note(text)
     if found.state != pb.AUDIT_STATE_READY:
         raise typer.Exit(exits.INVALID)
+
+
+def missing_lines(found: pb.PreviewDatasetResponse, lines: Sequence[int]) -> Iterator[str]:
+    """What is said of the lines that were asked for and are not shown."""
+    if found.state == pb.AUDIT_STATE_READY:
+        why = "one answer has no room for it beside the others; ask for it by itself"
+    else:
+        why = "it, or the file as a whole, has an error"
+    for line in sorted(set(lines) - {sequence.line for sequence in found.sequences}):
+        yield f"line {line} is not shown: {why}"
 
 
 def stretches(sequence: pb.PreviewSequence) -> Iterator[tuple[str, bool]]:

@@ -11,10 +11,13 @@ from pathlib import Path
 
 from lathe.common.objectstore.base import ObjectStore
 from lathe.datasets.blobs import fetch_blob
+from lathe.datasets.folders import work_folder
 from lathe.datasets.model import Audit, AuditOptions, AuditState, TokenizerFile, invalid
 from lathe.datasets.service import DatasetsService
 from lathe.datasets.tokenizers import TokenizerCache
 from lathe.text.arrow import TokenRow, read_lines
+from lathe.text.findinglines import read_finding_lines
+from lathe.text.findings import Severity, kind_of
 from lathe.text.formats import Role
 from lathe.text.tokenizer import Tokenizer
 
@@ -73,9 +76,18 @@ class Previews:
             path = await self._fetched(audit)
             rows = await asyncio.to_thread(read_lines, path, lines or None, _MAX_SEQUENCES)
         missing = set(lines) - {row.line for row in rows}
-        if missing and len(rows) < _MAX_SEQUENCES and audit.state is AuditState.READY:
+        if missing and audit.state is AuditState.ERROR:
+            missing -= await self._refused(audit)
+        if missing and len(rows) < _MAX_SEQUENCES:
             raise invalid("lines", f"line {min(missing)} is no row of the file.")
         return audit, await asyncio.to_thread(_previewed, tokenizer, rows)
+
+    async def _refused(self, audit: Audit) -> set[int]:
+        """The lines that have an error."""
+        async with work_folder("findings-", self._folder) as folder:
+            path = folder / "findings"
+            await fetch_blob(self._objects, audit.result.findings_sha256, path)
+            return await asyncio.to_thread(_error_lines, path)
 
     async def _files(self, project: str, model: str) -> Collection[TokenizerFile]:
         return (await self._service.base_models.resolve(project, model)).files
@@ -87,6 +99,10 @@ class Previews:
             await fetch_blob(self._objects, audit.result.sha256, path)
         await asyncio.to_thread(_touch, path)
         return path
+
+
+def _error_lines(path: Path) -> set[int]:
+    return {line for line, code in read_finding_lines(path) if kind_of(code).severity is Severity.ERROR}
 
 
 def _touch(path: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from lathe.cli.dataset_report import report_lines, share_lines, statistics_rows
-from lathe.cli.datasets_audit import stretches
+from lathe.cli.datasets_audit import missing_lines, stretches
 from lathe.v1 import datasets_pb2 as pb
 
 
@@ -12,6 +12,17 @@ def test_trained_stretches_are_joined():
     for text, trained in (("<user>", False), (" Hi", False), ("Hel", True), ("lo", True), ("\n", False)):
         sequence.tokens.add(text=text, trained=trained)
     assert list(stretches(sequence)) == [("<user> Hi", False), ("Hello", True), ("\n", False)]
+
+
+def test_lines_that_are_not_shown_are_told():
+    found = pb.PreviewDatasetResponse(state=pb.AUDIT_STATE_ERROR, sequences=[pb.PreviewSequence(line=3)])
+    assert list(missing_lines(found, [2, 3])) == [
+        "line 2 is not shown: it, or the file as a whole, has an error"
+    ]
+    found.state = pb.AUDIT_STATE_READY
+    assert list(missing_lines(found, [3])) == []
+    (text,) = missing_lines(found, [4])
+    assert "no room" in text
 
 
 def test_groups_say_which_lines_and_what_to_do():

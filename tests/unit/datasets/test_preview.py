@@ -74,6 +74,9 @@ async def test_a_file_that_cannot_train_says_why(world, base):
     assert (audit.state, [sequence.line for sequence in sequences]) == (AuditState.ERROR, [1])
     assert await previewed(world, dataset, [13], AuditOptions(truncation="error")) == (audit, [])
     assert audit.report.groups[0].code == "context_exceeded"
+    for line in (14, 0, -1):
+        with pytest.raises(InvalidArgument, match=f"line {line} is no row"):
+            await previewed(world, dataset, [1, 13, line], AuditOptions(truncation="error"))
 
 
 async def test_long_rows_are_shown_as_far_as_they_fit(world, base, monkeypatch):
