@@ -31,6 +31,8 @@ def test_files_of_every_kind_are_trained_on(client: Client, base_model: str) -> 
         "alpaca.json": ("chat", "alpaca"),
         "alpaca.jsonl": ("chat", "alpaca"),
         "sharegpt.jsonl": ("chat", "sharegpt"),
+        "slim_orca.jsonl": ("chat", "sharegpt"),
+        "ultrachat.parquet": ("chat", "openai"),
     }
     made = {}
     for name, kind in kinds.items():

@@ -14,7 +14,7 @@ from typing import Any
 
 from msgspec import Struct
 
-from lathe.text.decoding import check_depth, check_unicode, decode_json, type_name
+from lathe.text.decoding import check_depth, check_unicode, decode_json, decode_string, type_name
 from lathe.text.errors import RowError
 
 Message = dict[str, Any]
@@ -63,7 +63,7 @@ def parse_chat(data: Mapping[str, Any]) -> Chat:
     if not any(message["role"] == "assistant" for message in messages):
         raise RowError("messages", "example_missing_assistant_message", "no message has the role assistant")
     parallel = parse_parallel_tool_calls(data.get("parallel_tool_calls"))
-    tools = parse_tools(data.get("tools"), data.get("functions"))
+    tools = parse_row_tools(data)
     return Chat(tuple(messages), tools, parallel, tuple(weights))
 
 
@@ -103,6 +103,15 @@ def parse_tools(tools: object, functions: object = None, field_prefix: str = "")
         found.append(tool)
     check_depth(found, path)
     return tuple(found) or None
+
+
+def parse_row_tools(data: Mapping[str, Any], field_prefix: str = "") -> tuple[Tool, ...] | None:
+    """The tools of a training row: as parse_tools takes them, or that as JSON in a string, as tables and TRL have it.
+    Raises RowError."""
+    tools = data.get("tools")
+    if isinstance(tools, str):
+        tools = decode_string(tools, f"{field_prefix}tools") if tools.strip() else None
+    return parse_tools(tools, data.get("functions"), field_prefix)
 
 
 def parse_parallel_tool_calls(value: object, field_prefix: str = "") -> bool | None:

@@ -27,6 +27,14 @@ def decode_json(line: bytes) -> Any:
         return _decode_exactly(line)
 
 
+def decode_string(text: str, path: str) -> Any:
+    """The JSON that a string of a row says, of tools or of a call. Raises RowError with code invalid_tools."""
+    try:
+        return decode_json(text.encode())
+    except RowError as error:
+        raise RowError(path, "invalid_tools", f"must be JSON in a string: {error.detail}") from None
+
+
 def _decode_exactly(line: bytes) -> Any:
     try:
         text = line.decode("utf-8")

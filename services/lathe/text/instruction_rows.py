@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lathe.text.chat import Chat, Message, parse_tools, parse_turns
-from lathe.text.decoding import decode_json, type_name
+from lathe.text.decoding import decode_string, type_name
 from lathe.text.errors import RowError
 from lathe.text.formats import Layout, Role, RowFormat
 from lathe.text.parts import (
@@ -177,7 +177,7 @@ def _weight(turn: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def _calls(value: str, path: str) -> list[dict[str, Any]]:
     """A call, or a list of calls, of name and arguments."""
-    found = _json(value, path)
+    found = decode_string(value, path)
     calls = found if isinstance(found, list) else [found]
     if not calls:
         raise RowError(path, "invalid_tools", "the list of calls is empty")
@@ -186,17 +186,10 @@ def _calls(value: str, path: str) -> list[dict[str, Any]]:
 
 def _tools(given: object) -> object:
     """Tools as OpenAI writes them, from a list or from JSON in a string, each whole or only its function."""
-    tools = _json(given, "tools") if isinstance(given, str) and given.strip() else given or None
+    tools = decode_string(given, "tools") if isinstance(given, str) and given.strip() else given or None
     if not isinstance(tools, list):
         return tools
     return [
         tool if not isinstance(tool, dict) or "type" in tool else {"type": "function", "function": tool}
         for tool in tools
     ]
-
-
-def _json(text: str, path: str) -> Any:
-    try:
-        return decode_json(text.encode())
-    except RowError as error:
-        raise RowError(path, "invalid_tools", f"must be JSON in a string: {error.detail}") from None

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from lathe.text.chat import CHAT_KEYS, Chat, Message, parse_chat, parse_parallel_tool_calls, parse_tools
+from lathe.text.chat import CHAT_KEYS, Chat, Message, parse_chat, parse_parallel_tool_calls, parse_row_tools
 from lathe.text.decoding import check_depth, type_name
 from lathe.text.errors import RowError
 from lathe.text.formats import Layout, Role, RowFormat
@@ -54,7 +54,7 @@ def reinforcement(
     """A prompt that nobody has answered yet, and what a grader is told."""
     check_prompt(prompt, path)
     check_depth(free, "")
-    tools = parse_tools(data.get("tools"), data.get("functions"))
+    tools = parse_row_tools(data)
     parallel = parse_parallel_tool_calls(data.get("parallel_tool_calls"))
     chat = Chat(tuple(prompt), tools, parallel, (0,) * len(prompt))
     return TrainingRow(RowFormat.REINFORCEMENT, (Part(Role.EXAMPLE, chat),), layout, free)

@@ -7,7 +7,7 @@ from typing import Any
 
 from msgspec import Struct
 
-from lathe.text.chat import Chat, Message, parse_parallel_tool_calls, parse_tools, parse_turns
+from lathe.text.chat import Chat, Message, parse_parallel_tool_calls, parse_row_tools, parse_turns
 from lathe.text.decoding import type_name
 from lathe.text.errors import RowError
 from lathe.text.formats import Layout, Role, RowFormat
@@ -128,7 +128,7 @@ def check_prompt(prompt: list[Message], path: str) -> None:
 
 def answered(prompt: list[Message], answer: Message, data: Mapping[str, Any], prefix: str = "") -> Chat:
     """A conversation whose last turn alone is trained; its tools are those of `data`. Raises RowError."""
-    tools = parse_tools(data.get("tools"), data.get("functions"), prefix)
+    tools = parse_row_tools(data, prefix)
     parallel = parse_parallel_tool_calls(data.get("parallel_tool_calls"), prefix)
     return Chat((*prompt, answer), tools, parallel, (0,) * len(prompt) + (1,))
 

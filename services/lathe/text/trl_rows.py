@@ -79,7 +79,8 @@ def _prompted(data: Mapping[str, Any]) -> Chat | Plain:
 
 def _refuse_tools(data: Mapping[str, Any]) -> None:
     for key in data.keys() & TOOL_KEYS:
-        raise RowError(key, "invalid_tools", "only a prompt that is a list of messages can have tools")
+        if data[key] is not None:
+            raise RowError(key, "invalid_tools", "only a prompt that is a list of messages can have tools")
 
 
 def pair_row(data: Mapping[str, Any]) -> TrainingRow:

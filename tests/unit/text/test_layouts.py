@@ -210,6 +210,28 @@ def test_sharegpt_calls_tools_and_weighs_turns() -> None:
     assert (chat.messages[2]["role"], chat.weights) == ("tool", (0, 1, 0, 0))
 
 
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": [user("q"), said("a")]},
+        {"prompt": [user("q")], "completion": [said("a")]},
+        {"prompt": [user("q")], "chosen": [said("a")], "rejected": [said("b")]},
+        {"prompt": [user("q")]},
+        {"conversations": [user("q"), said("a")]},
+    ],
+)
+def test_tools_may_be_json_in_a_string(row: dict[str, Any]) -> None:
+    tools = [
+        {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}
+    ]
+    written = parse_row({**row, "tools": json.dumps(tools)})
+    assert written == parse_row({**row, "tools": tools}) != parse_row(row)
+    assert parse_row({**row, "tools": ""}) == parse_row(row)
+    with pytest.raises(RowError) as caught:
+        parse_row({**row, "tools": "[{"})
+    assert (caught.value.code, caught.value.field) == ("invalid_tools", "tools")
+
+
 def test_what_no_method_trains_yet_is_kept_whole() -> None:
     graded = parse_row({"messages": [user("2 + 2?")], "answer": 4, "tools": []})
     assert (graded.format, graded.extra, turns(graded)) == (

@@ -56,6 +56,8 @@ def test_a_label_is_about_the_last_turn(label: bool, role: Role) -> None:
 
 
 def test_completions_and_texts() -> None:
+    joined = parse({"prompt": "a", "completion": "b", "tools": None, "chosen": None, "label_id": None})
+    assert joined.parts == (Part(Role.EXAMPLE, Plain("a", "b")),)
     assert parse({"prompt": "", "completion": "b"}).parts == (Part(Role.EXAMPLE, Plain("", "b")),)
     turns = parse({"prompt": [USER], "completion": [GOOD], "tools": [TOOL]})
     assert (turns.format, chats(turns)) == (RowFormat.COMPLETION, [Chat((USER, GOOD), (TOOL,), None, (0, 1))])
