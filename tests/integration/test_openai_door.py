@@ -125,6 +125,18 @@ async def test_files(door: Door) -> None:
         await door.client("sk-eve").files.content(second.id)
 
 
+async def test_what_is_on_its_way_in_is_a_file_only_where_the_platform_fetches_it(door: Door) -> None:
+    client, name = door.client(), "projects/acme/datasets/file-coming"
+    coming = datasets_pb2.Dataset(name=name, state=datasets_pb2.DATASET_STATE_UPLOADING, purpose="user_data")
+    door.owners.datasets[name] = coming
+    assert [file.id async for file in client.files.list()] == []
+    with pytest.raises(openai.NotFoundError):
+        await client.files.retrieve("file-coming")
+    coming.source = "https://files.example.org/a"
+    assert [file.id async for file in client.files.list()] == ["file-coming"]
+    assert (await client.files.retrieve("file-coming")).status == "pending"  # type: ignore[comparison-overlap]
+
+
 async def test_a_file_with_errors_says_so_by_line(door: Door) -> None:
     report = datasets_pb2.ValidationReport(example_count=9, finding_count=2)
     report.findings.add(line=3, field="messages[0].role", code="unrecognized_role", message="no such role.")

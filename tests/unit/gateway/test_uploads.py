@@ -252,6 +252,15 @@ async def test_a_stream_that_ends_early_stores_all_it_brought(up: DatasetUploads
     )
 
 
+async def test_parts_behind_a_gap_do_not_count(
+    up: DatasetUploads[FakeDataset], owner: FakeDatasets, store: MemoryObjectStore
+) -> None:
+    key = (await owner.target(ALICE, NAME)).staging_key
+    for number in (0, 1, 3):
+        await store.put(uploads.part_key(key, number), b"12345")
+    assert await up.offset(ALICE, NAME) == 10
+
+
 async def test_wrong_offset_names_the_right_one(up: DatasetUploads[FakeDataset]) -> None:
     data = bytes(range(30))
     await up.put_resumable(ALICE, NAME, messages(data[:11], finish=False))
