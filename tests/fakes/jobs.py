@@ -72,7 +72,8 @@ class FakeDatasets:
     # (dataset, method) of every audit that was asked for.
     audited: list[tuple[str, str]] = dataclasses.field(default_factory=list)
     # Those on which nothing is trained.
-    held_out: set[str] = dataclasses.field(default_factory=set)
+    # (dataset, whether as a held-out one, the validation file beside it) of each audit.
+    asked: list[tuple[str, bool, str]] = dataclasses.field(default_factory=list)
     # What each word about tokens named.
     kept_tokens: list[list[str]] = dataclasses.field(default_factory=list)
     down: LatheError | None = None
@@ -115,8 +116,7 @@ class FakeDatasets:
         if dataset not in self.audits:
             raise NotFound(f"{dataset} was not found.")
         self.audited.append((dataset, method))
-        if held_out:
-            self.held_out.add(dataset)
+        self.asked.append((dataset, held_out, validation))
         return self.audits[dataset]
 
     async def keep_tokens(self, digests: Sequence[str]) -> None:

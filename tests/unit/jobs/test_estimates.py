@@ -165,8 +165,8 @@ def test_money_is_time_times_price_times_workers() -> None:
     assert free.engines[0].price is None
 
 
-def break_even(replaced: ReplacedPrompt, prices: Prices = PRICES) -> estimates.BreakEven:
-    found = estimates.job_estimate(TOKENS, WORK, [CPU], [speed(100.0)], prices)
+def break_even(replaced: ReplacedPrompt, prices: Prices = PRICES, work: Work = WORK) -> estimates.BreakEven:
+    found = estimates.job_estimate(TOKENS, work, [CPU], [speed(100.0, work)], prices)
     return estimates.break_even(found, replaced, prices)
 
 
@@ -183,6 +183,8 @@ def test_tuning_pays_when_what_requests_save_is_what_training_cost() -> None:
 def test_without_a_price_seconds_of_the_engine_stand_for_money() -> None:
     found = break_even(ReplacedPrompt(seconds_saved=0.5), NO_PRICES)
     assert (found.requests, found.by_seconds) == (600, True)
+    by_two = break_even(ReplacedPrompt(seconds_saved=0.5), NO_PRICES, replace(WORK, workers=2))
+    assert by_two.requests == 1200
     assert break_even(ReplacedPrompt(seconds_saved=0.0), NO_PRICES).requests is None
     no_price = break_even(BY_TOKENS, NO_PRICES)
     assert no_price.requests is None and "set no price" in no_price.reason

@@ -238,11 +238,11 @@ async def test_a_base_model_may_not_offer_a_method(world: World) -> None:
 async def test_the_audit_is_for_the_method(world: World) -> None:
     await world.queued(spec=KTO)
     assert world.datasets.audited == [("file-1", "kto")]
-    assert world.datasets.held_out == set()
+    assert set(world.datasets.asked) == {("file-1", False, "")}
 
 
 async def test_nothing_is_trained_on_a_validation_file(world: World) -> None:
     world.datasets.add("file-2")
     await world.queued(validation="file-2")
     assert world.datasets.audited == [("file-1", "supervised"), ("file-2", "supervised")]
-    assert world.datasets.held_out == {"file-2"}
+    assert world.datasets.asked == [("file-1", False, "file-2"), ("file-2", True, "")]
