@@ -300,8 +300,7 @@ class Tally:
             lines.append(finding.line)
         first = self._first[kind_of(finding.code).severity]
         if len(first) < MAX_FINDINGS:
-            quoted = {"field": redacted(finding.field), "message": redacted(finding.message)}
-            first.append(replace(finding, **quoted))
+            first.append(replace(finding, field=redacted(finding.field), message=redacted(finding.message)))
 
     @property
     def has_errors(self) -> bool:
