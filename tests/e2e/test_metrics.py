@@ -20,7 +20,7 @@ pytestmark = pytest.mark.own_platform
 OURS = re.compile(r"(lathe|grpc_server)_[a-z0-9_]+")
 # Prometheus's base units, and what the last word of a name may be otherwise.
 UNITS = ("seconds", "bytes", "ratio", "info")
-COUNTED = {"lathe_jobs", "lathe_engines", "lathe_datasets", "lathe_engine_adapters_loaded"}
+COUNTED = {"lathe_jobs", "lathe_engines", "lathe_datasets", "lathe_audits", "lathe_engine_adapters_loaded"}
 # 1 or 0, as Prometheus' own `up` is.
 TRUE_OR_FALSE = "_up"
 WRONG_UNITS = ("milliseconds", "ms", "minutes", "kilobytes", "mb", "mib", "percent")

@@ -101,6 +101,18 @@ class Metrics:
             registry=reg,
         )
         self.datasets = Gauge("lathe_datasets", "Datasets by state.", ("state",), registry=reg)
+        self.audits = Gauge(
+            "lathe_audits",
+            "Audits by state: running (waiting ones among them), ready, error (of the rows) or failed (for a while).",
+            ("state",),
+            registry=reg,
+        )
+        self.dataset_oldest_wait_seconds = Gauge(
+            "lathe_dataset_oldest_wait_seconds",
+            "How long the oldest import, validation or audit that is not done has been asked for; 0 without any.",
+            ("task",),
+            registry=reg,
+        )
         self.upload_bytes = Counter(
             "lathe_upload_bytes_total", "Bytes taken in by uploads of every door.", registry=reg
         )

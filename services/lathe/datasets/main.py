@@ -158,6 +158,12 @@ def _loops(
     async def count() -> None:
         for state, number in (await store.count()).items():
             metrics.datasets.labels(state=state.value).set(number)
+        for audited, number in (await store.count_audits()).items():
+            metrics.audits.labels(state=audited.value).set(number)
+        now = clock.now()
+        for task, since in (await store.waiting_since()).items():
+            wait = 0.0 if since is None else (now - since).total_seconds()
+            metrics.dataset_oldest_wait_seconds.labels(task=task).set(wait)
 
     async def validate() -> None:
         try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Protocol
+from typing import Literal, Protocol
 
 from lathe.datasets.model import (
     Audit,
@@ -19,6 +19,9 @@ from lathe.datasets.model import (
     Report,
 )
 from lathe.datasets.uploads import UploadSession
+
+Awaited = Literal["import", "validation", "audit"]
+"""What is done in the background and somebody waits for."""
 
 
 class DatasetStore(Protocol):
@@ -53,6 +56,15 @@ class DatasetStore(Protocol):
 
     async def count(self) -> Mapping[DatasetState, int]:
         """How many there are in each state."""
+        ...
+
+    async def count_audits(self) -> Mapping[AuditState, int]:
+        """How many there are in each state; comparisons of two are audits too."""
+        ...
+
+    async def waiting_since(self) -> Mapping[Awaited, datetime | None]:
+        """Since when the oldest of each is asked for that is not done; None where there is none. For an import or a
+        validation that is the time when the dataset was made."""
         ...
 
     async def begin_validation(self, project: str, dataset_id: str, size_bytes: int, sha256: str) -> bool:

@@ -7,6 +7,7 @@ import pytest
 
 from lathe.common.db import Database, check_schema, migrate
 from lathe.common.errors import AlreadyExists
+from lathe.datasets.import_store import SqlImportStore
 from lathe.datasets.model import (
     Audit,
     AuditOptions,
@@ -83,6 +84,24 @@ async def test_states_change_only_from_the_right_one(store):
     results = dataset("file-2", purpose="fine-tune-results", state=DatasetState.VALIDATING)
     await store.add(results, "")
     assert await store.begin_validation("p", "file-2", 7, "c" * 64)
+
+
+async def test_what_waits_and_since_when(store):
+    assert await store.waiting_since() == {"import": None, "validation": None, "audit": None}
+    assert set((await store.count_audits()).values()) == {0}
+    for n, state in enumerate([DatasetState.UPLOADING, DatasetState.VALIDATING, DatasetState.VALIDATING]):
+        await store.add(dataset(f"file-{n}", NOW + timedelta(minutes=n), state=state), "")
+    # One that a user uploads waits for that user; the other one is fetched.
+    await store.add(dataset("file-9", NOW + timedelta(minutes=9)), "")
+    await SqlImportStore(store._db).begin("p", "file-9", "https://example.org/a.jsonl", NOW)
+    await store.add_audit(TASK)
+    await store.add_audit(replace(TASK, key="l" * 64, now=NOW + timedelta(minutes=1)))
+    waits = {"import": NOW + timedelta(minutes=9), "validation": NOW + timedelta(minutes=1)}
+    assert await store.waiting_since() == {**waits, "audit": NOW}
+    await store.finish_audit(TASK.key, AuditState.READY, REPORT, RESULT)
+    assert (await store.waiting_since())["audit"] == NOW + timedelta(minutes=1)
+    counts = await store.count_audits()
+    assert (counts[AuditState.RUNNING], counts[AuditState.READY], counts[AuditState.FAILED]) == (1, 1, 0)
 
 
 async def test_pages_in_both_directions(store):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import datetime
 
@@ -69,6 +69,12 @@ class Audits(Base):
         query = audits.select().where(_RUNNING).order_by(audits.c.create_time, audits.c.key)
         async with self._db.read() as connection:
             return [rows.task(row) for row in await connection.execute(query)]
+
+    async def count_audits(self) -> Mapping[AuditState, int]:
+        query = sa.select(audits.c.state, sa.func.count()).group_by(audits.c.state)
+        async with self._db.read() as connection:
+            found = {AuditState(row[0]): int(row[1]) for row in await connection.execute(query)}
+        return {state: found.get(state, 0) for state in AuditState}
 
     async def begin_audit(self, key: str) -> int:
         begun = (

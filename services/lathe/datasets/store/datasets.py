@@ -11,11 +11,12 @@ import sqlalchemy as sa
 
 from lathe.common.db import is_unique_violation
 from lathe.common.errors import Internal
-from lathe.datasets.model import RESULTS_PURPOSE, Dataset, DatasetState, Report
+from lathe.datasets.model import RESULTS_PURPOSE, AuditState, Dataset, DatasetState, Report
 from lathe.datasets.operations import to_json
+from lathe.datasets.ports import Awaited
 from lathe.datasets.store import rows
 from lathe.datasets.store.base import LIVE, Base, is_dataset
-from lathe.datasets.tables import datasets, imports, uploads
+from lathe.datasets.tables import audits, datasets, imports, uploads
 
 
 class Datasets(Base):
@@ -92,6 +93,23 @@ class Datasets(Base):
         async with self._db.read() as connection:
             found = {DatasetState(row[0]): int(row[1]) for row in await connection.execute(query)}
         return {state: found.get(state, 0) for state in DatasetState}
+
+    async def waiting_since(self) -> Mapping[Awaited, datetime | None]:
+        fetched = sa.select(imports.c.dataset_id)
+        made = sa.select(sa.func.min(datasets.c.create_time))
+        oldest: dict[Awaited, sa.Select[Any]] = {
+            "import": made.where(
+                datasets.c.state == DatasetState.UPLOADING.value, datasets.c.id.in_(fetched)
+            ),
+            "validation": made.where(datasets.c.state == DatasetState.VALIDATING.value),
+            "audit": sa.select(sa.func.min(audits.c.create_time)).where(
+                audits.c.state == AuditState.RUNNING.value
+            ),
+        }
+        async with self._db.read() as connection:
+            return {
+                awaited: (await connection.execute(query)).scalar_one() for awaited, query in oldest.items()
+            }
 
     async def _select(self, query: sa.Select[Any]) -> list[Dataset]:
         async with self._db.read() as connection:
