@@ -5,6 +5,7 @@ import json
 import re
 from contextlib import suppress
 from dataclasses import replace
+from datetime import timedelta
 
 import pytest
 
@@ -67,6 +68,18 @@ async def test_a_split_that_broke_off_is_ended_as_it_was_begun(world):
     assert [part.preparation.operation for part in parts] == [Split(1, 0.25)] * 2
     lines = [await world.content(part) for part in parts]
     assert sorted(b"".join(lines).splitlines()) == sorted(SIXTY.splitlines())
+
+
+async def test_what_is_made_expires_when_its_parent_does(world, service):
+    parent = await service.create(
+        "acme", "a.jsonl", "fine-tune", world.clock.now() + timedelta(days=3), "", import_options=None
+    )
+    await world.objects.put(parent.staging_key, SIXTY)
+    await service.commit_upload("acme", parent.id, parent.staging_key, len(SIXTY), sha(SIXTY))
+    await world.validate()
+    await world.prepare()
+    for made in await world.derive(parent, Split(1, 0.25)):
+        assert made.expire_time == parent.expire_time
 
 
 def test_what_is_made_is_named_after_what_it_is_made_of():
@@ -362,6 +375,16 @@ async def test_what_a_job_trained_on_is_known_as_long_as_the_project_has_the_byt
 
 
 # --- held-out sets -----------------------------------------------------------------------------------------------
+
+
+async def test_of_many_frozen_rows_the_first_lines_are_named(world):
+    await world.base_models.add_tiny(world.objects)
+    frozen, train = await world.ready(SIXTY), await world.ready(GOOD + SIXTY)
+    await world.prepare()
+    await world.preparation().freeze("acme", frozen.id, "exam-1")
+    (finding,) = (await settled_audit(world, train)).report.findings
+    assert "60 row(s)" in finding.message and "on line(s) 13, 14" in finding.message
+    assert " 32:" in finding.message and "33" not in finding.message
 
 
 async def test_a_file_with_a_frozen_row_trains_no_job_and_the_lines_are_named(world):
