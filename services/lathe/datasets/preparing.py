@@ -122,13 +122,14 @@ class Preparing:
             waiting.set()
 
     async def find_overlap(self, pair: Overlap) -> None:
-        """Count the rows of a file that are in a frozen one. Raises Unavailable while one of them is not indexed."""
+        """Count the rows of a file that have an example of a frozen one. Raises Unavailable while one of the two is
+        not indexed."""
         try:
             async with (
                 self.indexes.opened(pair.frozen_sha256) as frozen,
                 self.indexes.opened(pair.dataset_sha256) as file,
             ):
-                found = await asyncio.to_thread(common_rows, frozen, file)
+                found = await asyncio.to_thread(leaked_rows, frozen, file)
         except NotFound:
             # The sweep forgets the pair.
             return
@@ -209,13 +210,13 @@ async def _found(operation: Choosing, indexes: RowIndexes) -> frozenset[int]:
     return await indexes.found_lines(audit.key, codes) if codes and audit is not None else frozenset()
 
 
-def common_rows(few: RowIndex, many: RowIndex) -> tuple[int, tuple[int, ...]]:
-    """How many rows of `many` are equal to one of `few`, and the first lines. Memory: some 40 bytes a row of `few`."""
+def leaked_rows(frozen: RowIndex, file: RowIndex) -> tuple[int, tuple[int, ...]]:
+    """How many rows of a file share an example with one of a held-out set, and the first lines."""
     count, lines = 0, []
-    for position in many.positions_of(few.digests.combine_chunks()):
+    for position in file.positions_sharing(frozen):
         count += 1
         if count <= MAX_OVERLAP_LINES:
-            lines.append(many.entry(position).line)
+            lines.append(file.entry(position).line)
     return count, tuple(lines)
 
 

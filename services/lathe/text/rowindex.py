@@ -1,21 +1,26 @@
 """The row index of a training file: where each row is and what it says, as one Arrow IPC file.
 
 Columns: `line` (int64, 1-based), `offset` and `length` (int64, bytes of the file, without the line's end), `digest`
-(16 bytes, `row_digest`). One entry per row, in the file's order. A stored index is read through a memory map, so that
-it costs no memory of its own however long the file is.
+(16 bytes, `row_digest`), `first_example` and `last_example` (16 bytes each, `example_digests`). One entry per row, in
+the file's order. A stored index is read through a memory map, so that it costs no memory of its own however long the
+file is.
 
 Two rows are *equal* when their digests are: when they give a model the same texts to learn from. The spelling of the
 JSON (spaces, escapes, the order of keys), the format (Alpaca or chat, `functions` or `tools`, text parts or a string)
 and the weights of a chat's turns do not count. Roles, texts, tool calls, tools, the verdict on an answer (preferred or
 not, its `label`), the label or score of texts, and what a grader is given do.
+
+Two rows *share an example* when one of the answers of each, with what it answers, is the same text: a chat and a pair
+of which it is the chosen or the rejected one do, and so do a prompt with its completion and the chat of two turns.
 """
 
 from __future__ import annotations
 
 from array import array
 from bisect import bisect_left
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from hashlib import blake2b
 from pathlib import Path
 from types import TracebackType
@@ -28,19 +33,20 @@ from lathe.common.errors import DataLoss
 from lathe.text.chat import Chat
 from lathe.text.errors import RowError
 from lathe.text.jsonl import Line, LineSplitter
-from lathe.text.rows import TrainingRow, parse_line
+from lathe.text.rows import Plain, TrainingRow, parse_line
 
-VERSION = 1
+VERSION = 2
 """Of the index's format and of what a digest is over: another one makes every index anew."""
 DIGEST_BYTES = 16
 _ENCODER = Encoder(order="sorted")
 _BATCH_ROWS = 1 << 16
+_EXAMPLES = ("first_example", "last_example")
 _SCHEMA = pa.schema(
     [
         pa.field("line", pa.int64(), nullable=False),
         pa.field("offset", pa.int64(), nullable=False),
         pa.field("length", pa.int64(), nullable=False),
-        pa.field("digest", pa.binary(DIGEST_BYTES), nullable=False),
+        *(pa.field(name, pa.binary(DIGEST_BYTES), nullable=False) for name in ("digest", *_EXAMPLES)),
     ],
     metadata={"format": str(VERSION)},
 )
@@ -58,23 +64,64 @@ class Entry:
 
 def row_digest(row: TrainingRow) -> bytes:
     """BLAKE2b-128 of what a row says. Equal for rows that are equal (see the module), also in different formats."""
-    said: list[object] = [
-        (part.role.value, part.content.messages, part.content.tools or ())
-        if isinstance(part.content, Chat)
-        else (part.role.value, part.content.prompt, part.content.completion)
-        for part in row.parts
-    ]
+    return _row_digest(row, [_encoded(part.content) for part in row.parts])
+
+
+def example_digests(row: TrainingRow) -> tuple[bytes, bytes]:
+    """BLAKE2b-128 of the first and the last answer that a row gives, each with what it answers; the same one twice
+    where there is one. The verdict on an answer does not count, nor do spaces around a text."""
+    return _example_digests(row, [_encoded(part.content) for part in row.parts])
+
+
+def _encoded(content: Chat | Plain) -> bytes:
+    """What is said, as a JSON array."""
+    if isinstance(content, Chat):
+        return _ENCODER.encode((content.messages, content.tools or ()))
+    return _ENCODER.encode((content.prompt, content.completion))
+
+
+def _row_digest(row: TrainingRow, encoded: Sequence[bytes]) -> bytes:
+    """Over the JSON array of an array for each part, its role before what it says, and of what is said beside them."""
+    said = [b"[%d,%b" % (part.role.value, text[1:]) for part, text in zip(row.parts, encoded, strict=True)]
     if row.extra is not None:
-        said.append(row.extra)
-    return blake2b(_ENCODER.encode(said), digest_size=DIGEST_BYTES).digest()
+        said.append(_ENCODER.encode(row.extra))
+    return _blake2b(b"[%b]" % b",".join(said))
 
 
-def _digest(line: bytes) -> bytes:
+def _example_digests(row: TrainingRow, encoded: Sequence[bytes]) -> tuple[bytes, bytes]:
+    first = _example_digest(row.parts[0].content, encoded[0])
+    return first, first if len(encoded) == 1 else _example_digest(row.parts[-1].content, encoded[-1])
+
+
+def _example_digest(content: Chat | Plain, encoded: bytes) -> bytes:
+    if isinstance(content, Plain):
+        turns = (("user", content.prompt.strip()), ("assistant", content.completion.strip()))
+        said = [{"role": role, "content": text} for role, text in turns if text]
+        return _blake2b(_ENCODER.encode((said, ())))
+    texts = [message.get("content") for message in content.messages]
+    if any(isinstance(text, str) and len(text.strip()) < len(text) for text in texts):
+        stripped = [
+            {**message, "content": text.strip()} if isinstance(text, str) else message
+            for message, text in zip(content.messages, texts, strict=True)
+        ]
+        encoded = _ENCODER.encode((stripped, content.tools or ()))
+    return _blake2b(encoded)
+
+
+def _blake2b(data: bytes) -> bytes:
+    return blake2b(data, digest_size=DIGEST_BYTES).digest()
+
+
+def _digests(line: bytes) -> tuple[bytes, bytes, bytes]:
+    """Of the row and of its examples."""
     try:
-        return row_digest(parse_line(line))
+        row = parse_line(line)
     except RowError:
         # Validated by an earlier version that took it: equal only to the very same line.
-        return blake2b(line, digest_size=DIGEST_BYTES, person=b"unparsed").digest()
+        own = blake2b(line, digest_size=DIGEST_BYTES, person=b"unparsed").digest()
+        return own, own, own
+    encoded = [_encoded(part.content) for part in row.parts]
+    return _row_digest(row, encoded), *_example_digests(row, encoded)
 
 
 class RowIndexWriter:
@@ -85,7 +132,7 @@ class RowIndexWriter:
         self._writer = pa.ipc.new_file(str(path), _SCHEMA)
         self._splitter = LineSplitter()
         self._numbers = (array("q"), array("q"), array("q"))
-        self._digests = bytearray()
+        self._digests = (bytearray(), bytearray(), bytearray())
 
     def __enter__(self) -> Self:
         return self
@@ -107,9 +154,10 @@ class RowIndexWriter:
         self._flush()
 
     def _take(self, line: Line) -> None:
-        self._digests += _digest(line.data)
-        for column, value in zip(self._numbers, (line.number, line.offset, len(line.data)), strict=True):
-            column.append(value)
+        for column, digest in zip(self._digests, _digests(line.data), strict=True):
+            column.extend(digest)
+        for numbers, value in zip(self._numbers, (line.number, line.offset, len(line.data)), strict=True):
+            numbers.append(value)
         if len(self._numbers[0]) == _BATCH_ROWS:
             self._flush()
 
@@ -119,11 +167,12 @@ class RowIndexWriter:
             return
         buffers = [pa.py_buffer(column) for column in self._numbers]
         columns = [pa.Array.from_buffers(pa.int64(), rows, [None, buffer]) for buffer in buffers]
-        digests = pa.py_buffer(bytes(self._digests))
-        columns.append(pa.Array.from_buffers(pa.binary(DIGEST_BYTES), rows, [None, digests]))
+        for digests in self._digests:
+            buffer = pa.py_buffer(bytes(digests))
+            columns.append(pa.Array.from_buffers(pa.binary(DIGEST_BYTES), rows, [None, buffer]))
         self._writer.write_batch(pa.RecordBatch.from_arrays(columns, schema=_SCHEMA))
         self._numbers = (array("q"), array("q"), array("q"))
-        self._digests = bytearray()
+        self._digests = (bytearray(), bytearray(), bytearray())
 
 
 class RowIndex:
@@ -167,13 +216,25 @@ class RowIndex:
 
     def positions_of(self, digests: Any) -> Iterator[int]:
         """Positions of the rows whose digest is one of `digests` (an Arrow array), ascending, batch by batch."""
+        yield from self._positions(("digest",), digests)
+
+    def positions_sharing(self, few: RowIndex) -> Iterator[int]:
+        """Positions of the rows that share an example with a row of another index, ascending, batch by batch.
+        Memory: some 80 bytes a row of `few`."""
+        examples = [chunk for name in _EXAMPLES for chunk in few._table.column(name).chunks]
+        if examples:
+            yield from self._positions(_EXAMPLES, pa.concat_arrays(examples))
+
+    def _positions(self, columns: Sequence[str], digests: Any) -> Iterator[int]:
+        """Positions of the rows that have one of the digests in one of the columns."""
         import pyarrow.compute as pc  # type: ignore[import-untyped]
 
         start = 0
-        for chunk in self.digests.chunks:
-            found = pc.indices_nonzero(pc.is_in(chunk, value_set=digests))
-            yield from (start + position for position in found.to_pylist())
-            start += len(chunk)
+        for batch in self._table.select(columns).to_batches():
+            found = [pc.is_in(column, value_set=digests) for column in batch.columns]
+            positions = pc.indices_nonzero(reduce(pc.or_, found))
+            yield from (start + position for position in positions.to_pylist())
+            start += len(batch)
 
 
 class _Lines:

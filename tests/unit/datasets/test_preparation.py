@@ -23,17 +23,17 @@ SIXTY = jsonl(ROWS)
 SUPERVISED = AuditOptions()
 
 
-async def audit(world, dataset, **options):
-    return await world.start().ensure_audit("acme", dataset.id, "baseModels/tiny", SUPERVISED, **options)
+async def audit(world, dataset, options=SUPERVISED, **asked):
+    return await world.start().ensure_audit("acme", dataset.id, "baseModels/tiny", options, **asked)
 
 
-async def settled_audit(world, dataset, **options):
-    found = await audit(world, dataset, **options)
+async def settled_audit(world, dataset, options=SUPERVISED, **asked):
+    found = await audit(world, dataset, options, **asked)
     for _ in range(3):
         if found.state is AuditState.RUNNING:
             await world.prepare()
             await world.audit()
-            found = await audit(world, dataset, **options)
+            found = await audit(world, dataset, options, **asked)
     return found
 
 
@@ -408,6 +408,40 @@ async def test_a_file_with_a_frozen_row_trains_no_job_and_the_lines_are_named(wo
     assert "line(s) 13:" in finding.message
     (cleared,) = await world.derive(sneaked, Drop((13,)))
     assert (await settled_audit(world, cleared)).state is AuditState.READY
+
+
+def pair(question, chosen, rejected):
+    answers = {"preferred_output": chosen, "non_preferred_output": rejected}
+    written = {key: [{"role": "assistant", "content": text}] for key, text in answers.items()}
+    return {"input": {"messages": [{"role": "user", "content": question}]}, **written}
+
+
+@pytest.mark.parametrize(
+    ("method", "rows"),
+    [
+        ("supervised", [{"prompt": f"Question {n}", "completion": f" Answer {n}"} for n in range(12, 24)]),
+        ("dpo", [pair(f"Question {n}", f"Answer {n}", "No.") for n in range(12, 24)]),
+        ("orpo", [pair(f"Question {n}", "No.", f"Answer {n}") for n in range(12, 24)]),
+        ("kto", [{**row(f"Question {n}", f"Answer {n}"), "label": n % 2 == 0} for n in range(12, 24)]),
+    ],
+)
+async def test_a_held_out_row_with_a_verdict_on_it_is_one_still(world, method, rows):
+    await world.base_models.add_tiny(world.objects)
+    exam = await world.ready(jsonl([row(f"Question {n}", f"Answer {n}") for n in range(12)]))
+    await world.preparation().freeze("acme", exam.id, "exam")
+    options = AuditOptions(method)
+    for content, line in ((jsonl(rows), None), (jsonl([*rows, sneaked(rows[0])]), 13)):
+        file = await world.ready(content)
+        found = await settled_audit(world, file, options=options)
+        assert found.state is (AuditState.READY if line is None else AuditState.ERROR)
+        if line is not None:
+            assert "1 row(s)" in found.report.findings[0].message
+            assert f"line(s) {line}:" in found.report.findings[0].message
+
+
+def sneaked(row):
+    """The same row about the third question of the exam."""
+    return json.loads(json.dumps(row).replace("12", "3"))
 
 
 async def test_a_frozen_set_stays_until_it_is_thawed(world, service):

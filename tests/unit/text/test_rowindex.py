@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from lathe.common.errors import DataLoss
 from lathe.text import rowindex
-from lathe.text.rowindex import RowIndex, RowIndexWriter, row_digest
+from lathe.text.rowindex import RowIndex, RowIndexWriter, example_digests, row_digest
 from lathe.text.rows import parse_line
 
 
@@ -78,6 +78,71 @@ def test_rows_that_say_something_else_are_not():
         {"anchor": "Hi", "positive": "Hello"},
     ]
     assert len({digest(row) for row in rows}) == len(rows)
+
+
+QUESTION, ANSWER = chat()["messages"]
+PAIR = {"input": {"messages": [QUESTION]}, "preferred_output": [ANSWER]}
+WORSE = [{"role": "assistant", "content": "Go away."}]
+
+
+def examples(row):
+    return set(example_digests(parse_line(json.dumps(row).encode())))
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        chat(),
+        chat("Hi\n", " Hello "),
+        {**chat(), "label": True},
+        {**chat(), "label": False},
+        {**PAIR, "non_preferred_output": WORSE},
+        {"input": PAIR["input"], "preferred_output": WORSE, "non_preferred_output": [ANSWER]},
+        {"prompt": [QUESTION], "chosen": [ANSWER], "rejected": WORSE},
+        {"prompt": "Hi", "completion": " Hello"},
+        {"prompt": "Hi", "completion": " Hello", "label": False},
+        {"prompt": "Hi", "chosen": "Go away.", "rejected": "Hello"},
+        {"question": "Hi", "answer": "Hello"},
+    ],
+)
+def test_an_example_is_the_same_whatever_is_said_of_it(row):
+    assert examples(chat()) & examples(row)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        chat("Ho"),
+        chat(answer="Hello."),
+        chat(tools=[{"type": "function", "function": WEATHER}]),
+        {"messages": [{"role": "system", "content": "Be brief."}, QUESTION, ANSWER]},
+        {"messages": [QUESTION, ANSWER, {"role": "user", "content": "Bye"}, ANSWER]},
+        {"input": PAIR["input"], "preferred_output": WORSE, "non_preferred_output": [QUESTION | {"role": "assistant"}]},
+        {"text": "Hello"},
+        {"prompt": "Hello", "completion": "Hi"},
+    ],
+)  # fmt: skip
+def test_an_example_of_other_texts_is_another(row):
+    assert not examples(chat()) & examples(row)
+
+
+@given(
+    texts=st.lists(st.sampled_from("abcdef"), max_size=12),
+    others=st.lists(st.sampled_from("cdefgh"), max_size=12),
+)
+def test_the_rows_that_share_an_example_are_found(tmp_path_factory, texts, others):
+    folder = tmp_path_factory.mktemp("index")
+    few = [chat("Hi", text) for text in others]
+    many = [
+        {**PAIR, "preferred_output": WORSE, "non_preferred_output": [chat("", text)["messages"][1]]}
+        for text in texts
+    ]
+    indexes = [
+        index_of(b"".join(json.dumps(row).encode() + b"\n" for row in rows), folder / name, chunk=4096)
+        for name, rows in (("few", few), ("many", many))
+    ]
+    found = list(indexes[1].positions_sharing(indexes[0]))
+    assert found == [place for place, text in enumerate(texts) if text in others]
 
 
 @given(
