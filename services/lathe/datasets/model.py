@@ -33,6 +33,7 @@ from lathe.text.rowindex import VERSION as INDEX_VERSION
 PURPOSES = ("fine-tune", "evals", "batch", "assistants", "vision", "user_data")
 RESULTS_PURPOSE = "fine-tune-results"
 MAX_BYTES = 8 << 30
+MAX_NAME = 255
 MAX_RESULT_BYTES = 3 << 20
 MAX_OVERLAP_LINES = 20
 MAX_FOUND_BYTES = 1 << 20
@@ -47,7 +48,6 @@ MAX_LIFE = timedelta(days=30)
 # A client computes expire_time from its own clock and the call takes a while.
 _LIFE_SLACK = timedelta(minutes=5)
 
-_MAX_NAME = 255
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 _FILE_ENDING = re.compile(r"(?<=.)\.(jsonl|ndjson|json|csv|tsv|parquet)$", re.IGNORECASE)
@@ -343,10 +343,10 @@ def _joined(report: Report, more: Report) -> Report:
 
 def check_new(display_name: str, purpose: str, expire_time: datetime | None, now: datetime) -> None:
     """Raise InvalidArgument for a dataset that cannot be made."""
-    if not display_name or len(display_name) > _MAX_NAME or _CONTROL.search(display_name):
+    if not display_name or len(display_name) > MAX_NAME or _CONTROL.search(display_name):
         raise invalid(
             "dataset.display_name",
-            f"dataset.display_name must be 1 to {_MAX_NAME} characters without control characters.",
+            f"dataset.display_name must be 1 to {MAX_NAME} characters without control characters.",
         )
     if purpose not in PURPOSES:
         raise invalid("dataset.purpose", f"dataset.purpose {purpose!r} must be one of {', '.join(PURPOSES)}.")
@@ -465,7 +465,7 @@ def derived_name(display_name: str, operation: str, part: str) -> str:
     operation stands for the part where it makes one dataset."""
     word = part or operation
     made = f"{_FILE_ENDING.sub('', display_name)}.{word}.jsonl"
-    return made if len(made) <= _MAX_NAME else f"{word}.jsonl"
+    return made if len(made) <= MAX_NAME else f"{word}.jsonl"
 
 
 def leaked(overlaps: Sequence[tuple[str, Overlap]]) -> Report | None:

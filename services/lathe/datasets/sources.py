@@ -13,12 +13,13 @@ from urllib.parse import unquote, urlsplit
 from lathe.common.errors import InvalidArgument, NotFound, Unavailable
 from lathe.common.objectstore.base import ObjectStore, validate_key
 from lathe.datasets.fetching import FetchBroke, Fetcher, FetchRefused, Secret, checked, shown
-from lathe.datasets.model import invalid
+from lathe.datasets.model import MAX_NAME, invalid
 
 _BUCKET = re.compile(r"s3://([a-z0-9][a-z0-9.-]{1,61}[a-z0-9])/(.+)")
 _HUB = re.compile(
     r"hf:([A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95})(?::(\w[\w.-]{0,95})/(\w[\w.-]{0,95}))?", re.ASCII
 )
+_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 _MAX_LISTING = 1 << 20
 _MAX_FILES = 1000
 
@@ -41,7 +42,9 @@ def check_source(source: str) -> str:
         raise invalid(
             "source", f"source: {error} Or use s3://bucket/key, or hf:owner/name[:config/split]."
         ) from error
-    return unquote(PurePosixPath(parts.path).name)[:255] or (parts.hostname or "import")
+    name = _CONTROL.sub("_", PurePosixPath(unquote(parts.path)).name)
+    # The ending says what a file is.
+    return name[-MAX_NAME:] or (parts.hostname or "import")
 
 
 def shown_source(source: str) -> str:

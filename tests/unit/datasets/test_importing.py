@@ -383,6 +383,8 @@ async def test_what_was_begun_before_they_were_switched_off_ends_after_a_day(wor
     [
         ("https://x.example/a/gsm8k%20train.csv?sig=1", "gsm8k train.csv"),
         ("https://x.example", "x.example"),
+        ("https://x.example/a%2F..%2Fb%0A%00.csv", "b__.csv"),
+        ("https://x.example/" + "a" * 300 + ".csv", "a" * 251 + ".csv"),
         ("s3://my-bucket/a/b.parquet", "b.parquet"),
         ("hf:openai/gsm8k", "openai-gsm8k-train.parquet"),
         ("hf:openai/gsm8k:main/test", "openai-gsm8k-test.parquet"),

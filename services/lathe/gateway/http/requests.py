@@ -4,7 +4,7 @@ import hashlib
 import json
 import re
 from dataclasses import dataclass
-from typing import Annotated, Any, NoReturn, TypeVar
+from typing import Annotated, Any, TypeVar
 from urllib.parse import unquote
 
 from fastapi import Depends, Request
@@ -15,6 +15,7 @@ from lathe.common.names import Pattern
 from lathe.common.rpc.principal import Principal
 from lathe.gateway.gateway import Gateway
 from lathe.gateway.http.errors import invalid
+from lathe.text.decoding import refuse_constant, unreadable_value
 
 MAX_JSON_BYTES = 16 * 1024 * 1024
 
@@ -102,17 +103,13 @@ async def read_json(request: Request) -> dict[str, Any]:
 def parse_json(body: bytes) -> dict[str, Any]:
     """Strict JSON, an object. Raises InvalidArgument."""
     try:
-        value = json.loads(body, parse_constant=_refuse_constant)
+        value = json.loads(body, parse_constant=refuse_constant)
     except (ValueError, RecursionError) as error:
-        why = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
+        why = unreadable_value(error)
         raise InvalidArgument(f"The request's body is not JSON: {why}.", reason="INVALID_JSON") from error
     if not isinstance(value, dict):
         raise InvalidArgument("The request's body must be a JSON object.", reason="INVALID_JSON")
     return value
-
-
-def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not a JSON number")
 
 
 def json_digest(value: object) -> str:

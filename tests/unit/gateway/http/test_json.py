@@ -65,9 +65,20 @@ def test_digests_do_not_depend_on_the_order_of_keys() -> None:
     assert json_digest({"a": 1, "b": [1]}) == json_digest({"b": [1], "a": 1}) != json_digest({"a": 1})
 
 
-@pytest.mark.parametrize("body", [b"", b"[]", b"{", b'{"a": Infinity}', b"\xff", b'{"a":' * 100_000])
-def test_what_is_no_json_object(body: bytes) -> None:
-    with pytest.raises(InvalidArgument) as caught:
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        (b"", "Expecting value"),
+        (b"[]", "must be a JSON object"),
+        (b"{", "Expecting property name"),
+        (b'{"a": Infinity}', "Infinity is not a JSON number"),
+        (b"\xff", "can't decode byte 0xff"),
+        (b'{"a":' * 100_000, "nested too deeply"),
+        (b'{"a": ' + b"9" * 5000 + b"}", "a number has too many digits"),
+    ],
+)
+def test_what_is_no_json_object(body: bytes, words: str) -> None:
+    with pytest.raises(InvalidArgument, match=words) as caught:
         parse_json(body)
     assert caught.value.reason == "INVALID_JSON"
 
