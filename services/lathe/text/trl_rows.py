@@ -97,6 +97,10 @@ def pair_row(data: Mapping[str, Any]) -> TrainingRow:
             "rejected", "data_type", "must be what chosen is: a text like it, or a list of messages"
         )
     chosen, rejected = _texts(data) if texts[0] else _conversations(data)
+    if isinstance(chosen, Chat) and isinstance(prompt := data.get("prompt"), str):
+        # Where they have a prompt of their own, it mostly is a message of theirs.
+        repeated_by = {message.get("content") for message in chosen.messages}
+        unused = unused if prompt in repeated_by else (*unused, "prompt")
     return pair(chosen, rejected, Layout.TRL, unused)
 
 

@@ -160,6 +160,14 @@ def test_one_comparison_in_many_layouts(row: dict[str, Any]) -> None:
     assert parse_row(row).parts == COMPARED
 
 
+@pytest.mark.parametrize(("prompt", "unused"), [("q", ()), ("Be a pirate.", ("prompt",))])
+def test_a_prompt_that_conversations_do_not_repeat_is_said_to_be_unused(
+    prompt: str, unused: tuple[str, ...]
+) -> None:
+    row = parse_row({"prompt": prompt, "chosen": [user("q"), said("a")], "rejected": [user("q"), said("b")]})
+    assert (row.parts, row.unused) == (COMPARED, unused)
+
+
 @pytest.mark.parametrize(
     ("chosen", "rejected", "prompt"),
     [
