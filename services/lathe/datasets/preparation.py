@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -107,26 +108,41 @@ class PreparationService:
         """
         parent = await self._rows_of(project, dataset_id)
         operation = await self._settled(parent, operation)
-        made = []
         preparation = Preparation((Parent(parent.id, parent.sha256),), operation, "")
-        for part in parts_of(operation):
-            new = Dataset(
-                project=project,
-                id=self.datasets.ids.new("file"),
-                display_name=rules.derived_name(parent.display_name, name_of(operation), part),
-                purpose=parent.purpose,
-                state=DatasetState.VALIDATING,
-                create_time=self.datasets.clock.now(),
-                expire_time=parent.expire_time,
-                staging_key=f"staging/{self.datasets.ids.token(24)}",
-                preparation=replace(preparation, part=part),
-            )
-            key = rules.request_key(f"prepare-{part}", request_id)
-            dataset = await self.datasets.store.add(new, key)
-            # An earlier request that broke off may have meant another operation: its parts belong together.
-            preparation = dataset.preparation or preparation
-            made.append(Prepared(part, dataset=dataset))
+        new = [self._derived(parent, replace(preparation, part=part)) for part in parts_of(operation)]
+        keys = [rules.request_key(f"prepare-{part}", request_id) for part in parts_of(operation)]
+        # Together: half a split must not be all that a process leaves that ends here.
+        if not await self.datasets.store.add_all(list(zip(new, keys, strict=True))):
+            new = await self._repeated(new, keys)
         self.datasets.preparing.set()
+        return [Prepared(part, dataset=each) for part, each in zip(parts_of(operation), new, strict=True)]
+
+    def _derived(self, parent: Dataset, preparation: Preparation) -> Dataset:
+        return Dataset(
+            project=parent.project,
+            id=self.datasets.ids.new("file"),
+            display_name=rules.derived_name(
+                parent.display_name, name_of(preparation.operation), preparation.part
+            ),
+            purpose=parent.purpose,
+            state=DatasetState.VALIDATING,
+            create_time=self.datasets.clock.now(),
+            expire_time=parent.expire_time,
+            staging_key=f"staging/{self.datasets.ids.token(24)}",
+            preparation=preparation,
+        )
+
+    async def _repeated(self, new: Sequence[Dataset], keys: Sequence[str]) -> list[Dataset]:
+        """What an earlier call made, and what has been deleted of it anew, of the same operation: its parts belong
+        together, whatever this call means."""
+        store, project = self.datasets.store, new[0].project
+        found = [await store.find_by_request(project, key) for key in keys]
+        meant = next((each.preparation for each in found if each is not None), None)
+        made = []
+        for dataset, key in zip(new, keys, strict=True):
+            own = dataset.preparation
+            as_meant = replace(meant, part=own.part) if meant is not None and own is not None else own
+            made.append(await store.add(replace(dataset, preparation=as_meant), key))
         return made
 
     async def diff(self, project: str, dataset_id: str, other_id: str) -> Difference:

@@ -129,6 +129,15 @@ async def test_what_has_outlived_its_time(store):
     assert {each.id for each in found} == {"expired", "old"}
 
 
+async def test_several_are_kept_together_or_not_at_all(store):
+    one, two, three = (dataset(id=f"file-{n}") for n in "123")
+    assert await store.add_all([(one, "a"), (two, "b")])
+    assert not await store.add_all([(three, "c"), (dataset(id="file-4"), "a")])
+    assert not await store.add_all([(three, ""), (one, "")])
+    assert await store.get("p", "file-3") is None and await store.find_by_request("p", "c") is None
+    assert (await store.find_by_request("p", "b")).id == "file-2"
+
+
 async def test_deleting_hides_and_frees_the_request(store):
     await store.add(dataset(), "create:1")
     assert await store.begin_delete("p", "file-1")

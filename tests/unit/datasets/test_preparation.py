@@ -55,13 +55,30 @@ async def test_a_split_makes_two_datasets_that_say_where_they_come_from(world):
     assert train.staging_key == held_out.staging_key == ""
 
 
-async def test_a_split_that_broke_off_is_ended_as_it_was_begun(world):
+@pytest.mark.parametrize("after", [False, True])
+async def test_of_a_split_that_breaks_off_both_datasets_are_there_or_none(world, after):
     parent = await world.ready(SIXTY)
     await world.prepare()
     with pytest.raises(Died):
-        store = DyingRows(world.store, "add", after=True)
+        store = DyingRows(world.store, "add_all", after=after)
         await world.preparation(store=store).prepare("acme", parent.id, Split(1, 0.25), "one")
+    there = [each.preparation.part for each in await world.store.in_state(DatasetState.VALIDATING)]
+    assert sorted(there) == (["held_out", "train"] if after else [])
     made = await world.preparation().prepare("acme", parent.id, Split(2, 0.5), "one")
+    assert len(await world.store.in_state(DatasetState.VALIDATING)) == 2
+    assert {each.dataset.preparation.operation for each in made} == {
+        Split(1, 0.25) if after else Split(2, 0.5)
+    }
+
+
+@pytest.mark.parametrize("lost", [0, 1])
+async def test_a_split_of_which_one_dataset_is_gone_is_ended_as_it_was_begun(world, service, lost):
+    parent = await world.ready(SIXTY)
+    await world.prepare()
+    first = await world.preparation().prepare("acme", parent.id, Split(1, 0.25), "one")
+    await service.delete("acme", first[lost].dataset.id)
+    made = await world.preparation().prepare("acme", parent.id, Split(2, 0.5), "one")
+    assert made[1 - lost] == first[1 - lost]
     await world.prepare()
     await world.validate()
     parts = [await world.start().get("acme", each.dataset.id) for each in made]

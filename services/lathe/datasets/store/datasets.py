@@ -21,28 +21,23 @@ from lathe.datasets.tables import audits, datasets, imports, uploads
 
 class Datasets(Base):
     async def add(self, dataset: Dataset, request_key: str) -> Dataset:
-        row = {
-            **{name: getattr(dataset, name) for name in rows.PLAIN},
-            "state": dataset.state.value,
-            "report": asdict(dataset.report) if dataset.report is not None else None,
-            "request_key": request_key or None,
-            "preparation": to_json(dataset.preparation) if dataset.preparation is not None else None,
-            "frozen_as": dataset.frozen_as or None,
-            "source_sha256": dataset.source_sha256,
-            "source_size_bytes": dataset.source_size_bytes,
-            "import_options": asdict(dataset.import_options) if dataset.import_options is not None else None,
-        }
-        try:
-            async with self._db.write() as connection:
-                await connection.execute(datasets.insert().values(row))
+        if await self.add_all([(dataset, request_key)]):
             return dataset
-        except sa.exc.IntegrityError as error:
-            if not is_unique_violation(error):
-                raise
         earlier = await self.find_by_request(dataset.project, request_key) if request_key else None
         if earlier is None:
             raise Internal(f"{dataset.name} is there already.")
         return earlier
+
+    async def add_all(self, new: Sequence[tuple[Dataset, str]]) -> bool:
+        try:
+            async with self._db.write() as connection:
+                for dataset, request_key in new:
+                    await connection.execute(datasets.insert().values(_row(dataset, request_key)))
+        except sa.exc.IntegrityError as error:
+            if not is_unique_violation(error):
+                raise
+            return False
+        return True
 
     async def get(self, project: str, dataset_id: str) -> Dataset | None:
         found = await self._select(datasets.select().where(LIVE, *is_dataset(project, dataset_id)))
@@ -183,3 +178,17 @@ class Datasets(Base):
                 *is_dataset(project, dataset_id), datasets.c.state == DatasetState.DELETING.value
             )
         )
+
+
+def _row(dataset: Dataset, request_key: str) -> dict[str, Any]:
+    return {
+        **{name: getattr(dataset, name) for name in rows.PLAIN},
+        "state": dataset.state.value,
+        "report": asdict(dataset.report) if dataset.report is not None else None,
+        "request_key": request_key or None,
+        "preparation": to_json(dataset.preparation) if dataset.preparation is not None else None,
+        "frozen_as": dataset.frozen_as or None,
+        "source_sha256": dataset.source_sha256,
+        "source_size_bytes": dataset.source_size_bytes,
+        "import_options": asdict(dataset.import_options) if dataset.import_options is not None else None,
+    }
