@@ -476,8 +476,8 @@ def leaked(overlaps: Sequence[tuple[str, Overlap]]) -> Report | None:
             "",
             "frozen_row",
             f"{overlap.count} row(s) are in the frozen held-out set {name!r}, such as on line(s) "
-            f"{', '.join(map(str, overlap.lines))}: a model that has seen them cannot be judged by it. Drop these "
-            "lines (lathe datasets drop), or train on another file.",
+            f"{', '.join(map(str, overlap.lines))}: a model that has seen them cannot be judged by it. Drop them "
+            "(lathe datasets drop, --finding frozen_row), or train on another file.",
         )
         for name, overlap in overlaps
         if overlap.count

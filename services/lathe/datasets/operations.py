@@ -26,6 +26,7 @@ MAX_LINES = 10_000
 TRAIN, HELD_OUT = "train", "held_out"
 TOO_LONG = ("truncated", "tail_cut", "split", "nothing_trained", "identical_outputs", "context_exceeded")
 """What an audit can find of a row that is longer than its limit; the last three also of others."""
+FROZEN_ROW = "frozen_row"
 _SEED_LIMIT = 2**63
 _POSITION = re.compile(r"-?[0-9]{1,9}\]")
 
@@ -60,11 +61,13 @@ class Dedupe:
 
 @dataclass(frozen=True, slots=True)
 class Drop:
-    """All rows but those of these lines, ascending, and those for which an audit found one of these codes."""
+    """All rows but those of these lines, ascending, and those for which an audit found one of these codes. frozen: the
+    digests of the held-out sets whose rows the code FROZEN_ROW means, once they are known."""
 
     lines: tuple[int, ...] = ()
     codes: tuple[str, ...] = ()
     audit: AuditChoice | None = None
+    frozen: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,7 +143,7 @@ def check_operation(operation: Operation) -> None:
             _check_seed("sample", seed)
             if count < 1:
                 raise _invalid("sample.count", "must be 1 or more")
-        case Drop(lines, codes, audit):
+        case Drop(lines, codes, audit, _):
             if not (lines or codes) or len(lines) > MAX_LINES or min(lines, default=1) < 1:
                 raise _invalid("drop.lines", f"must be 1 to {MAX_LINES} lines, counted from 1, or give codes")
             unknown = [code for code in codes if code not in KINDS]
@@ -172,7 +175,7 @@ def check_size(operation: Operation, rows: int) -> None:
             if count > rows:
                 raise _invalid("sample.count", f"{count} rows were asked for; the dataset has {rows}")
             check_parts(operation, (count,))
-        case Drop(lines, _, _):
+        case Drop(lines):
             check_parts(operation, (rows - len(set(lines)),))
         case _:
             pass
@@ -203,10 +206,19 @@ def with_audit(operation: Operation, audit: AuditChoice) -> Operation:
     return operation if isinstance(operation, Split | Sample) else replace(operation, audit=audit)
 
 
+def with_frozen(operation: Operation, frozen: Sequence[str]) -> Operation:
+    """The same with these held-out sets, where it drops their rows. Raises InvalidArgument where there are none."""
+    if not isinstance(operation, Drop) or FROZEN_ROW not in operation.codes:
+        return operation
+    if not frozen:
+        raise _invalid("drop.codes", f"{FROZEN_ROW}: the project has no held-out set")
+    return replace(operation, frozen=tuple(sorted(set(frozen))))
+
+
 def findings_of(operation: Operation) -> tuple[str, ...]:
     """The codes of an audit whose lines the operation does something to; empty where findings do not matter."""
     match operation:
-        case Drop(_, codes, _):
+        case Drop(_, codes):
             return codes
         case Dedupe(audit) if audit is not None:
             return ("near_duplicate",)
@@ -219,6 +231,9 @@ def findings_of(operation: Operation) -> tuple[str, ...]:
 def to_json(preparation: Preparation) -> dict[str, Any]:
     """As it is stored."""
     operation = {"kind": name_of(preparation.operation), **asdict(preparation.operation)}
+    if not operation.get("frozen"):
+        # The version before this one knows no such key.
+        operation.pop("frozen", None)
     parents = [asdict(parent) for parent in preparation.parents]
     return {"parents": parents, "operation": operation, "part": preparation.part}
 

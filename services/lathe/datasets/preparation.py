@@ -25,6 +25,7 @@ from lathe.datasets.operations import (
     name_of,
     parts_of,
     with_audit,
+    with_frozen,
 )
 from lathe.datasets.preparing import selected
 from lathe.datasets.rowindexes import RowIndexes
@@ -256,7 +257,8 @@ class PreparationService:
         if not audit.findings_key:
             why = audit.report.findings[0].message if audit.report.findings else "it has no findings by line"
             raise FailedPrecondition(f"{parent.name} cannot be audited: {why}", reason="NOT_AUDITED")
-        return with_audit(operation, replace(choice, key=audit.key))
+        frozen = [each.sha256 for each in await self.datasets.store.frozen(parent.project)]
+        return with_frozen(with_audit(operation, replace(choice, key=audit.key)), frozen)
 
     async def _rows_of(self, project: str, dataset_id: str) -> Dataset:
         dataset = await self.datasets.get(project, dataset_id)

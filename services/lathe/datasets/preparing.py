@@ -33,6 +33,7 @@ from lathe.datasets.model import (
 )
 from lathe.datasets.operations import (
     Choosing,
+    Drop,
     Preparation,
     Split,
     Truncate,
@@ -189,7 +190,7 @@ async def selected(operation: Choosing, indexes: RowIndexes, sha256: str) -> Sel
     async with indexes.opened(sha256) as index:
         check_size(operation, len(index))
         strata = await _strata(operation, indexes.objects, sha256)
-        found = await _found(operation, indexes)
+        found = await _found(operation, indexes) | await _held_out(operation, indexes, index)
         selection = await asyncio.to_thread(select, operation, index, strata, found)
     check_parts(operation, counts(operation, selection))
     return selection
@@ -208,6 +209,19 @@ async def _found(operation: Choosing, indexes: RowIndexes) -> frozenset[int]:
     """The lines with a finding that the operation leaves out."""
     codes, audit = findings_of(operation), audit_of(operation)
     return await indexes.found_lines(audit.key, codes) if codes and audit is not None else frozenset()
+
+
+async def _held_out(operation: Choosing, indexes: RowIndexes, file: RowIndex) -> frozenset[int]:
+    """The lines with a row of the held-out sets that the operation leaves out."""
+    lines: set[int] = set()
+    for sha256 in operation.frozen if isinstance(operation, Drop) else ():
+        async with indexes.opened(sha256) as frozen:
+            lines.update(await asyncio.to_thread(_leaked_lines, frozen, file))
+    return frozenset(lines)
+
+
+def _leaked_lines(frozen: RowIndex, file: RowIndex) -> list[int]:
+    return [file.entry(position).line for position in file.positions_sharing(frozen)]
 
 
 def leaked_rows(frozen: RowIndex, file: RowIndex) -> tuple[int, tuple[int, ...]]:

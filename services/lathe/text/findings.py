@@ -104,7 +104,7 @@ _ERRORS = {
     "wrong_format": ("the method does not train on files of this format", "Choose the method that the message names."),
     "frozen_row": (
         "a row is in a frozen held-out set",
-        "Drop the lines that the message names (lathe datasets drop), or train on another file.",
+        "Drop such rows (lathe datasets drop, --finding frozen_row), or train on another file.",
     ),
     "cannot_prepare": (
         "the dataset cannot be made of its parent's rows as it was asked for",

@@ -11,7 +11,7 @@ import pytest
 
 from lathe.common.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound, Unavailable
 from lathe.datasets.model import AuditOptions, AuditState, DatasetState, blob_key, derived_name, index_key
-from lathe.datasets.operations import AuditChoice, Dedupe, Drop, Parent, Sample, Split
+from lathe.datasets.operations import AuditChoice, Dedupe, Drop, Parent, Sample, Split, from_json, to_json
 from lathe.datasets.preparing import Preparing
 from lathe.datasets.protos import trained_rows_pb
 from lathe.text.rowindex import VERSION
@@ -425,6 +425,33 @@ async def test_a_file_with_a_frozen_row_trains_no_job_and_the_lines_are_named(wo
     assert "line(s) 13:" in finding.message
     (cleared,) = await world.derive(sneaked, Drop((13,)))
     assert (await settled_audit(world, cleared)).state is AuditState.READY
+
+
+async def test_all_rows_of_held_out_sets_are_dropped_at_once(world):
+    await world.base_models.add_tiny(world.objects)
+    parent = await world.ready(jsonl([*ROWS, row("Who?", "ada@analytical.io wrote it")]))
+    by_finding = Drop((), ("frozen_row", "email"), AuditChoice("baseModels/tiny"))
+    with pytest.raises(InvalidArgument, match="has no held-out set"):
+        await drop(world, parent, by_finding)
+    exams = [await world.ready(jsonl(ROWS[start : start + 15])) for start in (0, 20)]
+    for number, exam in enumerate(exams):
+        await world.preparation().freeze("acme", exam.id, f"exam-{number}")
+    made = await drop(world, parent, by_finding)
+    assert await world.content(made) == jsonl(ROWS[15:20] + ROWS[35:60])
+    assert made.preparation.operation.frozen == tuple(sorted(exam.sha256 for exam in exams))
+    assert (await settled_audit(world, made)).state is AuditState.READY
+    # What was meant is kept: a set that is frozen later changes nothing.
+    assert from_json(to_json(made.preparation)) == made.preparation
+
+
+async def drop(world, parent, operation):
+    for _ in range(3):
+        await world.prepare()
+        await world.audit()
+        with suppress(Unavailable):
+            (made,) = await world.derive(parent, operation)
+            return made
+    raise AssertionError("it is never there")
 
 
 def pair(question, chosen, rejected):
