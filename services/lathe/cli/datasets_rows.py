@@ -196,7 +196,8 @@ def said(made: pb.DatasetPreparation) -> str:
     if kind is None:
         return ""
     settings = getattr(made.operation, kind).ListFields()
-    shown = ", ".join(f"{field.name} {_value(field, value)}" for field, value in settings)
+    words = ((field.name, _value(field, value)) for field, value in settings)
+    shown = ", ".join(f"{name} {value}" for name, value in words if value)
     parents = " and ".join(last_id(parent.name) for parent in made.parents)
     part = f" ({made.part})" if made.part else ""
     return f"{kind} of {parents}{part}{': ' if shown else ''}{shown}"

@@ -33,6 +33,7 @@ _OPTIONS = (
     ("operation.truncate.base_model", "--model"),
     ("operation.truncate.policy", "--policy"),
     ("operation.truncate.keep_unfit", "--keep-unfit"),
+    *((f"operation.{name}", name) for name in ("dedupe", "drop", "sample", "truncate")),
 )
 
 

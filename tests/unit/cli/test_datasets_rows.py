@@ -42,4 +42,6 @@ def test_an_operation_reads_as_a_line() -> None:
         "drop of file-1: lines 1+2+3+4+5+6+7+8+9+10+…, codes email, base_model baseModels/tiny, "
         'options method: "dpo" context_limit: 9'
     )
+    empty = pb.DatasetOperation(drop=pb.DropRows(codes=["email"], options=pb.AuditOptions()))
+    assert said(pb.DatasetPreparation(parents=parents, operation=empty)) == "drop of file-1: codes email"
     assert said(pb.DatasetPreparation()) == ""

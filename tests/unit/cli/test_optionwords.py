@@ -65,6 +65,11 @@ def test_what_is_wrong_with_an_operation_names_its_option(operation: Split, word
     assert told is not None and told.message.startswith(words)
 
 
+def test_an_operation_is_called_as_its_command() -> None:
+    assert in_options("operation.dedupe: 4 rows would be left.") == "dedupe: 4 rows would be left."
+    assert in_options("operation.drop.lines: none. operation.drop: 4") == "--lines: none. drop: 4"
+
+
 def test_what_is_wrong_with_a_job_names_its_option() -> None:
     with pytest.raises(InvalidArgument) as error:
         check_request(JobRequest("p", "m", "file-1", suffix="b@d", seed=-1))
