@@ -193,8 +193,14 @@ class Tokenizer:
         for group in pieces.grouped(owned):
             found = self._backend.encode_batch_fast([piece for _, piece in group], add_special_tokens=False)
             for (owner, _), one in zip(group, found, strict=True):
-                ids[owner] += one.ids
+                long = len(texts[owner]) > pieces.SIZE
+                ids[owner] += map(self._numbers.__getitem__, one.ids) if long else one.ids
         return ids
+
+    @cached_property
+    def _numbers(self) -> Sequence[int]:
+        """One object for each id: a long text has millions of tokens, and each would bring its own."""
+        return list(range(self.vocab_size))
 
     def encode_spans(
         self, texts: Sequence[str], add_special_tokens: bool = False
