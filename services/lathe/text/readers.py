@@ -10,7 +10,7 @@ import csv
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -240,27 +240,40 @@ def _typed_row(row: Mapping[str, Any] | RowError) -> Mapping[str, Any]:
 
 def _with_times_as_text(batch: Any) -> Any:
     """Dates and times as Arrow writes them: not all of them have a Python value, and which do depends on what is
-    installed."""
+    installed. Times of a zone are those of UTC, since a machine need not know any zones."""
     import pyarrow as pa
 
-    def readable(kind: Any) -> Any:
+    def without_zone(kind: Any) -> Any:
+        return pa.timestamp(kind.unit) if pa.types.is_timestamp(kind) else kind
+
+    def as_text(kind: Any) -> Any:
         if pa.types.is_timestamp(kind) or pa.types.is_date(kind) or pa.types.is_time(kind):
             return pa.string()
         if pa.types.is_duration(kind):
             return pa.int64()
-        if pa.types.is_struct(kind):
-            return pa.struct([field.with_type(readable(field.type)) for field in kind])
-        if pa.types.is_list(kind) or pa.types.is_large_list(kind):
-            return (pa.list_ if pa.types.is_list(kind) else pa.large_list)(
-                kind.value_field.with_type(readable(kind.value_type))
-            )
         return kind
 
-    kinds = [readable(kind) for kind in batch.schema.types]
+    kinds = [_inside(kind, as_text) for kind in batch.schema.types]
     if kinds == batch.schema.types:
         return batch
-    made = [column.cast(kind) for column, kind in zip(batch.columns, kinds, strict=True)]
+    made = [
+        column.cast(_inside(column.type, without_zone)).cast(kind)
+        for column, kind in zip(batch.columns, kinds, strict=True)
+    ]
     return pa.RecordBatch.from_arrays(made, names=batch.schema.names)
+
+
+def _inside(kind: Any, change: Callable[[Any], Any]) -> Any:
+    """The type with every value's type in it, however deep, changed."""
+    import pyarrow as pa
+
+    if pa.types.is_struct(kind):
+        return pa.struct([field.with_type(_inside(field.type, change)) for field in kind])
+    if pa.types.is_list(kind):
+        return pa.list_(kind.value_field.with_type(_inside(kind.value_type, change)))
+    if pa.types.is_large_list(kind):
+        return pa.large_list(kind.value_field.with_type(_inside(kind.value_type, change)))
+    return change(kind)
 
 
 def _rows(batch: Any) -> Iterator[Mapping[str, Any] | RowError]:

@@ -288,6 +288,18 @@ def test_parquet_with_numbers_that_json_does_not_have(read: Read) -> None:
     assert read(parquet(rows[1:]), "parquet", text="text") == [{"text": "a"}, {"text": "a"}]
 
 
+@pytest.mark.parametrize("zone", ["UTC", "+02:00", "Europe/Berlin"])
+def test_a_time_of_a_zone_is_read_without_knowing_zones(read: Read, zone: str) -> None:
+    """Images have no database of them, and Arrow refuses to write such a time then."""
+    times = pa.array([10**15], pa.timestamp("us", zone))
+    buffer = io.BytesIO()
+    pq.write_table(
+        pa.table({"text": ["a"], "at": times, "all": pa.array([[10**15]], pa.large_list(times.type))}), buffer
+    )
+    (row,) = read(buffer.getvalue(), "parquet")
+    assert row == {"text": "a", "at": (at := "2001-09-09 01:46:40.000000"), "all": [at]}
+
+
 @pytest.mark.parametrize(
     "kind",
     [
