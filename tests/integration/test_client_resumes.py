@@ -14,8 +14,9 @@ import pytest
 from google.protobuf import empty_pb2
 
 from lathe.client import Client
-from lathe.client.content import CHUNK_BYTES
-from lathe.common.errors import FailedPrecondition, InvalidArgument, Unavailable
+from lathe.client import datasets as client_datasets
+from lathe.client.content import CHUNK_BYTES, Content, ContentDigest
+from lathe.common.errors import FailedPrecondition, InvalidArgument, LatheError, Unavailable
 from lathe.common.rpc.status import to_rpc_status
 from lathe.v1 import (
     accounts_pb2,
@@ -53,8 +54,9 @@ class Datasets(datasets_pb2_grpc.DatasetsServiceServicer):
 
     def UploadDataset(self, requests: Iterator[Any], context: Any) -> datasets_pb2.Dataset:
         limit = self.breaks.pop(0) if self.breaks else None
-        got = 0
+        got = -1
         for message in requests:
+            got = max(got, 0)
             assert message.write_offset == len(self.stored)
             self.stored += message.data
             got += len(message.data)
@@ -66,6 +68,8 @@ class Datasets(datasets_pb2_grpc.DatasetsServiceServicer):
                 return self.GetDataset(None, context)
             if limit is not None and got >= limit:
                 away(context)
+        if got < 0:
+            refuse(context, InvalidArgument("The stream was empty."))
         return datasets_pb2.Dataset(name=NAME, state=datasets_pb2.DATASET_STATE_UPLOADING)
 
     def DeleteDataset(self, request: Any, context: Any) -> empty_pb2.Empty:
@@ -131,7 +135,7 @@ class Jobs(jobs_pb2_grpc.JobsServiceServicer):
             away(context)
 
 
-def refuse(context: Any, error: FailedPrecondition | Unavailable) -> None:
+def refuse(context: Any, error: LatheError) -> None:
     code, message, metadata = to_rpc_status(error)
     context.set_trailing_metadata(metadata)
     context.abort(code, message)
@@ -199,6 +203,36 @@ def test_a_file_that_changes_on_its_way_is_refused_and_forgotten(serve: Any, tmp
         serve(datasets).datasets.upload(file, progress=write_more)
     assert refused.value.reason == "FILE_CHANGED"
     assert datasets.deleted == [NAME] and not datasets.done
+
+
+@pytest.mark.parametrize("size", [10, 3 * CHUNK_BYTES])
+def test_a_file_that_is_gone_when_it_is_read_is_refused_and_forgotten(
+    serve: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int
+) -> None:
+    datasets, file = Datasets([CHUNK_BYTES]), tmp_path / "train.jsonl"
+    file.write_bytes(DATA[:size])
+    create = datasets.CreateDataset
+
+    def create_and_remove(request: Any, context: Any) -> datasets_pb2.Dataset:
+        file.unlink(missing_ok=True)
+        return create(request, context)
+
+    monkeypatch.setattr(datasets, "CreateDataset", create_and_remove)
+    with pytest.raises(InvalidArgument, match=r"train\.jsonl cannot be read: No such file"):
+        serve(datasets).datasets.upload(file)
+    assert datasets.deleted == [NAME] and not datasets.stored
+
+
+def test_a_stream_of_which_only_the_end_was_lost_is_finished(serve: Any) -> None:
+    datasets = Datasets([])
+    datasets.stored += DATA
+    client = serve(datasets).datasets
+    upload = client_datasets._Upload(
+        client._transport, client._stub, NAME, ContentDigest(Content.of(DATA)), None
+    )
+    upload._digest.add(0, DATA)
+    client._transport.send(client._stub.UploadDataset, upload._messages(len(DATA)))
+    assert datasets.done and bytes(datasets.stored) == DATA
 
 
 def test_an_empty_file_is_sent_as_one_empty_message(serve: Any) -> None:

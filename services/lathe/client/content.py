@@ -16,7 +16,6 @@ from typing import IO
 from lathe.common.errors import InvalidArgument
 
 CHUNK_BYTES = 1024 * 1024
-FILE_CHANGED = "FILE_CHANGED"
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +37,7 @@ class Content:
             with path.open("rb") as file:
                 found = os.fstat(file.fileno())
         except OSError as error:
-            raise InvalidArgument(f"{path} cannot be read: {error.strerror}.") from error
+            raise _unreadable(path, error) from error
         return cls(path, path.name, found.st_size, found.st_mtime_ns)
 
     @contextmanager
@@ -50,48 +49,62 @@ class Content:
             with self.source.open("rb") as file:
                 yield file
 
-    @property
-    def changed(self) -> bool:
-        """Whether the file is not what it was: what was sent of it may be of two versions."""
-        if isinstance(self.source, bytes):
-            return False
+    def pieces(self, offset: int) -> Iterator[bytes]:
+        """The bytes from `offset`, CHUNK_BYTES at a time. Raises InvalidArgument where they cannot be read."""
         try:
-            found = self.source.stat()
-        except OSError:
-            return True
-        return (found.st_size, found.st_mtime_ns) != (self.size, self.written)
+            with self.opened() as file:
+                file.seek(offset)
+                while data := file.read(CHUNK_BYTES):
+                    yield data
+        except OSError as error:
+            raise _unreadable(self.source, error) from error
 
     def check_unchanged(self) -> None:
-        """Raises InvalidArgument, with the reason FILE_CHANGED."""
-        if self.changed:
+        """Raises InvalidArgument for a file that is not what it was: what was sent of it may be of two versions."""
+        if isinstance(self.source, bytes):
+            return
+        try:
+            found = self.source.stat()
+        except OSError as error:
+            raise _unreadable(self.source, error) from error
+        if (found.st_size, found.st_mtime_ns) != (self.size, self.written):
             raise InvalidArgument(
-                f"{self.source!s} changed while it was uploaded; nothing was kept, upload it again.",
-                reason=FILE_CHANGED,
+                f"{self.source} changed while it was uploaded; nothing was kept, upload it again.",
+                reason="FILE_CHANGED",
             )
 
 
+def _unreadable(source: object, error: OSError) -> InvalidArgument:
+    return InvalidArgument(f"{source} cannot be read: {error.strerror}.")
+
+
 class ContentDigest:
-    """The SHA-256 of a content. Each byte is hashed once, however often its sending begins anew."""
+    """The SHA-256 of a content. Each byte is hashed once, however often its sending begins anew.
+
+    A thread of a stream that broke may still be at its last piece when the next stream begins.
+    """
 
     def __init__(self, content: Content) -> None:
         self.content = content
         self._hash = hashlib.sha256()
         self._hashed = 0
+        self._lock = threading.Lock()
 
     def add(self, offset: int, data: bytes) -> None:
         """The bytes from `offset`, which is not past what was hashed so far."""
-        new = memoryview(data)[self._hashed - offset :]
-        self._hash.update(new)
-        self._hashed += len(new)
+        with self._lock:
+            new = memoryview(data)[self._hashed - offset :]
+            self._hash.update(new)
+            self._hashed += len(new)
 
     def hexdigest(self) -> str:
-        """Of the whole content, in lower case; what was not hashed yet is read."""
+        """Of the whole content, in lower case; what was not hashed yet is read. Raises InvalidArgument."""
         self._read(threading.Event())
         return self._hash.hexdigest()
 
     @contextmanager
     def made_beside(self) -> Iterator[Callable[[], str]]:
-        """Hash in a thread during the block, which gets what waits for `hexdigest`."""
+        """Hash in a thread during the block, which gets what waits for `hexdigest`. That raises InvalidArgument."""
         stop = threading.Event()
         with ThreadPoolExecutor(1, thread_name_prefix="digest") as thread:
             reading = thread.submit(self._read, stop)
@@ -106,7 +119,7 @@ class ContentDigest:
                 stop.set()
 
     def _read(self, stop: threading.Event) -> None:
-        with self.content.opened() as file:
-            file.seek(self._hashed)
-            while not stop.is_set() and (data := file.read(CHUNK_BYTES)):
-                self.add(self._hashed, data)
+        for data in self.content.pieces(self._hashed):
+            self.add(self._hashed, data)
+            if stop.is_set():
+                return

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from lathe.client.audits import Audits
-from lathe.client.content import CHUNK_BYTES, FILE_CHANGED, Content, ContentDigest
+from lathe.client.content import Content, ContentDigest
 from lathe.client.paging import pages
 from lathe.client.parts import PartsUpload, StoreOutOfReach
 from lathe.client.rows import Rows
@@ -18,6 +18,7 @@ from lathe.common.errors import (
     DeadlineExceeded,
     FailedPrecondition,
     InvalidArgument,
+    LatheError,
     OutOfRange,
     Unavailable,
     Unimplemented,
@@ -66,7 +67,7 @@ class Datasets(Rows, Audits):
             if done is not None:
                 return done
         created = self._create(new)
-        with self._forgotten_if_changed(created.name):
+        with self._forgotten_if_refused(created.name):
             return _Upload(self._transport, self._stub, created.name, digest, progress).run()
 
     def import_from(
@@ -109,7 +110,7 @@ class Datasets(Rows, Audits):
                 progress(size, content.size)
 
         try:
-            with self._forgotten_if_changed(created.name):
+            with self._forgotten_if_refused(created.name):
                 return PartsUpload(self._transport, self._stub, created.name, digest, stored).run()
         except (StoreOutOfReach, Unimplemented):
             # Or the platform is of the version before, which made a dataset for a stream.
@@ -117,12 +118,12 @@ class Datasets(Rows, Audits):
             return None
 
     @contextmanager
-    def _forgotten_if_changed(self, name: str) -> Iterator[None]:
-        """Nobody wants a file of which one half is older than the other."""
+    def _forgotten_if_refused(self, name: str) -> Iterator[None]:
+        """What cannot be read any more, changed meanwhile or is too large leaves no dataset that waits for the rest."""
         try:
             yield
-        except InvalidArgument as error:
-            if error.reason == FILE_CHANGED:
+        except InvalidArgument:
+            with suppress(LatheError):
                 self.delete(name)
             raise
 
@@ -193,6 +194,8 @@ class _Upload:
         self._content = digest.content
         self._digest = digest
         self._progress = progress
+        # Why the last stream was left unfinished: gRPC would only log what its iterator raises.
+        self._refused: InvalidArgument | None = None
 
     def run(self) -> pb.Dataset:
         best, offset = 0, 0
@@ -201,10 +204,12 @@ class _Upload:
         while True:
             try:
                 answer = self._transport.send(self._stub.UploadDataset, self._messages(offset))
-                if answer.state == pb.DATASET_STATE_UPLOADING:
-                    # `_messages` did not finish it.
-                    self._content.check_unchanged()
+                if self._refused is not None:
+                    raise self._refused
                 return answer
+            except InvalidArgument as error:
+                # Without its first message a stream names no dataset.
+                raise self._refused or error from None
             except FailedPrecondition as error:
                 return self._completed(error)
             except (Unavailable, Aborted, OutOfRange) as error:
@@ -232,16 +237,12 @@ class _Upload:
         return dataset
 
     def _messages(self, offset: int) -> Iterator[pb.UploadDatasetRequest]:
-        with self._content.opened() as file:
-            file.seek(offset)
-            name = self._name
-            while True:
-                data = file.read(CHUNK_BYTES)
-                end = offset + len(data)
-                last = end >= self._content.size or not data
+        name = self._name
+        try:
+            for data, last in self._pieces(offset):
                 self._digest.add(offset, data)
-                if last and self._content.changed:
-                    return
+                if last:
+                    self._content.check_unchanged()
                 yield pb.UploadDatasetRequest(
                     name=name,
                     write_offset=offset,
@@ -249,8 +250,18 @@ class _Upload:
                     finish_write=last,
                     sha256=self._digest.hexdigest() if last else "",
                 )
-                name, offset = "", end
+                name, offset = "", offset + len(data)
                 if self._progress is not None:
                     self._progress(offset, self._content.size)
-                if last:
-                    return
+        except InvalidArgument as error:
+            self._refused = error
+
+    def _pieces(self, offset: int) -> Iterator[tuple[bytes, bool]]:
+        """The bytes from `offset`, and whether they are the last: an empty piece where none are left."""
+        for data in self._content.pieces(offset):
+            offset += len(data)
+            last = offset >= self._content.size
+            yield data, last
+            if last:
+                return
+        yield b"", True
