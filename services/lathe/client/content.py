@@ -119,7 +119,9 @@ class ContentDigest:
                 stop.set()
 
     def _read(self, stop: threading.Event) -> None:
-        for data in self.content.pieces(self._hashed):
-            self.add(self._hashed, data)
+        offset = self._hashed
+        for data in self.content.pieces(offset):
+            self.add(offset, data)
+            offset += len(data)
             if stop.is_set():
                 return

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from lathe.client.content import CHUNK_BYTES
 from lathe.client.names import full_name
 from lathe.client.paging import pages
 from lathe.client.transport import Transport, new_request_id, pause
@@ -24,7 +25,6 @@ from lathe.common.errors import (
 from lathe.v1 import models_pb2 as pb
 from lathe.v1.models_pb2_grpc import ModelsServiceStub
 
-CHUNK_BYTES = 1024 * 1024
 _COMMIT_S = 600.0
 _MANIFEST = "manifest.json"
 # A checkpoint's, for going on with; no part of the model.

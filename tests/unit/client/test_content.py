@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -38,6 +39,20 @@ def test_what_is_hashed_beside_stops_with_the_block(monkeypatch: pytest.MonkeyPa
         pass
     # Wherever it stopped, a stream goes on from there.
     digest.add(0, DATA[:150])
+    assert digest.hexdigest() == hashlib.sha256(DATA).hexdigest()
+
+
+def test_a_broken_streams_last_piece_may_come_between(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "CHUNK_BYTES", 50)
+    digest, pieces = ContentDigest(Content.of(DATA)), Content.pieces
+
+    def and_others_add_too(content: Content, offset: int) -> Iterator[bytes]:
+        for piece in pieces(content, offset):
+            digest.add(offset, DATA[offset : offset + 70])
+            yield piece
+            offset += len(piece)
+
+    monkeypatch.setattr(Content, "pieces", and_others_add_too)
     assert digest.hexdigest() == hashlib.sha256(DATA).hexdigest()
 
 

@@ -12,8 +12,9 @@ import pytest
 from lathe.client import datasets as datasets_client
 from lathe.client import models as models_client
 from lathe.client import transport as transport_client
+from lathe.client.content import CHUNK_BYTES
 from lathe.client.datasets import Datasets
-from lathe.client.models import CHUNK_BYTES, Models
+from lathe.client.models import Models
 from lathe.common.errors import Unavailable
 from lathe.v1 import datasets_pb2
 from lathe.v1 import models_pb2 as pb
