@@ -15,7 +15,6 @@ import pyarrow.parquet as pq
 import pytest
 from pydantic import SecretStr, ValidationError
 
-from lathe.common.clock import SystemClock
 from lathe.common.metrics import Metrics
 from lathe.common.objectstore.base import ObjectStore
 from lathe.common.objectstore.factory import open_store
@@ -27,6 +26,7 @@ from lathe.datasets.settings import DatasetsSettings, ImportSettings
 from lathe.v1 import datasets_pb2 as pb
 from lathe.v1.datasets_pb2_grpc import DatasetsServiceStub
 from tests.fixtures.servers import S3Endpoint
+from tests.fixtures.until import none_left, until
 from tests.integration.test_uploads_door import TOKEN, migrated
 from tests.unit.datasets.conftest import GOOD
 
@@ -74,10 +74,9 @@ async def started(tmp_path: Path) -> AsyncIterator[Callable[..., Awaitable[Impor
             wanted = pb.ImportDatasetRequest(parent="projects/acme", dataset=new, source=source)
             made = await call(stub.ImportDataset, wanted, principal=ALICE)
             get = pb.GetDatasetRequest(name=made.name)
-            async with asyncio.timeout(60):
-                while (found := await call(stub.GetDataset, get, principal=ALICE)).state not in DONE:
-                    await SystemClock().sleep(0.02)
-            return found
+            return await until(
+                lambda: call(stub.GetDataset, get, principal=ALICE), lambda found: found.state in DONE
+            )
 
         return imported
 
@@ -97,7 +96,7 @@ async def test_buckets(started: Any, tmp_path: Path, seaweedfs: S3Endpoint) -> N
     assert found.source == f"s3://{listed}/data/v=1/train.jsonl"
     store: ObjectStore = open_store(s3)
     assert await store.get(f"blobs/{found.sha256}") == GOOD
-    assert [info.key async for info in store.list("staging/")] == []
+    await none_left(store, "staging/")
     for source, code in (
         (f"s3://{unlisted}/data/v=1/train.jsonl", "import_refused"),
         (f"s3://{ours}/blobs/{found.sha256}", "import_refused"),

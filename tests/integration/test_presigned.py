@@ -35,6 +35,7 @@ from tests.fakes.all_owners import AllOwners
 from tests.fixtures.relay import Relay, relay
 from tests.fixtures.servers import S3Endpoint, free_ports
 from tests.fixtures.tiny import build_tiny_tokenizer
+from tests.fixtures.until import none_left
 from tests.integration.test_uploads_door import TOKEN, migrated
 
 KEY = "sk-lathe-" + "a" * 48
@@ -56,9 +57,6 @@ class Platform:
 
     async def names(self) -> list[str]:
         return await asyncio.to_thread(lambda: [item.name for item in self.client.datasets.list()])
-
-    async def keys(self, prefix: str = "") -> list[str]:
-        return [info.key async for info in self.store.list(prefix)]
 
 
 @pytest.fixture(params=["offered"])
@@ -136,7 +134,7 @@ async def test_a_large_file_goes_straight_to_the_store_though_its_connections_br
     assert seen[-1] == len(DATA) and seen == sorted(seen)
     assert len(began) == 5
     assert await platform.store.get(f"blobs/{done.sha256}") == DATA
-    assert await platform.keys("staging/") == []
+    await none_left(platform.store, "staging/")
 
 
 async def test_urls_that_are_refused_as_expired_ones_are_signed_again(
@@ -226,4 +224,4 @@ async def test_a_missing_part_and_wrong_bytes(platform: Platform) -> None:
     )
     done = await asyncio.to_thread(datasets.wait, made.name)
     assert (done.state, done.report.findings[0].code) == (pb.DATASET_STATE_ERROR, "digest_mismatch")
-    assert await platform.keys() == []
+    await none_left(platform.store)

@@ -28,6 +28,7 @@ from lathe.text.tokenizer import Tokenizer
 from tests.fakes.all_owners import AllOwners
 from tests.fakes.clock import FakeClock
 from tests.fixtures.tiny import build_tiny_tokenizer
+from tests.fixtures.until import none_left, until
 
 TOKEN = "service-token"
 ROW = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
@@ -69,16 +70,10 @@ class Door:
         return (await self.sdk.uploads.parts.create(upload, data=data)).id
 
     async def processed(self, file_id: str) -> Any:
-        async with asyncio.timeout(30):
-            while (file := await self.sdk.files.retrieve(file_id)).status == "uploaded":  # noqa: ASYNC110
-                await asyncio.sleep(0.02)
-        return file
+        return await until(lambda: self.sdk.files.retrieve(file_id), lambda file: file.status != "uploaded")
 
     async def until(self, file_id: str, status: str) -> Any:
-        async with asyncio.timeout(30):
-            while (file := await self.sdk.files.retrieve(file_id)).status != status:  # noqa: ASYNC110
-                await asyncio.sleep(0.02)
-        return file
+        return await until(lambda: self.sdk.files.retrieve(file_id), lambda file: file.status == status)
 
     async def close(self) -> None:
         for client in (self.sdk, self.eve, self.azure):
@@ -145,7 +140,7 @@ async def test_parts_make_one_file_in_the_order_given(door: Door) -> None:
     file = await door.processed(done.file.id)
     assert file.status == "processed"
     assert (await door.sdk.files.content(file.id)).content == ROWS
-    assert await keys(door.store, "staging/") == []
+    await none_left(door.store, "staging/")
     # The answer may have been lost.
     again = await door.sdk.uploads.complete(upload, part_ids=[first, middle, last], md5=md5)
     assert again.file is not None and again.file.id == file.id
@@ -196,7 +191,7 @@ async def test_another_md5_is_an_error_of_the_file(door: Door) -> None:
     assert done.file is not None
     file = await door.processed(done.file.id)
     assert file.status == "error" and "MD5" in (file.status_details or "")
-    assert await keys(door.store, "") == []
+    await none_left(door.store)
 
 
 async def test_completed_twice_at_the_same_time_is_one_file(door: Door) -> None:
