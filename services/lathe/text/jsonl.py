@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import overload
@@ -22,6 +23,7 @@ MAX_BAD_ROWS = 10_000
 _MAX_NAMED = 20
 _MAX_NAME = 40
 _BOM = b"\xef\xbb\xbf"
+_BLANK_LINES = re.compile(rb"\s*\n")
 
 
 class Line(Struct, frozen=True, gc=False):
@@ -48,19 +50,19 @@ class LineSplitter:
 
     def feed(self, chunk: bytes) -> Iterator[Line]:
         """The lines that this chunk ends. Consume them all before the next call."""
-        first, *others = chunk.split(b"\n")
-        self._hold(first)
-        if not others:
-            return
-        line = self._held(ended=True)
-        if line is not None:
-            yield line
-        rest = others.pop()
-        for part in others:
-            line = self._line(part, len(part))
-            if line is not None:
+        begin = 0
+        while (end := chunk.find(b"\n", begin)) >= 0:
+            if self._size:
+                self._hold(chunk[begin:end])
+                line = self._held(ended=True)
+            else:
+                line = self._line(chunk[begin:end], end - begin)
+            begin = end + 1
+            if line is None:
+                begin = self._skip_blank(chunk, begin)
+            else:
                 yield line
-        self._hold(rest)
+        self._hold(chunk[begin:])
 
     def finish(self) -> Iterator[Line]:
         """The last line, where no newline ends it."""
@@ -68,6 +70,16 @@ class LineSplitter:
             line = self._held(ended=False)
             if line is not None:
                 yield line
+
+    def _skip_blank(self, chunk: bytes, begin: int) -> int:
+        """Where the blank lines that begin there end: a file may be full of them. Looks no further than one line may
+        be long, so that none of them is too long, however the chunks are cut."""
+        blank = _BLANK_LINES.match(chunk, begin, begin + self._max)
+        if blank is None:
+            return begin
+        self._number += chunk.count(b"\n", begin, blank.end())
+        self._offset += blank.end() - begin
+        return blank.end()
 
     def _hold(self, part: bytes) -> None:
         if part:

@@ -1,6 +1,9 @@
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+import sys
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
+from types import FrameType
 
 import pytest
 from hypothesis import given
@@ -8,7 +11,7 @@ from hypothesis import strategies as st
 
 from lathe.text.errors import RowError
 from lathe.text.formats import RowFormat
-from lathe.text.jsonl import Validator, iter_lines
+from lathe.text.jsonl import Line, LineSplitter, Validator, iter_lines
 
 ROW = b'{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}'
 
@@ -34,6 +37,53 @@ def test_lines_do_not_depend_on_chunks(
     data = b"\xef\xbb\xbf" * bom + newline.join(lines) + newline * ended
     expected = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
     assert list(iter_lines(cut(data, sizes))) == expected
+
+
+@given(
+    lines=st.lists(st.text(" \t\r\f\vx", max_size=9).map(str.encode), min_size=1, max_size=12),
+    longest=st.integers(1, 8),
+    sizes=st.lists(st.integers(0, 9), max_size=12),
+)
+def test_blank_lines_are_counted_however_they_are_cut(
+    lines: list[bytes], longest: int, sizes: list[int]
+) -> None:
+    """Against the plain reading of it: split, count, look at each line by itself."""
+    expected, offset = list[Line](), 0
+    for number, raw in enumerate(lines, 1):
+        data, ended = raw.removesuffix(b"\r"), number < len(lines)
+        if len(data) > longest:
+            expected.append(Line(number, b"", offset, too_long=True, ended=ended))
+        elif data.strip():
+            expected.append(Line(number, data, offset, ended=ended))
+        offset += len(raw) + 1
+    splitter = LineSplitter(longest)
+    found = [line for chunk in cut(b"\n".join(lines), sizes) for line in splitter.feed(chunk)]
+    assert [*found, *splitter.finish()] == expected
+
+
+@pytest.mark.parametrize("blank", [b"\n", b"\r\n", b" \t\n"])
+def test_blank_lines_cost_no_python_each(blank: bytes) -> None:
+    """A file of nothing else would hold a validation for half an hour."""
+    splitter = LineSplitter()
+    with calls_counted() as calls:
+        assert list(splitter.feed(ROW + b"\n" + blank * 10_000 + ROW + b"\n"))[1].number == 10_002
+    assert sum(calls.values()) < 100
+
+
+@contextmanager
+def calls_counted() -> Iterator[dict[str, int]]:
+    """How often functions were called inside, by kind of call."""
+    calls = dict[str, int]()
+
+    def count(frame: FrameType, event: str, argument: object) -> None:
+        calls[event] = calls.get(event, 0) + 1
+
+    before = sys.getprofile()
+    sys.setprofile(count)
+    try:
+        yield calls
+    finally:
+        sys.setprofile(before)
 
 
 async def test_an_asynchronous_stream() -> None:
