@@ -23,6 +23,7 @@ from lathe.cli.output import (
     when,
 )
 from lathe.client.datasets import Progress
+from lathe.client.names import last_id
 from lathe.v1 import datasets_pb2 as pb
 
 app = typer.Typer(no_args_is_help=True, help="Files of examples to tune on.")
@@ -94,7 +95,7 @@ def _say(dataset: pb.Dataset, as_json: bool) -> None:
     if as_json:
         print_json(dataset)
     else:
-        print(last_id(dataset))
+        print(last_id(dataset.name))
         say_report(dataset.report, dataset.state == pb.DATASET_STATE_READY)
     if dataset.state == pb.DATASET_STATE_ERROR:
         raise typer.Exit(exits.INVALID)
@@ -114,7 +115,7 @@ def list_(
         return
     rows = (
         (
-            last_id(dataset),
+            last_id(dataset.name),
             dataset.display_name,
             dataset.purpose,
             state_word(dataset),
@@ -139,7 +140,7 @@ def show(context: typer.Context, dataset: DATASET, as_json: JSON = False) -> Non
         return
     print_facts(
         (
-            ("id", last_id(found)),
+            ("id", last_id(found.name)),
             ("file", found.display_name),
             ("purpose", found.purpose),
             ("state", state_word(found)),
@@ -207,11 +208,6 @@ def _source(dataset: pb.Dataset) -> str:
     names = ", ".join(f"{key}={column}" for key, column in sorted(options.columns.items()))
     kind = f"{options.file_type} ({names})" if names else options.file_type
     return f"{kind}, {size(dataset.source_size_bytes)}, sha256 {dataset.source_sha256}"
-
-
-def last_id(dataset: pb.Dataset) -> str:
-    """OpenAI's file id."""
-    return dataset.name.rsplit("/", 1)[-1]
 
 
 @contextmanager

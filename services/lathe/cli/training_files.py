@@ -5,6 +5,7 @@ from typing import Any
 
 from lathe.cli.output import note
 from lathe.client import Client
+from lathe.client.names import last_id
 from lathe.common.errors import InvalidArgument, NotFound
 from lathe.v1 import datasets_pb2
 
@@ -19,7 +20,7 @@ def dataset_of(client: Client, given: str) -> str:
         _check_no_path(given)
         return given
     dataset = upload_file(client, given)
-    note(f"Uploaded {given} as {_id(dataset)}.")
+    note(f"Uploaded {given} as {last_id(dataset.name)}.")
     return dataset.name
 
 
@@ -76,9 +77,7 @@ def upload_file(client: Client, given: str) -> datasets_pb2.Dataset:
         first = next(iter(dataset.report.findings), datasets_pb2.Finding())
         where = f"line {first.line}: " if first.line else ""
         why = f": {where}{first.message}" if first.message else ""
-        raise InvalidArgument(f"{given} cannot be trained on{why} (lathe datasets show {_id(dataset)})")
+        raise InvalidArgument(
+            f"{given} cannot be trained on{why} (lathe datasets show {last_id(dataset.name)})"
+        )
     return dataset
-
-
-def _id(dataset: datasets_pb2.Dataset) -> str:
-    return dataset.name.rsplit("/", 1)[-1]

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import overload
 
 from msgspec import Struct
 
@@ -106,47 +105,6 @@ class LineSplitter:
         if size > self._max:
             return Line(self._number, b"", offset, too_long=True, ended=ended)
         return Line(self._number, data, offset, ended=ended) if data and not data.isspace() else None
-
-
-@overload
-def iter_lines(chunks: Iterable[bytes], max_line_bytes: int = ...) -> Iterator[tuple[int, bytes]]: ...
-@overload
-def iter_lines(
-    chunks: AsyncIterable[bytes], max_line_bytes: int = ...
-) -> AsyncIterator[tuple[int, bytes]]: ...
-def iter_lines(
-    chunks: Iterable[bytes] | AsyncIterable[bytes], max_line_bytes: int = MAX_LINE_BYTES
-) -> Iterator[tuple[int, bytes]] | AsyncIterator[tuple[int, bytes]]:
-    """(line number, line) of a stream, as LineSplitter gives them; asynchronous for an asynchronous stream.
-    Raises RowError with code line_too_long."""
-    splitter = LineSplitter(max_line_bytes)
-    if isinstance(chunks, AsyncIterable):
-        return _iter_async(chunks, splitter, max_line_bytes)
-    return _iter_sync(chunks, splitter, max_line_bytes)
-
-
-def _iter_sync(chunks: Iterable[bytes], splitter: LineSplitter, limit: int) -> Iterator[tuple[int, bytes]]:
-    for chunk in chunks:
-        for line in splitter.feed(chunk):
-            yield _checked(line, limit)
-    for line in splitter.finish():
-        yield _checked(line, limit)
-
-
-async def _iter_async(
-    chunks: AsyncIterable[bytes], splitter: LineSplitter, limit: int
-) -> AsyncIterator[tuple[int, bytes]]:
-    async for chunk in chunks:
-        for line in splitter.feed(chunk):
-            yield _checked(line, limit)
-    for line in splitter.finish():
-        yield _checked(line, limit)
-
-
-def _checked(line: Line, limit: int) -> tuple[int, bytes]:
-    if line.too_long:
-        raise RowError(f"line {line.number}", "line_too_long", f"the line is longer than {limit} bytes")
-    return line.number, line.data
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,6 +3,7 @@
 import pytest
 import typer
 
+from lathe.cli.datasets import app
 from lathe.cli.datasets_check import columns_of, is_same
 from lathe.v1 import datasets_pb2 as pb
 
@@ -35,6 +36,12 @@ def test_a_file_is_uploaded_once(
     dataset: pb.Dataset, sha256: str, file_type: str, columns: dict[str, str], same: bool
 ) -> None:
     assert is_same(dataset, sha256 * 64, file_type, columns) is same
+
+
+def test_columns_are_mapped_by_the_same_option_wherever_a_file_is_sent() -> None:
+    commands = typer.main.get_command(app).commands
+    for name in ("upload", "import", "check"):
+        assert "--column" in {option for one in commands[name].params for option in one.opts}
 
 
 def test_columns_are_pairs_each_key_once() -> None:

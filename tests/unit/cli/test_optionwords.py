@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
+
 import pytest
 import typer
 
@@ -9,9 +11,12 @@ from lathe.cli import main
 from lathe.cli.optionwords import in_options, option_names
 from lathe.client.jobsettings import METHODS, messages_of, setting_paths
 from lathe.common.errors import FieldViolation, InvalidArgument
+from lathe.datasets.model import ImportOptions, check_new, resolve_import
 from lathe.datasets.operations import AuditChoice, Drop, Sample, Split, Truncate, check_operation
+from lathe.datasets.protos import import_options
 from lathe.jobs.requests import JobRequest, check_request
-from lathe.v1 import jobs_pb2
+from lathe.text.filekinds import FileType
+from lathe.v1 import datasets_pb2, jobs_pb2
 
 
 def options_of_all_commands() -> set[str]:
@@ -68,6 +73,42 @@ def test_what_is_wrong_with_an_operation_names_its_option(operation: Split, word
 def test_an_operation_is_called_as_its_command() -> None:
     assert in_options("operation.dedupe: 4 rows would be left.") == "dedupe: 4 rows would be left."
     assert in_options("operation.drop.lines: none. operation.drop: 4") == "--lines: none. drop: 4"
+
+
+@pytest.mark.parametrize(
+    ("name", "purpose", "options", "words"),
+    [
+        ("a.csv", "train", None, "--purpose 'train' must be one of"),
+        ("a\nb", "fine-tune", None, "The file's name must be 1 to 255 characters"),
+        (
+            "a.csv",
+            "evals",
+            ImportOptions(FileType.CSV),
+            "--file-type (or --column) is for the purpose fine-tune",
+        ),
+        (
+            "a.csv",
+            "fine-tune",
+            ImportOptions(FileType.CSV, {"text": "x" * 256}),
+            "--column has at most 50 names",
+        ),
+    ],
+)
+def test_what_is_wrong_with_an_upload_names_its_option(
+    name: str, purpose: str, options: ImportOptions | None, words: str
+) -> None:
+    with pytest.raises(InvalidArgument) as error:
+        check_new(name, purpose, None, datetime(2026, 1, 1, tzinfo=UTC))
+        resolve_import(name, purpose, options)
+    told = main.as_lathe_error(error.value)
+    assert told is not None and told.message.startswith(words)
+
+
+def test_a_file_type_that_is_none_names_its_option() -> None:
+    with pytest.raises(InvalidArgument) as error:
+        import_options(datasets_pb2.Dataset(import_options={"file_type": "xls"}))
+    told = main.as_lathe_error(error.value)
+    assert told is not None and told.message.startswith("--file-type 'xls' must be one of")
 
 
 def test_what_is_wrong_with_a_job_names_its_option() -> None:

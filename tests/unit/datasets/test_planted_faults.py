@@ -59,6 +59,7 @@ FAULTS = {
             "Ihre Bestellung kommt morgen früh bei Ihnen an, das haben wir eben noch einmal nachgesehen.",
         ),
     ),
+    26: ("validation_near_duplicate", row(f"901: {text(901)}!", f"It is about {text(1001, 6)}.")),
 }  # fmt: skip
 
 
@@ -83,11 +84,11 @@ async def test_every_planted_fault_is_found_in_its_line(world, base, tmp_path):
     groups = {group.code: group.lines for group in audit.report.groups}
     # The template's own fault is in all rows that train to their end.
     ends = groups.pop("stop_not_trained")
-    assert set(range(1, 26)) - {13, 14} == {*ends, *range(21, 26)} and len(ends) == 20
+    assert set(range(1, 27)) - {13, 14} == {*ends, *range(21, 27)} and len(ends) == 20
     assert groups == {code: (line,) for line, (code, _) in FAULTS.items()}
     assert audit.report.findings[0].code == "nothing_trained"
 
     path = tmp_path / "findings.arrow"
     await world.objects.fetch(audit.findings_key, path)
     found = [pair for pair in read_finding_lines(path) if pair[1] != "stop_not_trained"]
-    assert found == [(line, code) for line, (code, _) in FAULTS.items() if code != "validation_duplicate"]
+    assert found == [(line, code) for line, (code, _) in FAULTS.items() if not code.startswith("validation_")]

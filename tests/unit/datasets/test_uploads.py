@@ -78,6 +78,16 @@ async def test_bytes_that_are_not_those_announced_are_not_kept(world, service):
         await service.commit_upload("acme", dataset.id, dataset.staging_key, 7, sha(GOOD))
 
 
+@pytest.mark.parametrize("name", ["a.jsonl", "a.csv"])
+async def test_an_upload_whose_bytes_are_gone_says_so(world, service, name):
+    dataset = await world.upload(name=name)
+    await world.objects.delete(dataset.staging_key)
+    await world.validate()
+    dataset = await service.get("acme", dataset.id)
+    assert (dataset.state, dataset.report.findings[0].code) == (DatasetState.ERROR, "upload_lost")
+    assert dataset.sha256 == "" and world.objects.keys() == []
+
+
 async def test_a_commit_can_be_repeated_but_never_changes_a_dataset(world, service):
     dataset = await world.ready()
     facts = ("acme", dataset.id, "staging/any", len(GOOD))

@@ -30,6 +30,16 @@ def test_every_code_in_the_source_has_a_severity_and_an_advice():
     assert used - KINDS.keys() == set()
 
 
+def test_every_code_that_is_documented_is_one_that_the_source_can_give():
+    folders = [Path(module.__path__[0]) for module in (lathe.text, lathe.datasets)]
+    # The one lists them all; the other says which of them an operation understands.
+    lists = {"findings.py", "operations.py"}
+    paths = [path for folder in folders for path in folder.glob("*.py") if path.name not in lists]
+    nodes = (node for path in paths for node in ast.walk(ast.parse(path.read_text())))
+    texts = {node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)}
+    assert KINDS.keys() - texts == set()
+
+
 def test_meanings_and_advices_read_as_sentences():
     for code, kind in KINDS.items():
         assert not kind.meaning.endswith("."), code
