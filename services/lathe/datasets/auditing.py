@@ -207,8 +207,8 @@ class Auditor:
                 yield lines
         if digest.hexdigest() != sha256:
             raise DataLoss(
-                "The stored file is damaged: its SHA-256 is not what it was. Delete the dataset and upload the file "
-                "again."
+                "The stored file is damaged: its SHA-256 is not what it was. Upload the same file again: that mends "
+                "every dataset of it."
             )
         for lines in chunker.finish():
             yield lines

@@ -238,10 +238,14 @@ class DatasetStore(Protocol):
         ...
 
     async def forget_failed_audits(
-        self, *, begins: int | None = None, unused_since: datetime | None = None
+        self,
+        *,
+        begins: int | None = None,
+        unused_since: datetime | None = None,
+        dataset_sha256: str | None = None,
     ) -> None:
-        """Remove FAILED ones, so that they are tried again when somebody asks: those that were begun less often, and
-        for which nobody asked since; of all if not given."""
+        """Remove FAILED ones, so that they are tried again when somebody asks: those that were begun less often, for
+        which nobody asked since, and of datasets with this digest; of all if not given."""
         ...
 
     async def drop_running_audit(self, key: str) -> None:

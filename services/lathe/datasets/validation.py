@@ -18,6 +18,7 @@ from lathe.datasets.blobs import Blobs
 from lathe.datasets.conversion import Converted, Converter, ReaderKilled, convert_apart, unreadable
 from lathe.datasets.folders import work_folder
 from lathe.datasets.model import (
+    AUDIT_BEGINS,
     RESULTS_PURPOSE,
     Dataset,
     DatasetState,
@@ -140,12 +141,13 @@ class Validation:
         # The row first: from here on nobody deletes the blob.
         if not await self._store.note_digest(dataset.project, dataset.id, found.sha256):
             return
-        if await self._is_there(dataset, found.sha256, found.size):
-            pass
-        elif source is None:
+        await self._check_unclaimed(dataset, found.sha256)
+        # Also where it is there already: what is there may be damaged, and these bytes were read just now.
+        if source is None:
             await self._objects.put(blob_key(found.sha256), b"")
         else:
             await self._objects.copy(source, blob_key(found.sha256))
+        await self._forget_failures(found.sha256)
         state = DatasetState.ERROR if report.has_errors else DatasetState.READY
         await self._finish(dataset, state, found.sha256, report)
 
@@ -167,8 +169,9 @@ class Validation:
             if bad:
                 await self._finish(dataset, DatasetState.ERROR, "", made.report)
                 return
-            if not await self._is_there(dataset, sha256, size):
-                await self._objects.put_file(blob_key(sha256), target)
+            await self._check_unclaimed(dataset, sha256)
+            await self._objects.put_file(blob_key(sha256), target)
+            await self._forget_failures(sha256)
             await self._finish(dataset, DatasetState.READY, sha256, made.report)
 
     async def _file_sizes(self, dataset: Dataset) -> list[int]:
@@ -190,12 +193,14 @@ class Validation:
         del self._killed[dataset.name]
         return made
 
-    async def _is_there(self, dataset: Dataset, sha256: str, size: int) -> bool:
-        """Whether the blob that the row names already is stored already. Raises Unavailable while one is deleted."""
+    async def _check_unclaimed(self, dataset: Dataset, sha256: str) -> None:
+        """Of the blob that the row names already. Raises Unavailable while an earlier one is deleted."""
         if await self._store.is_claimed(sha256):
             raise Unavailable(f"An earlier copy of {dataset.name} is still being deleted.", retry_after=1)
-        there = await self._objects.head(blob_key(sha256))
-        return there is not None and there.size == size
+
+    async def _forget_failures(self, sha256: str) -> None:
+        """Audits of a blob that was damaged are made anew; not those that end their processes."""
+        await self._store.forget_failed_audits(begins=AUDIT_BEGINS, dataset_sha256=sha256)
 
     async def _freeze(self, dataset: Dataset, parts: Sequence[str], frozen: str) -> bool:
         """Make the upload one object under a key that nobody else knows; False if nothing is there.

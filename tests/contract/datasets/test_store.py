@@ -223,8 +223,14 @@ async def test_failed_audits_are_forgotten_and_dropped_ones_leave_a_claim(store)
     await store.finish_audit(TASK.key, AuditState.FAILED, REPORT, AuditResult())
     await store.forget_failed_audits(begins=0)
     await store.forget_failed_audits(unused_since=NOW)
+    await store.forget_failed_audits(dataset_sha256="0" * 64)
     assert await store.get_audit(TASK.key, NOW) is not None
     await store.forget_failed_audits(begins=1, unused_since=NOW + timedelta(seconds=1))
+    assert await store.get_audit(TASK.key, NOW) is None
+    await store.add_audit(TASK)
+    await store.forget_failed_audits(dataset_sha256=TASK.dataset_sha256)
+    await store.finish_audit(TASK.key, AuditState.FAILED, REPORT, AuditResult())
+    await store.forget_failed_audits(dataset_sha256=TASK.dataset_sha256)
     assert await store.get_audit(TASK.key, NOW) is None
     await store.add_audit(TASK)
     await store.set_audit_objects(TASK.key, RESULT.sha256, "")

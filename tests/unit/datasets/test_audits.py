@@ -201,6 +201,22 @@ async def test_a_stored_file_that_is_damaged_is_not_audited(world, base):
     assert "damaged" in failed.report.findings[0].message and not failed.object_key
 
 
+@pytest.mark.parametrize("name", ["again.jsonl", "again.csv"])
+async def test_the_next_upload_of_the_same_bytes_heals_a_file_that_is_damaged(world, base, name):
+    table = b"prompt,completion\n" + b"".join(b"Hello %d,Hi\n" % n for n in range(12))
+    content = table if name.endswith(".csv") else GOOD
+    dataset = await world.ready(content, name=name)
+    good = await world.content(dataset)
+    await world.objects.put(blob_key(dataset.sha256), good.replace(b"Hello", b"Jello", 1))
+    assert (await audited(world, dataset)).state is AuditState.FAILED
+    again = await world.ready(content, name=name)
+    assert again.sha256 == dataset.sha256
+    assert await world.content(dataset) == good
+    # Nobody has to wait until the failure is forgotten.
+    assert (await audited(world, again)).state is AuditState.READY
+    assert (await ensure(world, dataset)).state is AuditState.READY
+
+
 async def test_damaged_findings_name_no_lines(world, base):
     audit = await audited(world, await world.ready(jsonl([row()] * 12)))
     path = world.folder / "findings"
@@ -242,8 +258,9 @@ async def test_an_audit_that_ends_its_process_again_and_again_is_given_up(world,
     failed = await ensure(world, dataset)
     assert failed.state is AuditState.FAILED
     assert "begun 3 times" in failed.report.findings[0].message
-    # A process that starts anew may not know better.
+    # Neither may a process that starts anew know better, nor is it for the same bytes to try it again.
     await Auditor(world.store, world.objects, world.folder).start()
+    await world.ready()
     world.clock.tick(timedelta(minutes=11).total_seconds())
     await world.sweep()
     assert (await ensure(world, dataset)).state is AuditState.FAILED

@@ -138,11 +138,17 @@ class Audits(Base):
                 raise
 
     async def forget_failed_audits(
-        self, *, begins: int | None = None, unused_since: datetime | None = None
+        self,
+        *,
+        begins: int | None = None,
+        unused_since: datetime | None = None,
+        dataset_sha256: str | None = None,
     ) -> None:
         query = audits.delete().where(audits.c.state == AuditState.FAILED.value)
         if begins is not None:
             query = query.where(audits.c.begins < begins)
         if unused_since is not None:
             query = query.where(audits.c.use_time < unused_since)
+        if dataset_sha256 is not None:
+            query = query.where(audits.c.dataset_sha256 == dataset_sha256)
         await self._change(query)
