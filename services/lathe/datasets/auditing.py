@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import logging
 import shutil
 from collections.abc import AsyncIterator, Callable, Mapping
@@ -12,9 +11,9 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from lathe.common.errors import DataLoss, LatheError, NotFound, RetryableError, Unavailable
+from lathe.common.errors import LatheError, NotFound, RetryableError, Unavailable
 from lathe.common.objectstore.base import ObjectStore, local_disk
-from lathe.datasets.blobs import fetch_blob, file_sha256
+from lathe.datasets.blobs import blob_chunks, fetch_blob, file_sha256
 from lathe.datasets.chunkwork import Chunk, Chunker, ChunkResult, ChunkWork, joined
 from lathe.datasets.collecting import Collector, Outcome, overlap_finding
 from lathe.datasets.folders import work_folder
@@ -196,20 +195,14 @@ class Auditor:
 
     async def _chunks(self, sha256: str) -> AsyncIterator[Chunk]:
         """Of a stored file. Raises DataLoss at its end if it is not what was stored."""
-        chunker, digest = Chunker(), hashlib.sha256()
+        chunker = Chunker()
 
         def take(data: bytes) -> list[Chunk]:
-            digest.update(data)
             return list(chunker.feed(data))
 
-        async for data in self._objects.stream(blob_key(sha256), chunk_size=256 * 1024):
+        async for data in blob_chunks(self._objects, sha256, 256 * 1024):
             for lines in await asyncio.to_thread(take, data):
                 yield lines
-        if digest.hexdigest() != sha256:
-            raise DataLoss(
-                "The stored file is damaged: its SHA-256 is not what it was. Upload the same file again: that mends "
-                "every dataset of it."
-            )
         for lines in chunker.finish():
             yield lines
 

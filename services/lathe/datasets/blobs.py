@@ -5,13 +5,14 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from lathe.common.clock import Clock
 from lathe.common.errors import DataLoss
 from lathe.common.ids import IdFactory
-from lathe.common.objectstore.base import ObjectStore
+from lathe.common.objectstore.base import CHUNK_SIZE, ObjectStore
 from lathe.datasets.model import blob_key, index_prefix
 from lathe.datasets.ports import DatasetStore
 
@@ -38,6 +39,22 @@ class Blobs:
             await self.objects.delete_prefix(index_prefix(sha256))
             await self.objects.delete(blob_key(sha256))
             await self.store.release_blob(sha256, holder)
+
+
+async def blob_chunks(
+    objects: ObjectStore, sha256: str, chunk_size: int = CHUNK_SIZE
+) -> AsyncIterator[bytes]:
+    """The bytes of a stored file. Raises DataLoss, at their end, if they are not what was stored; NotFound,
+    Unavailable."""
+    digest = hashlib.sha256()
+    async for chunk in objects.stream(blob_key(sha256), chunk_size=chunk_size):
+        await asyncio.to_thread(digest.update, chunk)
+        yield chunk
+    if digest.hexdigest() != sha256:
+        raise DataLoss(
+            "The stored file is damaged: its SHA-256 is not what it was. Upload the same file again: that mends every "
+            "dataset of it."
+        )
 
 
 async def fetch_blob(objects: ObjectStore, sha256: str, path: Path) -> None:

@@ -21,13 +21,13 @@ from lathe.common.errors import (
     Unavailable,
 )
 from lathe.common.objectstore.base import ObjectStore
+from lathe.datasets.blobs import blob_chunks
 from lathe.datasets.model import (
     MAX_OVERLAP_LINES,
     Dataset,
     DatasetState,
     Overlap,
     Report,
-    blob_key,
     index_prefix,
     whole_file,
 )
@@ -186,7 +186,7 @@ class Preparing:
 
 async def selected(operation: Choosing, indexes: RowIndexes, sha256: str) -> Selection:
     """Which rows of the file an operation takes. Raises InvalidArgument for one that cannot be done to it or leaves
-    too few rows, NotFound if the file is gone, Unavailable while it is not indexed."""
+    too few rows, NotFound if the file is gone, DataLoss if it is damaged, Unavailable while it is not indexed."""
     async with indexes.opened(sha256) as index:
         check_size(operation, len(index))
         strata = await _strata(operation, indexes.objects, sha256)
@@ -200,7 +200,7 @@ async def _strata(operation: Choosing, objects: ObjectStore, sha256: str) -> arr
     if not isinstance(operation, Split) or not operation.stratify_by:
         return None
     work = StrataPass(operation.stratify_by)
-    async for chunk in objects.stream(blob_key(sha256)):
+    async for chunk in blob_chunks(objects, sha256):
         await asyncio.to_thread(work.feed, chunk)
     return await asyncio.to_thread(work.finish)
 
@@ -235,8 +235,8 @@ def leaked_rows(frozen: RowIndex, file: RowIndex) -> tuple[int, tuple[int, ...]]
 
 
 async def _cut(cut: Cut, objects: ObjectStore, sha256: str) -> AsyncIterator[bytes]:
-    """What the chunks of a file give, without the empty ones."""
-    async for chunk in objects.stream(blob_key(sha256)):
+    """What the chunks of a file give, without the empty ones. Raises DataLoss if it is damaged."""
+    async for chunk in blob_chunks(objects, sha256):
         if rows := await asyncio.to_thread(cut.feed, chunk):
             yield rows
     if rows := await asyncio.to_thread(cut.finish):

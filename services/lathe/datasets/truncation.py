@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from datetime import datetime
 
 from lathe.common.errors import NotFound
-from lathe.datasets.model import blob_key
+from lathe.datasets.blobs import blob_chunks
 from lathe.datasets.operations import Truncate, findings_of
 from lathe.datasets.rowindexes import RowIndexes
 from lathe.datasets.service import render_options
@@ -119,8 +119,8 @@ class Truncations:
         return Truncation(limit, long_lines)
 
     async def rows(self, truncation: Truncation, sha256: str) -> AsyncIterator[bytes]:
-        """What it gives of a file. Raises NotFound if the file is gone, Unavailable."""
-        async for chunk in self.indexes.objects.stream(blob_key(sha256), chunk_size=256 * 1024):
+        """What it gives of a file. Raises NotFound if the file is gone, DataLoss if it is damaged, Unavailable."""
+        async for chunk in blob_chunks(self.indexes.objects, sha256, 256 * 1024):
             if rows := await asyncio.to_thread(truncation.feed, chunk):
                 yield rows
         if rows := await asyncio.to_thread(truncation.finish):

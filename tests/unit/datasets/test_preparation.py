@@ -106,6 +106,16 @@ def test_what_is_made_is_named_after_what_it_is_made_of():
     assert derived_name("x" * 255, "sample", "") == "sample.jsonl"
 
 
+@pytest.mark.parametrize("operation", [Sample(1, 20), Split(1, 0.25, stratify_by="answer")])
+async def test_nothing_is_made_of_a_file_that_is_damaged(world, operation):
+    parent = await world.ready(SIXTY)
+    await world.prepare()
+    await world.objects.put(blob_key(parent.sha256), SIXTY.replace(b"Answer 1", b"Answer 7"))
+    for made in await world.derive(parent, operation):
+        assert (made.state, made.report.findings[0].code) == (DatasetState.ERROR, "cannot_prepare")
+        assert "damaged" in made.report.findings[0].message and not made.sha256
+
+
 async def test_the_same_operation_gives_the_same_bytes_and_a_count_before(world):
     parent = await world.ready(SIXTY)
     await world.prepare()

@@ -59,6 +59,15 @@ async def test_what_is_too_long_is_shortened_and_the_rest_keeps_its_bytes(world)
     assert 3 <= len(shortened) < len(LONG["messages"])
 
 
+async def test_nothing_is_made_of_a_file_that_is_damaged(world):
+    parent = await ready(world)
+    made = await truncated(world, parent, truncation())
+    content = await world.content(parent)
+    await world.objects.put(blob_key(parent.sha256), content.replace(b"Answer 1", b"Answer 7"))
+    (again,) = await world.derive(parent, made.preparation.operation)
+    assert (again.state, again.report.findings[0].code) == (DatasetState.ERROR, "cannot_prepare")
+
+
 async def test_a_job_on_what_is_made_cuts_nothing_and_it_is_left_as_it_is(world):
     made = await truncated(world, await ready(world), truncation())
     options = AuditOptions(context_limit=LIMIT)
