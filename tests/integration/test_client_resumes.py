@@ -157,7 +157,7 @@ def serve() -> Iterator[Any]:
         jobs_pb2_grpc.add_JobsServiceServicer_to_server(Jobs(), server)
         port = server.add_insecure_port("127.0.0.1:0")
         server.start()
-        clients.append(Client(f"127.0.0.1:{port}", "sk-lathe-x", timeout=5))
+        clients.append(Client(f"127.0.0.1:{port}", "sk-lathe-x", timeout=60))
         return clients[0]
 
     yield start

@@ -1,6 +1,5 @@
 """models and datasets as they really run: gRPC, SQLite, a folder; killed and started again."""
 
-import asyncio
 import hashlib
 from contextlib import AsyncExitStack, asynccontextmanager
 
@@ -26,6 +25,7 @@ from lathe.v1 import models_pb2 as mpb
 from lathe.v1.datasets_pb2_grpc import DatasetsInternalServiceStub, DatasetsServiceStub
 from lathe.v1.models_pb2_grpc import ModelsInternalServiceStub, ModelsServiceStub
 from tests.fixtures.models import tiny_folder
+from tests.fixtures.until import until
 from tests.unit.datasets.conftest import GOOD, jsonl, row
 
 OPERATOR = Principal("default", "admin", "key_0")
@@ -125,14 +125,6 @@ async def commit(datasets, store, content, request_id):
     )
 
 
-async def until(ask, states):
-    async with asyncio.timeout(30):
-        while (answer := await ask()).state not in states:
-            # Real processes: there is nothing but their answer to wait for.
-            await SystemClock().sleep(0.02)
-    return answer
-
-
 async def test_from_a_folder_and_a_file_to_tokens_across_a_restart(start, tmp_path):
     store = FolderStore(tmp_path / "store")
     async with start() as (models, datasets):
@@ -144,7 +136,9 @@ async def test_from_a_folder_and_a_file_to_tokens_across_a_restart(start, tmp_pa
         public, internal = DatasetsServiceStub(datasets), DatasetsInternalServiceStub(datasets)
         get = dpb.GetDatasetRequest(name=dataset.name)
         done = (dpb.DATASET_STATE_READY, dpb.DATASET_STATE_ERROR)
-        dataset = await until(lambda: call(public.GetDataset, get, principal=ADMIN), done)
+        dataset = await until(
+            lambda: call(public.GetDataset, get, principal=ADMIN), lambda found: found.state in done
+        )
         assert dataset.state == dpb.DATASET_STATE_READY and dataset.report.example_count == 12
         with pytest.raises(NotFound):
             await call(public.GetDataset, get, principal=STRANGER)
@@ -158,7 +152,7 @@ async def test_from_a_folder_and_a_file_to_tokens_across_a_restart(start, tmp_pa
             dataset=dataset.name, base_model=base.name, options=dpb.AuditOptions(method="supervised")
         )
         ended = (dpb.AUDIT_STATE_READY, dpb.AUDIT_STATE_ERROR)
-        audit = await until(lambda: call(internal.EnsureAudit, ensure), ended)
+        audit = await until(lambda: call(internal.EnsureAudit, ensure), lambda found: found.state in ended)
         assert audit.state == dpb.AUDIT_STATE_READY, audit
         path = tmp_path / "tokens.arrow"
         await store.fetch(audit.object_key, path)

@@ -76,7 +76,7 @@ def fetcher(*answers: str, allowed: tuple[str, ...] = ("127.0.0.0/8",), **limits
     async def resolve(host: str, port: int) -> list[str]:
         return (left.pop(0) if len(left) > 1 else left[0]).split()
 
-    limits = {"max_bytes": 1 << 20, "max_seconds": 10.0, "pause": no_pause, **limits}
+    limits = {"max_bytes": 1 << 20, "max_seconds": 60.0, "pause": no_pause, **limits}
     return Fetcher(networks(allowed), **limits, resolve=resolve)
 
 
@@ -126,7 +126,7 @@ async def test_a_name_that_changes_its_mind_reaches_nothing_inside(site: Any) ->
     ],
 )
 async def test_ways_to_write_the_inside(site: Any, host: str) -> None:
-    plain = Fetcher((), 1 << 20, 10.0)
+    plain = Fetcher((), 1 << 20, 60.0)
     with pytest.raises((FetchRefused, FetchBroke)):
         await read(plain, site, host=host)
     assert site.seen == []

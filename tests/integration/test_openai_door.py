@@ -29,6 +29,7 @@ from lathe.text.tokenizer import Tokenizer
 from lathe.v1 import datasets_pb2, jobs_pb2, models_pb2
 from tests.fakes.all_owners import AllOwners
 from tests.fixtures.tiny import build_tiny_tokenizer
+from tests.fixtures.until import until
 
 TOKEN = "service-token"
 HELLO: Any = [{"role": "user", "content": "Capital of France?"}]
@@ -204,15 +205,9 @@ async def _cut_upload(door: Door, body: bytes) -> None:
         b"Content-Type: multipart/form-data; boundary=b\r\nContent-Length: 1000000\r\n\r\n" + body
     )
     await writer.drain()
-    await _until(lambda: len(door.owners.datasets) == 1)
+    await until(lambda: len(door.owners.datasets) == 1)
     writer.close()
-    await _until(lambda: not door.owners.datasets)
-
-
-async def _until(holds: Any) -> None:
-    async with asyncio.timeout(30):
-        while not holds():  # noqa: ASYNC110 - it looks at another server's state
-            await asyncio.sleep(0.01)
+    await until(lambda: not door.owners.datasets)
 
 
 async def test_a_retried_create_joins_the_first_try(door: Door) -> None:
@@ -445,9 +440,9 @@ async def test_a_stream_in_raw_bytes_and_a_client_that_goes_away(door: Door) -> 
         async with http.stream("POST", "/v1/chat/completions", json=body) as open_stream:
             await anext(open_stream.aiter_lines())
             assert door.owners.sampling == 1
-        await _until(lambda: door.owners.sampling == 0)
+        await until(lambda: door.owners.sampling == 0)
         assert door.owners.sampled < 100
         plain = asyncio.create_task(http.post("/v1/chat/completions", json={**body, "stream": False}))
-        await _until(lambda: door.owners.sampling == 1)
+        await until(lambda: door.owners.sampling == 1)
         plain.cancel()
-        await _until(lambda: door.owners.sampling == 0)
+        await until(lambda: door.owners.sampling == 0)

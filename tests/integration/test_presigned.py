@@ -105,7 +105,7 @@ async def platform(
                 jobs_address=owners.address,
             )
             async with gateway_main.running(settings, Metrics()) as service:
-                client = Client(f"127.0.0.1:{service.port}", KEY, timeout=10)
+                client = Client(f"127.0.0.1:{service.port}", KEY, timeout=60)
                 await asyncio.to_thread(lambda: client.datasets)
                 yield Platform(client, objects, public)
                 client.close()

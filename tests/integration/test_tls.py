@@ -99,7 +99,7 @@ def tls(files: Files, **changes: Any) -> ClientTls:
 
 
 async def echo(channel: grpc.aio.Channel) -> bytes:
-    return await call(channel.unary_unary(f"/{NAME}/Unary"), b"x", timeout=5.0)
+    return await call(channel.unary_unary(f"/{NAME}/Unary"), b"x", timeout=30.0)
 
 
 async def ask(port: int, how: ClientTls | None) -> bytes:

@@ -43,6 +43,7 @@ from lathe.v1 import (
 from tests.fakes.owners import Owners
 from tests.fixtures.certificates import Authority, mount
 from tests.fixtures.tiny import build_tiny_tokenizer
+from tests.fixtures.until import until
 
 TOKEN = "service-token"
 KEY = grpc.aio.Metadata(("authorization", "Bearer sk-alice"))
@@ -271,17 +272,17 @@ async def test_a_large_model_file_is_gone_on_with_where_its_stream_broke(
         await asyncio.Event().wait()
 
     call = stub.UploadModelFile(broken(), metadata=OPERATOR)
-    async with asyncio.timeout(30):
-        while (await stub.GetModelFileUpload(name, metadata=OPERATOR)).committed_size < PART_BYTES:
-            pass
+    await until(
+        lambda: stub.GetModelFileUpload(name, metadata=OPERATOR),
+        lambda upload: upload.committed_size >= PART_BYTES,
+    )
     error = await refused(stub.UploadModelFile(messages(b"", PART_BYTES), metadata=OPERATOR))
     assert error.reason == "UPLOAD_RUNNING"
     call.cancel()
-    async with asyncio.timeout(30):
-        while True:
-            error = await refused(stub.UploadModelFile(messages(b"", 5), metadata=OPERATOR))
-            if error.reason != "UPLOAD_RUNNING":
-                break
+    error = await until(
+        lambda: refused(stub.UploadModelFile(messages(b"", 5), metadata=OPERATOR)),
+        lambda error: error.reason != "UPLOAD_RUNNING",
+    )
     assert error.reason == "WRONG_OFFSET", repr(error)
     assert error.metadata["committed_size"] == str(PART_BYTES)
     error = await refused(stub.UploadModelFile(messages(weights[:-1], PART_BYTES), metadata=OPERATOR))

@@ -220,7 +220,7 @@ async def test_deleting_the_dataset_stops_it_though_the_server_is_silent(world):
     await entered.wait()
     await work.datasets.delete("acme", dataset.id)
     await world.clock.advance(6)
-    await asyncio.wait_for(step, 5)
+    await asyncio.wait_for(step, 60)
     assert work.sources.closed == 1
     await world.sweep()
     assert world.objects.keys() == []
@@ -297,7 +297,7 @@ async def test_what_is_finished_while_it_is_asked_after_loses_no_bytes(world):
     while not world.clock.sleeping:  # noqa: ASYNC110
         await asyncio.sleep(0)
     await world.clock.advance(6)
-    await asyncio.wait_for(step, 5)
+    await asyncio.wait_for(step, 60)
     assert asked.is_set()
     await world.validate()
     assert await state(work, dataset) is DatasetState.READY

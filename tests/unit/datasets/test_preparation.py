@@ -549,7 +549,7 @@ async def test_a_comparison_waits_neither_for_a_dataset_that_is_written_nor_for_
 
     service = world.preparation(objects=Slow())
     work = Preparing(world.store, service.indexes.objects, service.indexes, service.truncations)
-    async with asyncio.TaskGroup() as tasks, asyncio.timeout(5):
+    async with asyncio.TaskGroup() as tasks, asyncio.timeout(60):
         tasks.create_task(work.index_all())
         tasks.create_task(work.write_all())
         for _ in range(2):

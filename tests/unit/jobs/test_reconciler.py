@@ -13,6 +13,7 @@ from lathe.jobs.quotas import Quotas
 from lathe.jobs.workers import Beat
 from tests.fakes.clock import FakeClock
 from tests.fakes.jobs import BASE, World
+from tests.fixtures.until import until
 
 
 async def engines(world: World) -> list[tuple[str, EngineState]]:
@@ -269,15 +270,19 @@ async def test_the_list_of_engines_is_told_at_once_and_on_change(world: World) -
     watch = world.directory.watch()
     assert await anext(watch) == []
     following = asyncio.ensure_future(anext(watch))
-    await asyncio.sleep(0.01)
+    await until(lambda: world.clock.sleeping == 1)
     assert not following.done()
     await world.register()
-    assert [engine.id for engine in await asyncio.wait_for(following, 5)] == ["eng-a"]
-    again = asyncio.ensure_future(anext(watch))
-    for _ in range(12):
-        await asyncio.sleep(0.005)
-        await world.clock.advance(1)
-    assert len(await asyncio.wait_for(again, 5)) == 1
+    assert [engine.id for engine in await asyncio.wait_for(following, 60)] == ["eng-a"]
+    again, told = asyncio.ensure_future(anext(watch)), world.clock.monotonic()
+
+    async def told_again() -> bool:
+        if world.clock.sleeping:
+            await world.clock.advance(1)
+        return again.done()
+
+    await until(told_again)
+    assert len(again.result()) == 1 and world.clock.monotonic() - told <= 10
     await watch.aclose()  # type: ignore[attr-defined]
 
 

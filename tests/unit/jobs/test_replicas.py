@@ -17,6 +17,7 @@ from lathe.jobs.training import TrainingSpec
 from lathe.jobs.workers import Beat
 from tests.fakes.clock import FakeClock
 from tests.fakes.jobs import OTHER, World, a_world
+from tests.fixtures.until import until
 
 
 async def engines(world: World) -> list[tuple[str, EngineState]]:
@@ -94,13 +95,11 @@ async def test_what_another_replica_wrote_is_told_within_a_second(world: World) 
     await anext(jobs)
     assert await anext(serving) == []
     job_told, engines_told = asyncio.ensure_future(anext(jobs)), asyncio.ensure_future(anext(serving))
-    await asyncio.sleep(0.01)
+    await until(lambda: world.clock.sleeping == 2)
     await world.register()
     assert await world.workers.lease("eng-a") is not None
-    for _ in range(10):
-        await asyncio.sleep(0.005)
-        await world.clock.advance(0.1)
-    (told, _), [engine] = await asyncio.wait_for(asyncio.gather(job_told, engines_told), 5)
+    await world.clock.advance(1)
+    (told, _), [engine] = await asyncio.wait_for(asyncio.gather(job_told, engines_told), 60)
     assert (told.state, engine.id) == (JobState.STARTING, "eng-a")
     await jobs.aclose()  # type: ignore[attr-defined]
     await serving.aclose()  # type: ignore[attr-defined]

@@ -226,6 +226,6 @@ async def test_watch_tells_everything_once_and_ends(world: World) -> None:
     await world.report(lease, 1)
     await world.complete(lease, Outcome.SUCCEEDED)
     await world.steps.run_once()
-    await asyncio.wait_for(watching, 5)
+    await asyncio.wait_for(watching, 60)
     assert states[0] is JobState.STARTING and states[-1] is JobState.SUCCEEDED
     assert seen == await world.messages(lease.job.id)
