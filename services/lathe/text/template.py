@@ -95,8 +95,10 @@ class _Environment(ImmutableSandboxedEnvironment):
         tree.set_environment(self)
         return tree
 
+    @property
     def tick(self) -> bool:
-        """Count one step of the running rendering; compiled into every loop and macro."""
+        """Counts one step of the running rendering; compiled into every loop and macro. It is read and not called: a
+        call goes through the sandbox, which takes ten times as long."""
         _BUDGET.get().spend()
         return True
 
@@ -110,8 +112,8 @@ class _Environment(ImmutableSandboxedEnvironment):
         return super().call_binop(context, operator, left, right)
 
 
-def _tick() -> nodes.Call:
-    return nodes.Call(nodes.EnvironmentAttribute("tick"), [], [], None, None)
+def _tick() -> nodes.EnvironmentAttribute:
+    return nodes.EnvironmentAttribute("tick")
 
 
 class _TemplateDict:
@@ -306,10 +308,13 @@ def _compile(source: str, generation: type[_Generation]) -> jinja2.Template:
     if len(source) > MAX_TEMPLATE_CHARS:
         raise TemplateError(f"the chat template is longer than {MAX_TEMPLATE_CHARS} characters")
     try:
-        return _environment(generation).from_string(source)
+        template = _environment(generation).from_string(source)
     except jinja2.TemplateSyntaxError as error:
         raise TemplateError(
             f"the chat template does not compile: line {error.lineno}: {error.message}"
         ) from error
     except RecursionError as error:
         raise TemplateError("the chat template does not compile: nested too deeply") from error
+    # Copied for each rendering: a chain of maps takes five times as long as a dict.
+    template.globals = dict(template.globals)
+    return template
