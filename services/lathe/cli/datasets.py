@@ -32,7 +32,7 @@ FILE_TYPE = Annotated[str, typer.Option(help="jsonl, json, csv or parquet; by th
 COLUMN = Annotated[
     list[str] | None,
     typer.Option(
-        help="KEY=COLUMN, once for each: which column is which key of an example, such as prompt=question."
+        help="KEY=COLUMN, once for each: which column is which key of an example, such as question=Ticket."
     ),
 ]
 WAIT = Annotated[bool, typer.Option(help="Wait until it is validated.")]

@@ -39,7 +39,7 @@ JOB = Annotated[str, typer.Argument(help="ftjob-…")]
 def create(
     context: typer.Context,
     model: Annotated[str, typer.Option(help="The base or tuned model to start from.")],
-    train: Annotated[str, typer.Option(help="file-… or the path of a JSONL file, which is uploaded.")],
+    train: Annotated[str, typer.Option(help="file-… or the path of a file, which is uploaded.")],
     validation: Annotated[str, typer.Option(help="file-… or a path; its loss is measured.")] = "",
     suffix: Annotated[str, typer.Option(help="Part of the tuned model's id.")] = "",
     seed: Annotated[int | None, typer.Option(help="Chosen if unset.")] = None,
