@@ -7,7 +7,6 @@ import os
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -24,7 +23,8 @@ from lathe.common.errors import InvalidArgument, NotFound, Unauthenticated
 from lathe.v1 import datasets_pb2, jobs_pb2
 from tests.e2e.conftest import Upload
 from tests.e2e.data import ask, jsonl, lessons, row
-from tests.fixtures.platforms import Platform, environment
+from tests.e2e.sdk import ended, wait_for_file
+from tests.fixtures.platforms import START_S, Platform, environment
 
 GOOD = jsonl(lessons(3))
 HYPERPARAMETERS = "method.supervised.hyperparameters"
@@ -83,7 +83,7 @@ def test_a_byte_order_mark_does_no_harm(upload: Upload) -> None:
 
 def test_the_http_door_says_it_too(sdk: openai.OpenAI) -> None:
     file = sdk.files.create(file=("bad.jsonl", GOOD + BAD_LINES["not JSON"][0]), purpose="fine-tune")
-    file = sdk.files.wait_for_processing(file.id, poll_interval=0.1, max_wait_seconds=30)
+    file = wait_for_file(sdk, file.id)
     assert file.status == "error"
     assert file.status_details is not None
     assert file.status_details.startswith("line 16: ")
@@ -95,18 +95,14 @@ def test_too_few_examples(sdk: openai.OpenAI, base_model: str, rows: int) -> Non
     words = f"Training file has {rows} example(s), but must have at least 10 examples"
     content = jsonl([row("One?", "Two.")] * rows)
     file = sdk.files.create(file=("few.jsonl", content), purpose="fine-tune")
-    assert words in (sdk.files.wait_for_processing(file.id, poll_interval=0.1).status_details or "")
+    assert words in (wait_for_file(sdk, file.id).status_details or "")
     try:
         job = sdk.fine_tuning.jobs.create(model=base_model, training_file=file.id)
     except openai.BadRequestError as refused:
         assert (refused.code, refused.param) == ("invalid_n_examples", "training_file")
         assert words in refused.message
         return
-    for _ in range(100):
-        job = sdk.fine_tuning.jobs.retrieve(job.id)
-        if job.status == "failed":
-            break
-        time.sleep(0.1)
+    job = ended(sdk, job.id)
     assert job.error is not None
     assert (job.error.code, job.error.param) == ("invalid_n_examples", "training_file")
     assert words in job.error.message
@@ -347,7 +343,7 @@ def up(*arguments: str) -> subprocess.CompletedProcess[str]:
         env=environment({}),
         capture_output=True,
         text=True,
-        timeout=30,
+        timeout=START_S,
         check=False,
     )
 
@@ -356,10 +352,10 @@ def up(*arguments: str) -> subprocess.CompletedProcess[str]:
 def test_a_port_in_use_is_one_sentence(tmp_path: Path) -> None:
     with closing(socket.create_server(("127.0.0.1", 0))) as taken:
         port = str(taken.getsockname()[1])
-        ended = up("--data", str(tmp_path), "--http-port", port, "--grpc-port", "0")
-    assert ended.returncode != 0
-    assert port in ended.stderr
-    assert len(ended.stderr.strip().splitlines()) == 1
+        refused = up("--data", str(tmp_path), "--http-port", port, "--grpc-port", "0")
+    assert refused.returncode != 0
+    assert port in refused.stderr
+    assert len(refused.stderr.strip().splitlines()) == 1
 
 
 @pytest.mark.embedded_only
@@ -367,7 +363,7 @@ def test_a_folder_of_a_newer_version_or_in_use_is_one_sentence(platform: Platfor
     (tmp_path / "VERSION").write_text("999\n")
     newer = up("--data", str(tmp_path), "--http-port", "0", "--grpc-port", "0")
     second = up("--data", str(platform.folder / "data"), "--http-port", "0", "--grpc-port", "0")
-    for ended, word in ((newer, "newer version"), (second, "Another")):
-        assert ended.returncode != 0
-        assert word in ended.stderr
-        assert len(ended.stderr.strip().splitlines()) == 1
+    for done, word in ((newer, "newer version"), (second, "Another")):
+        assert done.returncode != 0
+        assert word in done.stderr
+        assert len(done.stderr.strip().splitlines()) == 1

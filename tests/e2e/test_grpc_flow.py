@@ -32,6 +32,7 @@ from tests.e2e.conftest import Upload
 from tests.e2e.data import BY_HEART, LESSONS, ask, jsonl, lessons
 from tests.fixtures.platforms import Platform
 from tests.fixtures.relay import relay
+from tests.fixtures.until import wait_until
 
 QUESTION, ANSWER = LESSONS[0]
 
@@ -60,22 +61,30 @@ def neighbour(client: Client, platform: Platform) -> Iterator[Client]:
 # --- uploads and downloads ---------------------------------------------------------------------------------
 
 
-def test_an_upload_goes_on_where_its_connection_broke(client: Client, platform: Platform) -> None:
+def test_an_upload_goes_on_where_its_connection_broke(
+    client: Client, platform: Platform, channel: grpc.Channel, key: list[tuple[str, str]]
+) -> None:
+    stub = DatasetsServiceStub(channel)
     content = os.urandom(20 << 20)
+    name = f"broken-{uuid4().hex[:8]}"
     sent: list[int] = []
     with relay(platform.grpc) as between, Client(between.address, platform.api_key) as far:
 
         def progress(done: int, _: int) -> None:
             sent.append(done)
             if done >= 12 << 20 and not cuts:
-                # What lies in buffers on the way would arrive all the same: give it the time to, and the first part to
-                # be stored, on a cluster by way of several hops.
-                time.sleep(3)
+                # What lies in buffers on the way arrives meanwhile.
+                wait_until(lambda: committed() >= 8 << 20)
                 cuts.append(len(sent))
                 between.cut()
 
+        def committed() -> int:
+            made = next(one for one in client.datasets.list("user_data") if one.display_name == name)
+            request = datasets_pb2.GetDatasetUploadRequest(name=made.name)
+            return int(stub.GetDatasetUpload(request, metadata=key).committed_size)
+
         cuts: list[int] = []
-        dataset = far.datasets.upload(content, purpose="user_data", progress=progress)
+        dataset = far.datasets.upload(content, "user_data", display_name=name, progress=progress)
         assert between.connections >= 2
     assert client.datasets.wait(dataset.name).sha256 == hashlib.sha256(content).hexdigest()
     assert b"".join(client.datasets.download(dataset.name)) == content
@@ -161,6 +170,10 @@ def test_the_same_request_id_makes_one_job(
         job=jobs_pb2.Job(model=base_model, training_dataset=lessons_dataset.name),
         request_id=str(uuid4()),
     )
+    # More steps than it makes until it is cancelled.
+    request.job.method.supervised.hyperparameters.MergeFrom(
+        jobs_pb2.SupervisedHyperparameters(n_epochs=50, batch_size=1)
+    )
     stub = JobsServiceStub(channel)
     first = stub.CreateJob(request, metadata=key)
     assert stub.CreateJob(request, metadata=key).name == first.name
@@ -169,6 +182,9 @@ def test_the_same_request_id_makes_one_job(
     assert second.name != first.name
     for job in (first, second):
         client.jobs.cancel(job.name)
+        assert [update.job.state for update in client.jobs.watch(job.name)][
+            -1
+        ] == jobs_pb2.JOB_STATE_CANCELLED
 
 
 def test_pages_of_a_list(
@@ -176,7 +192,8 @@ def test_pages_of_a_list(
 ) -> None:
     made = [upload(jsonl(lessons(3))).name for _ in range(3)]
     stub = DatasetsServiceStub(channel)
-    request = datasets_pb2.ListDatasetsRequest(parent=client.project, page_size=2)
+    # A job of an earlier test may store its results meanwhile, which have another purpose.
+    request = datasets_pb2.ListDatasetsRequest(parent=client.project, page_size=2, purpose="fine-tune")
     first = stub.ListDatasets(request, metadata=key)
     assert [item.name for item in first.datasets] == made[:0:-1]
     assert first.next_page_token

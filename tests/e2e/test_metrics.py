@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
+from collections import defaultdict
 from collections.abc import Iterator
 
 import httpx
@@ -14,6 +15,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from lathe.v1 import jobs_pb2
 from tests.fixtures.platforms import Platform
+from tests.fixtures.until import wait_until
 
 pytestmark = pytest.mark.own_platform
 
@@ -28,8 +30,11 @@ WRONG_UNITS = ("milliseconds", "ms", "minutes", "kilobytes", "mb", "mib", "perce
 
 @pytest.fixture(scope="module")
 def texts(platform: Platform, tuned: jobs_pb2.Job) -> dict[str, str]:
-    """What each process shows after a job."""
-    return {name: httpx.get(url).raise_for_status().text for name, url in platform.metrics.items()}
+    """What each process shows after a job. Gauges follow the database at the next look of jobs' reconciler."""
+    return wait_until(
+        lambda: {name: httpx.get(url).raise_for_status().text for name, url in platform.metrics.items()},
+        lambda texts: values(texts)["lathe_jobs", ("state", "succeeded")] >= 1,
+    )
 
 
 def families(texts: dict[str, str]) -> Iterator[Metric]:
@@ -54,13 +59,19 @@ def test_names_types_and_help(texts: dict[str, str]) -> None:
             assert family.name in COUNTED or family.name.endswith((*UNITS, TRUE_OR_FALSE)), family.name
 
 
-def test_a_job_has_left_its_numbers(texts: dict[str, str]) -> None:
-    # Every process declares every metric: the one whose it is has counted.
-    found: dict[tuple[object, ...], float] = {}
+def values(texts: dict[str, str]) -> dict[tuple[object, ...], float]:
+    """By name and labels, 0 for what is not there. Every process declares every metric: the one whose it is has
+    counted."""
+    found: dict[tuple[object, ...], float] = defaultdict(float)
     for family in families(texts):
         for sample in family.samples:
             key = (sample.name, *sorted(sample.labels.items()))
-            found[key] = max(sample.value, found.get(key, 0.0))
+            found[key] = max(sample.value, found[key])
+    return found
+
+
+def test_a_job_has_left_its_numbers(texts: dict[str, str]) -> None:
+    found = values(texts)
     assert found["lathe_jobs", ("state", "succeeded")] >= 1
     assert found["lathe_engines", ("state", "ready")] >= 1
     assert found["lathe_job_queue_wait_seconds_count",] >= 1

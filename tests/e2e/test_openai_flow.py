@@ -14,13 +14,10 @@ from openai.types.fine_tuning import FineTuningJob
 
 from lathe.v1 import jobs_pb2
 from tests.e2e.data import BY_HEART, LESSONS, WEATHER, WEATHER_QUESTION, ask, jsonl, lessons
+from tests.e2e.sdk import ENDLESS, JOB_S, cancel, ended, succeeded, wait_for_file
+from tests.fixtures.until import wait_until
 
-ENDED = ("succeeded", "failed", "cancelled")
 GREETING = "How can I help you today?"
-
-
-def wait_for_file(sdk: openai.OpenAI, file_id: str) -> openai.types.FileObject:
-    return sdk.files.wait_for_processing(file_id, poll_interval=0.1, max_wait_seconds=60)
 
 
 @pytest.fixture(scope="module")
@@ -47,12 +44,7 @@ def job(sdk: openai.OpenAI, base_model: str, training_file: str) -> FineTuningJo
     assert created.id.startswith("ftjob-")
     assert created.status == "validating_files"
     assert created.fine_tuned_model is None
-    deadline = time.monotonic() + 90
-    while (job := sdk.fine_tuning.jobs.retrieve(created.id)).status not in ENDED:
-        assert time.monotonic() < deadline, job
-        time.sleep(0.2)
-    assert job.status == "succeeded", job
-    return job
+    return succeeded(sdk, created.id)
 
 
 @pytest.fixture(scope="module")
@@ -280,20 +272,14 @@ def test_files_are_listed_page_by_page_and_deleted(sdk: openai.OpenAI) -> None:
 def test_a_running_job_is_cancelled(sdk: openai.OpenAI, base_model: str) -> None:
     file = sdk.files.create(file=("long.jsonl", jsonl(lessons(60))), purpose="fine-tune")
     wait_for_file(sdk, file.id)
-    created = sdk.fine_tuning.jobs.create(
-        model=base_model, training_file=file.id, hyperparameters={"n_epochs": 50, "batch_size": 4}
-    )
+    created = sdk.fine_tuning.jobs.create(model=base_model, training_file=file.id, hyperparameters=ENDLESS)
     assert created.hyperparameters.n_epochs == 50
-    deadline = time.monotonic() + 60
-    while sdk.fine_tuning.jobs.retrieve(created.id).status != "running":
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-    sdk.fine_tuning.jobs.cancel(created.id)
-    while (job := sdk.fine_tuning.jobs.retrieve(created.id)).status != "cancelled":
-        assert job.status == "running", job
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-    assert job.fine_tuned_model is None
+    wait_until(
+        lambda: sdk.fine_tuning.jobs.retrieve(created.id), lambda job: job.status == "running", seconds=JOB_S
+    )
+    assert sdk.fine_tuning.jobs.cancel(created.id).status in ("running", "cancelled")
+    job = ended(sdk, created.id)
+    assert (job.status, job.fine_tuned_model) == ("cancelled", None)
     # Twice is once; what has ended otherwise cannot be cancelled.
     assert sdk.fine_tuning.jobs.cancel(created.id).status == "cancelled"
 
@@ -304,14 +290,11 @@ def test_a_job_goes_on_though_its_file_is_deleted(sdk: openai.OpenAI, base_model
     created = sdk.fine_tuning.jobs.create(
         model=base_model, training_file=file.id, hyperparameters={"n_epochs": 2, "batch_size": 2}
     )
-    deadline = time.monotonic() + 120
-    while sdk.fine_tuning.jobs.retrieve(created.id).status == "validating_files":
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
+    wait_until(
+        lambda: sdk.fine_tuning.jobs.retrieve(created.id), lambda job: job.status != "validating_files"
+    )
     assert sdk.files.delete(file.id).deleted
-    while (job := sdk.fine_tuning.jobs.retrieve(created.id)).status != "succeeded":
-        assert job.status in ("queued", "running") and time.monotonic() < deadline, job
-        time.sleep(0.1)
+    succeeded(sdk, created.id)
     with pytest.raises(openai.NotFoundError):
         sdk.files.retrieve(file.id)
 
@@ -328,12 +311,15 @@ def test_jobs_are_listed_page_by_page_and_by_metadata(
     mark = uuid4().hex
     made = [
         sdk.fine_tuning.jobs.create(
-            model=base_model, training_file=training_file, metadata={"mark": mark, "number": str(number)}
+            model=base_model,
+            training_file=training_file,
+            hyperparameters=ENDLESS,
+            metadata={"mark": mark, "number": str(number)},
         ).id
         for number in range(3)
     ]
     for job_id in made:
-        sdk.fine_tuning.jobs.cancel(job_id)
+        cancel(sdk, job_id)
     found = [item.id for item in sdk.fine_tuning.jobs.list(limit=2, metadata={"mark": mark})]
     assert found == made[::-1]
     [one] = sdk.fine_tuning.jobs.list(metadata={"mark": mark, "number": "1"})
@@ -349,6 +335,7 @@ def test_a_retried_create_makes_one_job(sdk: openai.OpenAI, base_model: str, tra
         job = sdk.fine_tuning.jobs.create(
             model=base_model,
             training_file=training_file,
+            hyperparameters=ENDLESS,
             metadata={"mark": mark},
             extra_headers={"x-stainless-retry-count": retry},
         )
@@ -361,7 +348,7 @@ def test_a_retried_create_makes_one_job(sdk: openai.OpenAI, base_model: str, tra
     assert wanted != first
     assert [item.id for item in sdk.fine_tuning.jobs.list(metadata={"mark": mark})] == [wanted, first]
     for job_id in (first, wanted):
-        sdk.fine_tuning.jobs.cancel(job_id)
+        cancel(sdk, job_id)
 
 
 def test_a_retried_upload_makes_one_file(sdk: openai.OpenAI) -> None:
@@ -383,11 +370,7 @@ def test_a_tuned_model_is_tuned_further(sdk: openai.OpenAI, tuned: jobs_pb2.Job,
         training_file=training_file,
         method={"type": "supervised", "supervised": {"hyperparameters": {"n_epochs": 1, "batch_size": 8}}},
     )
-    deadline = time.monotonic() + 60
-    while (job := sdk.fine_tuning.jobs.retrieve(created.id)).status not in ENDED:
-        assert time.monotonic() < deadline, job
-        time.sleep(0.2)
-    assert job.status == "succeeded", job
+    job = succeeded(sdk, created.id)
     # It began where the other had ended, not anew.
     [first] = [
         event for event in sdk.fine_tuning.jobs.list_events(job.id) if event.message.startswith("Step 1/")

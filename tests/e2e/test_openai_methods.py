@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import time
 from typing import Any
 
 import openai
@@ -12,8 +11,7 @@ from openai.types.fine_tuning import FineTuningJob
 
 from lathe.v1 import datasets_pb2, jobs_pb2
 from tests.e2e.data import LESSONS, Row, ask, jsonl, lessons
-
-ENDED = ("succeeded", "failed", "cancelled")
+from tests.e2e.sdk import ended, succeeded
 
 
 def pairs() -> list[Row]:
@@ -29,15 +27,6 @@ def pairs() -> list[Row]:
 
 def uploaded(sdk: openai.OpenAI, rows: list[Row]) -> str:
     return sdk.files.create(file=("rows.jsonl", io.BytesIO(jsonl(rows))), purpose="fine-tune").id
-
-
-def ended(sdk: openai.OpenAI, job: FineTuningJob) -> FineTuningJob:
-    deadline = time.monotonic() + 120
-    while job.status not in ENDED and time.monotonic() < deadline:
-        time.sleep(0.3)
-        job = sdk.fine_tuning.jobs.retrieve(job.id)
-    assert job.status == "succeeded", job
-    return job
 
 
 def events(sdk: openai.OpenAI, job: FineTuningJob) -> list[Any]:
@@ -65,7 +54,7 @@ def test_dpo_on_top_of_a_tuned_model(sdk: openai.OpenAI, tuned: jobs_pb2.Job) ->
         },
     )
     assert made.method is not None and made.method.dpo is not None
-    job = ended(sdk, made)
+    job = succeeded(sdk, made.id)
     assert (
         job.method is not None and job.method.dpo is not None and job.method.dpo.hyperparameters is not None
     )
@@ -88,9 +77,7 @@ def test_a_preference_file_is_refused_for_supervised(sdk: openai.OpenAI, base_mo
     except openai.BadRequestError as error:
         param, message = error.param, error.message
     else:
-        while job.status not in ENDED:
-            time.sleep(0.2)
-            job = sdk.fine_tuning.jobs.retrieve(job.id)
+        job = ended(sdk, job.id)
         assert job.error is not None
         param, message = job.error.param, job.error.message
     assert param == "training_file" and "preference" in message
@@ -112,39 +99,37 @@ def test_every_option_at_once(
     sdk: openai.OpenAI, base_model: str, lessons_dataset: datasets_pb2.Dataset
 ) -> None:
     file = lessons_dataset.name.rsplit("/", 1)[-1]
-    job = ended(
-        sdk,
-        sdk.fine_tuning.jobs.create(
-            model=base_model,
-            training_file=file,
-            validation_file=file,
-            extra_body={
-                "method": {
-                    "type": "supervised",
-                    "supervised": {
-                        "hyperparameters": {"n_epochs": 3, "batch_size": 5},
-                        "lora": {
-                            "r": 4,
-                            "use_rslora": True,
-                            "use_dora": True,
-                            "lora_dropout": 0.1,
-                            "target_modules": ["q_proj", "down_proj", "lm_head"],
-                        },
+    made = sdk.fine_tuning.jobs.create(
+        model=base_model,
+        training_file=file,
+        validation_file=file,
+        extra_body={
+            "method": {
+                "type": "supervised",
+                "supervised": {
+                    "hyperparameters": {"n_epochs": 3, "batch_size": 5},
+                    "lora": {
+                        "r": 4,
+                        "use_rslora": True,
+                        "use_dora": True,
+                        "lora_dropout": 0.1,
+                        "target_modules": ["q_proj", "down_proj", "lm_head"],
                     },
                 },
-                "training": {
-                    "schedule": "constant",
-                    "warmup_fraction": 0.2,
-                    "weight_decay": 0.01,
-                    "max_grad_norm": 0.5,
-                    "eval_every": 2,
-                    "keep_checkpoints": 1,
-                    "early_stopping_patience": 50,
-                    "sample_prompts": 2,
-                },
             },
-        ),
+            "training": {
+                "schedule": "constant",
+                "warmup_fraction": 0.2,
+                "weight_decay": 0.01,
+                "max_grad_norm": 0.5,
+                "eval_every": 2,
+                "keep_checkpoints": 1,
+                "early_stopping_patience": 50,
+                "sample_prompts": 2,
+            },
+        },
     )
+    job = succeeded(sdk, made.id)
     shown = job.to_dict()
     assert shown["method"]["supervised"]["lora"]["lora_alpha"] == 4.0
     assert (shown["training"]["schedule"], shown["training"]["eval_every"]) == ("constant", 2)
@@ -175,7 +160,7 @@ def test_all_weights_of_a_small_model(
         hyperparameters={"n_epochs": 10, "batch_size": 4, "learning_rate_multiplier": 10.0},
         extra_body={"training": training},
     )
-    job = ended(sdk, made)
+    job = succeeded(sdk, made.id)
     question, answer = LESSONS[0]
     said = sdk.chat.completions.create(
         model=str(job.fine_tuned_model),

@@ -10,11 +10,8 @@ import openai
 import pytest
 
 from tests.e2e.data import jsonl, lessons
+from tests.e2e.sdk import ENDLESS, cancel, wait_for_file
 from tests.fixtures.platforms import Platform
-
-
-def wait_for_file(sdk: openai.OpenAI, file_id: str) -> openai.types.FileObject:
-    return sdk.files.wait_for_processing(file_id, poll_interval=0.1, max_wait_seconds=60)
 
 
 def test_a_file_in_parts(sdk: openai.OpenAI, tmp_path: Path) -> None:
@@ -49,8 +46,8 @@ def test_rows_in_parts_train(sdk: openai.OpenAI, platform: Platform, base_model:
     assert done.file is not None
     assert wait_for_file(sdk, done.file.id).status == "processed"
     assert client.files.content(done.file.id).read() == content
-    job = sdk.fine_tuning.jobs.create(model=base_model, training_file=done.file.id)
-    sdk.fine_tuning.jobs.cancel(job.id)
+    job = sdk.fine_tuning.jobs.create(model=base_model, training_file=done.file.id, hyperparameters=ENDLESS)
+    cancel(sdk, job.id)
 
 
 def test_an_upload_that_is_given_up(sdk: openai.OpenAI) -> None:
