@@ -11,7 +11,7 @@ import uuid
 from collections.abc import AsyncIterator
 from contextlib import ExitStack
 from dataclasses import replace
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import httpx
@@ -299,6 +299,24 @@ async def test_a_large_file_is_synced_while_it_comes_in_and_a_failure_of_that_is
     with pytest.raises(ConnectionError):
         await store.put("b", broken())
     assert files_in(tmp_path) == ["a"]
+
+
+async def test_what_a_killed_writer_left_goes_and_what_is_being_written_stays(tmp_path: Path) -> None:
+    store = FolderStore(tmp_path)
+    await store.remove_unfinished(datetime.now(UTC))
+
+    async def beside_another() -> AsyncIterator[bytes]:
+        yield b"half, "
+        [being_written] = (tmp_path / ".tmp").iterdir()
+        left = being_written.with_name("left")
+        left.write_bytes(b"half")
+        os.utime(left, (0, 0))
+        await store.remove_unfinished(datetime.now(UTC) - timedelta(days=1))
+        assert not left.exists()
+        yield b"whole"
+
+    await store.put("a", beside_another())
+    assert await store.get("a") == b"half, whole"
 
 
 async def test_a_folder_that_is_gone_is_unavailable(tmp_path: Path) -> None:

@@ -36,6 +36,8 @@ class MemoryObjectStore:
         self._clock = clock if clock is not None else SystemClock()
         self._objects: dict[str, _Object] = {}
         self.outage: LatheError | None = None
+        # When what killed writers left was last written to.
+        self.unfinished: list[datetime] = []
         # What presigned URLs begin with; None: clients cannot reach this store.
         self.public_url: str | None = None
 
@@ -109,6 +111,10 @@ class MemoryObjectStore:
         for key in self.keys():
             if key.startswith(prefix):
                 del self._objects[key]
+
+    async def remove_unfinished(self, before: datetime) -> None:
+        self._usable()
+        self.unfinished = [written for written in self.unfinished if written >= before]
 
     async def presigned_put(self, key: str, size: int, lifetime: timedelta) -> str | None:
         validate_key(key)

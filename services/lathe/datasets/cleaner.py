@@ -87,8 +87,9 @@ class Cleaner:
 
     async def sweep_orphans(self) -> None:
         """Delete what lies in the store and no row names: bytes that arrived, or were made one object, when their
-        dataset was gone already. Raises Unavailable."""
+        dataset was gone already, and what a process that was killed left half-written. Raises Unavailable."""
         before = self.blobs.clock.now() - ORPHANED_AFTER
+        await self.objects.remove_unfinished(before)
         async for batch in self._old("staging/", _staging_root, before):
             for key in await self.store.unnamed_staging(batch):
                 log.info("%s is no upload's any more; it goes.", key)

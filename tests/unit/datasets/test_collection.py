@@ -273,8 +273,10 @@ async def test_what_arrives_when_its_dataset_is_gone_is_swept(world, service):
     ]
     for key in (*late, "staging/import-base/x"):
         await world.objects.put(key, b"late")
+    world.objects.unfinished = [world.clock.now()]
     await world.cleaner().sweep_orphans()
-    assert set(late) < set(world.objects.keys())
+    assert set(late) < set(world.objects.keys()) and world.objects.unfinished
     world.clock.tick(24 * 3600 + 1)
     await world.cleaner().sweep_orphans()
     assert world.objects.keys() == [blob_key(kept.sha256), "staging/import-base/x"]
+    assert not world.objects.unfinished

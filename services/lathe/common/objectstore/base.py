@@ -91,6 +91,11 @@ class ObjectStore(Protocol):
         """Remove every object whose key begins with `prefix`, which may not be empty."""
         ...
 
+    async def remove_unfinished(self, before: datetime) -> None:
+        """Remove what was last written to before then by a process that died with its object half-written: no key
+        names it. An S3 service does so itself, where its bucket has a rule for it."""
+        ...
+
     async def presigned_put(self, key: str, size: int, lifetime: timedelta) -> str | None:
         """A URL to which anybody may PUT an object of `size` bytes, and of no other size, until `lifetime` (7 days at
         most) is over; None if clients cannot reach this store."""

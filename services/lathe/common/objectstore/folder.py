@@ -8,7 +8,7 @@ import os
 import secrets
 import shutil
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import BinaryIO, Self
@@ -165,6 +165,18 @@ class FolderStore:
                 self._delete(self._path(info.key))
 
         with _outages(prefix):
+            await asyncio.to_thread(work)
+
+    async def remove_unfinished(self, before: datetime) -> None:
+        def work() -> None:
+            with suppress(FileNotFoundError):
+                for path in (self._root / _TEMPORARY).iterdir():
+                    # It may be whole, and gone, at any moment.
+                    with suppress(FileNotFoundError):
+                        if path.stat().st_mtime < before.timestamp():
+                            path.unlink()
+
+        with _outages(None):
             await asyncio.to_thread(work)
 
     async def presigned_put(self, key: str, size: int, lifetime: timedelta) -> str | None:

@@ -255,6 +255,9 @@ class S3Store:
     def _remove(self, batch: Sequence[DeleteObject]) -> tuple[DeleteError, ...]:
         return tuple(self._client.remove_objects(self._bucket, batch))
 
+    async def remove_unfinished(self, before: datetime) -> None:
+        """Nothing: the bucket's lifecycle rule for incomplete multipart uploads does it (docs/operations.md)."""
+
     async def presigned_put(self, key: str, size: int, lifetime: timedelta) -> str | None:
         validate_key(key)
         if self._signer is None:
