@@ -8,9 +8,9 @@ from collections.abc import AsyncIterator
 from lathe.common.errors import NotFound
 from lathe.common.objectstore.base import ObjectStore
 from lathe.common.rpc.principal import Principal
+from lathe.gateway.bytestreams import opened
 from lathe.gateway.model import ServedModel
 from lathe.gateway.ports import ModelResolver
-from lathe.gateway.uploads import opened
 
 # What engines write; nothing that could lead out of the adapter's own prefix.
 _ADAPTER_FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")

@@ -11,9 +11,7 @@ from lathe.common.metrics import Metrics
 from lathe.common.names import import_staging
 from lathe.common.objectstore.base import ObjectStore
 from lathe.common.rpc.principal import Principal, require_operator
-from lathe.gateway.model import AnnouncedFile, StoredUpload
-from lathe.gateway.ports import ModelOwner
-from lathe.gateway.uploads import (
+from lathe.gateway.bytestreams import (
     PART_BYTES,
     Alone,
     Digest,
@@ -22,6 +20,8 @@ from lathe.gateway.uploads import (
     stored_parts,
     wrong_offset,
 )
+from lathe.gateway.model import AnnouncedFile, StoredUpload
+from lathe.gateway.ports import ModelOwner
 
 Committed = TypeVar("Committed")
 

@@ -26,9 +26,9 @@ from lathe.common.rpc.principal import Principal
 from lathe.common.rpc.status import from_rpc_error
 from lathe.common.service import RunningService
 from lathe.common.settings import DatabaseSettings, MetricsSettings, RpcSettings, StoreSettings
+from lathe.gateway.bytestreams import PART_BYTES
 from lathe.gateway.main import running
 from lathe.gateway.settings import GatewaySettings
-from lathe.gateway.uploads import PART_BYTES
 from lathe.text.tokenizer import Tokenizer
 from lathe.v1 import (
     datasets_pb2,

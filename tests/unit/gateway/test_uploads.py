@@ -21,7 +21,7 @@ from lathe.common.errors import (
 from lathe.common.metrics import Metrics
 from lathe.common.objectstore.base import ObjectInfo
 from lathe.common.rpc.principal import Principal
-from lathe.gateway import uploads
+from lathe.gateway import bytestreams
 from lathe.gateway.uploads import DatasetUploads, UploadChunk
 from tests.fakes.clock import FakeClock
 from tests.fakes.gateway import FakeDataset, FakeDatasets
@@ -34,7 +34,7 @@ PART = 8
 
 @pytest.fixture(autouse=True)
 def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(uploads, "PART_BYTES", PART)
+    monkeypatch.setattr(bytestreams, "PART_BYTES", PART)
 
 
 @pytest.fixture
@@ -95,14 +95,14 @@ async def test_the_next_is_asked_for_while_the_last_is_worked_on() -> None:
 
     got: list[int] = []
     with pytest.raises(ConnectionError):
-        async for number in uploads.ahead(numbers()):
+        async for number in bytestreams.ahead(numbers()):
             await asyncio.sleep(0)
             got.append(number)
             assert asked[-1] == min(number + 1, 3)
     assert got == [0, 1, 2, 3]
 
     async def broken_off() -> int:
-        async for number in uploads.ahead(numbers()):
+        async for number in bytestreams.ahead(numbers()):
             return number
         return -1
 
@@ -257,7 +257,7 @@ async def test_parts_behind_a_gap_do_not_count(
 ) -> None:
     key = (await owner.target(ALICE, NAME)).staging_key
     for number in (0, 1, 3):
-        await store.put(uploads.part_key(key, number), b"12345")
+        await store.put(bytestreams.part_key(key, number), b"12345")
     assert await up.offset(ALICE, NAME) == 10
 
 
