@@ -105,13 +105,16 @@ class PreparationService:
         self, project: str, dataset_id: str, operation: Operation, request_id: str
     ) -> list[Prepared]:
         """New datasets, VALIDATING; they are written in the background and expire when the parent does. The same
-        request_id again answers with the first ones. Raises NotFound, InvalidArgument, FailedPrecondition.
+        request_id again answers with the first ones. Raises NotFound, InvalidArgument (also for the request_id of
+        another kind of operation), FailedPrecondition.
         """
         parent = await self._rows_of(project, dataset_id)
         operation = await self._settled(parent, operation)
         preparation = Preparation((Parent(parent.id, parent.sha256),), operation, "")
         new = [self._derived(parent, replace(preparation, part=part)) for part in parts_of(operation)]
-        keys = [rules.request_key(f"prepare-{part}", request_id) for part in parts_of(operation)]
+        # The first dataset's is the same for every kind of operation: no request_id is of two kinds.
+        others = parts_of(operation)[1:]
+        keys = [rules.request_key(f"prepare-{part}", request_id) for part in ("", *others)]
         # Together: half a split must not be all that a process leaves that ends here.
         if not await self.datasets.store.add_all(list(zip(new, keys, strict=True))):
             new = await self._repeated(new, keys)
@@ -135,10 +138,17 @@ class PreparationService:
 
     async def _repeated(self, new: Sequence[Dataset], keys: Sequence[str]) -> list[Dataset]:
         """What an earlier call made, and what has been deleted of it anew, of the same operation: its parts belong
-        together, whatever this call means."""
+        together, whatever this call means. Raises InvalidArgument where the earlier one was of another kind."""
         store, project = self.datasets.store, new[0].project
         found = [await store.find_by_request(project, key) for key in keys]
         meant = next((each.preparation for each in found if each is not None), None)
+        asked = new[0].preparation
+        if meant is not None and asked is not None and name_of(meant.operation) != name_of(asked.operation):
+            raise rules.invalid(
+                "request_id",
+                f"request_id was used for another operation ({name_of(meant.operation)}); take a new one for "
+                f"{name_of(asked.operation)}.",
+            )
         made = []
         for dataset, key in zip(new, keys, strict=True):
             own = dataset.preparation

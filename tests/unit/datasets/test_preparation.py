@@ -106,6 +106,22 @@ def test_what_is_made_is_named_after_what_it_is_made_of():
     assert derived_name("x" * 255, "sample", "") == "sample.jsonl"
 
 
+@pytest.mark.parametrize("other", [Dedupe(), Sample(1, 20), Split(1, 0.25)])
+@pytest.mark.parametrize("first", [Dedupe(), Sample(1, 20), Split(1, 0.25)])
+async def test_a_request_id_is_of_one_kind_of_operation(world, first, other):
+    parent = await world.ready(SIXTY)
+    await world.prepare()
+    service = world.preparation()
+    made = await service.prepare("acme", parent.id, first, "one")
+    if first == other:
+        assert await service.prepare("acme", parent.id, other, "one") == made
+    else:
+        with pytest.raises(InvalidArgument, match="request_id was used for another operation") as refused:
+            await service.prepare("acme", parent.id, other, "one")
+        assert refused.value.violations[0].field == "request_id"
+    assert len(await world.store.in_state(DatasetState.VALIDATING)) == len(made)
+
+
 @pytest.mark.parametrize("operation", [Sample(1, 20), Split(1, 0.25, stratify_by="answer")])
 async def test_nothing_is_made_of_a_file_that_is_damaged(world, operation):
     parent = await world.ready(SIXTY)
