@@ -220,6 +220,82 @@ async def test_limits(site: Any) -> None:
         gone.set()
 
 
+class Later:
+    """The loop's clock, which may be put forward."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.by = 0.0
+        loop = asyncio.get_running_loop()
+        real = loop.time
+        patch.setattr(loop, "time", lambda: real() + self.by)
+
+
+HEAD = b"HTTP/1.0 200 OK\r\nContent-Length: 200000\r\n"
+
+
+async def test_a_server_that_sends_its_head_byte_by_byte_holds_nobody_for_long(
+    site: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    later, begun, gone = Later(monkeypatch), threading.Event(), threading.Event()
+
+    def drips(it: Any) -> None:
+        it.wfile.write(HEAD + b"x: ")
+        begun.set()
+        while not gone.wait(0.02):
+            it.wfile.write(b"y")
+
+    site.pages["/a"] = drips
+    try:
+        reading = asyncio.create_task(read(fetcher(max_seconds=1000.0), site))
+        await asyncio.to_thread(begun.wait)
+        later.by = 100.0
+        with pytest.raises(FetchBroke, match="silent"):
+            await reading
+    finally:
+        gone.set()
+
+
+async def test_a_server_that_sends_a_byte_now_and_then_holds_nobody_for_long(
+    site: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    later, waited = Later(monkeypatch), threading.Event()
+
+    def two_bytes(it: Any) -> None:
+        it.wfile.write(HEAD + b"\r\nx")
+        waited.wait()
+        it.wfile.write(b"x")
+
+    site.pages["/a"] = two_bytes
+    chunks = fetcher(max_seconds=1000.0).fetch(f"http://127.0.0.1:{site.port}/a")
+    assert await anext(chunks) == b"x"
+    second = asyncio.ensure_future(anext(chunks))
+    await asyncio.sleep(0)
+    later.by = 100.0
+    waited.set()
+    with pytest.raises(FetchBroke, match=r"too slow: it sent 2 bytes in 1\d\d seconds"):
+        await second
+
+
+async def test_what_is_done_with_the_bytes_meanwhile_is_not_the_servers_time(
+    site: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    later, taken = Later(monkeypatch), threading.Event()
+
+    def halves(it: Any) -> None:
+        it.wfile.write(HEAD + b"\r\n" + b"x" * 100_000)
+        taken.wait()
+        it.wfile.write(b"x" * 100_000)
+
+    site.pages["/a"] = halves
+    size = 0
+    async for chunk in fetcher(max_seconds=1000.0).fetch(f"http://127.0.0.1:{site.port}/a"):
+        size += len(chunk)
+        if not taken.is_set():
+            later.by = 100.0
+            taken.set()
+    assert size == 200_000
+
+
 async def test_answers_that_are_no_file(site: Any) -> None:
     site.pages["/bomb"] = lambda it: it.answer(200, b"\x1f\x8b", content_encoding="gzip")
     site.pages["/gone"] = lambda it: it.answer(404)

@@ -9,6 +9,7 @@ own host, nothing decoded.
 from __future__ import annotations
 
 import asyncio
+import math
 import re
 import socket
 import ssl
@@ -28,6 +29,9 @@ MAX_URL = 4096
 MAX_STUCK = 5
 """So many connections in a row may break with less than PROGRESS_BYTES of the body."""
 PROGRESS_BYTES = 1 << 20
+SLOWEST_BYTES = 1 << 18
+"""What has to come in each PACE_S: a server that sends a byte now and then would hold a place for long."""
+PACE_S = 60.0
 _CHUNK = 1 << 20
 _RESOLVE_S = 30.0
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
@@ -88,6 +92,27 @@ class _File:
     size: int | None
 
 
+@dataclass(slots=True)
+class _Pace:
+    """Of one answer's body, in the time that is spent on waiting for it alone."""
+
+    seconds: float = 0.0
+    size: int = 0
+
+    def took(self, size: int, seconds: float) -> None:
+        """So many bytes more came. Raises FetchBroke if they come too slowly."""
+        self.seconds += seconds
+        self.size += size
+        if self.seconds < PACE_S:
+            return
+        if self.size < SLOWEST_BYTES:
+            raise FetchBroke(
+                f"The server is too slow: it sent {self.size} bytes in {self.seconds:.0f} seconds; "
+                f"{SLOWEST_BYTES} are the least."
+            )
+        self.seconds, self.size = 0.0, 0
+
+
 @dataclass(frozen=True, slots=True)
 class Fetcher:
     """allowed: networks that are reached although they are not global. max_bytes, max_seconds: of one fetch. pause:
@@ -140,7 +165,7 @@ class Fetcher:
             headers = {**wanted, **(secret.headers(target) if secret is not None else {})}
             connection = await self._connected(target, deadline)
             try:
-                answer = await self._aside(partial(connection.ask, headers), deadline)
+                answer = await self._aside(partial(connection.ask, headers), deadline, PACE_S)
                 if answer.status not in _REDIRECTS:
                     return connection, _good(answer, part=bool(wanted))
                 url = _redirected(target, answer.getheader("location"))
@@ -166,7 +191,7 @@ class Fetcher:
         for address in addresses:
             connection = PinnedConnection(address, target, self.tls)
             try:
-                await self._aside(connection.connect, deadline)
+                await self._aside(connection.connect, deadline, PACE_S)
                 return connection
             except FetchBroke as error:
                 connection.abort()
@@ -182,24 +207,27 @@ class Fetcher:
         """begin: how many bytes of the file were there before. end: its size, if it was told."""
         if end is not None and end > self.max_bytes:
             raise self._too_large()
-        size = begin
+        size, pace, now = begin, _Pace(), asyncio.get_running_loop().time
+        asked = now()
         while chunk := await self._aside(partial(connection.read, _CHUNK), deadline):
+            pace.took(len(chunk), now() - asked)
             size += len(chunk)
             if size > self.max_bytes:
                 raise self._too_large()
             yield chunk
+            asked = now()
         if end is not None and size != end:
             raise FetchBroke(f"The connection broke after {size} of {end} bytes.")
 
     def _too_large(self) -> FetchRefused:
         return FetchRefused(f"It is larger than {self.max_bytes} bytes.", "import_too_large")
 
-    async def _aside(self, work: Callable[[], T], deadline: float) -> T:
-        """In a thread, until the loop's time is `deadline`."""
+    async def _aside(self, work: Callable[[], T], deadline: float, at_most: float = math.inf) -> T:
+        """In a thread, until the loop's time is `deadline`, and for so many seconds."""
         loop = asyncio.get_running_loop()
         try:
             working = loop.run_in_executor(self.threads, work)
-            return await asyncio.wait_for(working, max(0.0, deadline - loop.time()))
+            return await asyncio.wait_for(working, max(0.0, min(at_most, deadline - loop.time())))
         except TimeoutError as error:
             if loop.time() >= deadline:
                 raise FetchRefused("It took longer than an import may take.", "import_too_large") from error
