@@ -25,7 +25,8 @@ from lathe.common.objectstore.base import LOCAL_DISK, local_disk
 from lathe.datasets.model import MAX_BYTES, ImportOptions, Report, training_report, whole_file
 from lathe.text.errors import RowError
 from lathe.text.jsonl import MAX_LINE_BYTES, Line, Validator
-from lathe.text.readers import Record, read_records
+from lathe.text.readers import read_records
+from lathe.text.records import Record
 
 MAX_MEMORY_BYTES = 512 << 20
 """Of the process that reads a file: what it may have beside its code."""

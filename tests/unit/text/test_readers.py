@@ -16,7 +16,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lathe.text import readers
+from lathe.text import csv_reader, json_reader
 from lathe.text.columns import Columns, resolve_columns
 from lathe.text.errors import RowError
 from lathe.text.filekinds import FileType, file_type_of
@@ -128,7 +128,7 @@ def test_csv_that_is_wrong_names_the_line_and_goes_on(read: Read) -> None:
 def test_csv_of_which_nothing_can_be_read(
     read: Read, monkeypatch: pytest.MonkeyPatch, content: bytes, code: str, words: str
 ) -> None:
-    monkeypatch.setattr(readers, "MAX_LINE_BYTES", 1000)
+    monkeypatch.setattr(csv_reader, "MAX_LINE_BYTES", 1000)
     with pytest.raises(RowError, match=words) as caught:
         read(content, "csv")
     assert caught.value.code == code
@@ -147,7 +147,7 @@ def test_csv_of_which_nothing_can_be_read(
 def test_csv_that_cannot_be_read_further_says_from_where_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes, wrong: tuple[str, str, str]
 ) -> None:
-    monkeypatch.setattr(readers, "MAX_LINE_BYTES", 1000)
+    monkeypatch.setattr(csv_reader, "MAX_LINE_BYTES", 1000)
     (tmp_path / "file").write_bytes(b'text\n"x\ny"\n' + content)
     *good, last = read_records(tmp_path / "file", FileType.CSV, {})
     assert [record.row for record in good] == [{"text": "x\ny"}]
@@ -376,8 +376,8 @@ def test_json_that_cannot_be_read_further_says_from_where_on(
 ) -> None:
     (tmp_path / "file").write_bytes(content)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(readers, "MAX_LINE_BYTES", 8000)
-        patch.setattr(readers, "_CHUNK", chunk)
+        patch.setattr(json_reader, "MAX_LINE_BYTES", 8000)
+        patch.setattr(json_reader, "CHUNK_BYTES", chunk)
         *before, last = read_records(tmp_path / "file", FileType.JSON, {})
     assert [record.row for record in before] == [{"a": 1}] * good
     assert last.error is not None
@@ -389,7 +389,7 @@ def test_json_that_cannot_be_read_further_says_from_where_on(
 def test_elements_that_are_no_rows_are_named_and_the_others_are_rows(
     read: Read, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(readers, "_CHUNK", 16)
+    monkeypatch.setattr(json_reader, "CHUNK_BYTES", 16)
     content = b'[{"a": 1}, {"a": "\\ud800"}, ' + b"9" * 300 + b', [1], true, "", {"a": 2}]'
     assert read(content, "json") == [
         {"a": 1},
@@ -430,7 +430,7 @@ def test_a_json_array_does_not_depend_on_how_it_is_read(
     read: Read, rows: list[Any], chunk: int, indent: int | None, ascii: bool
 ) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(readers, "_CHUNK", chunk)
+        patch.setattr(json_reader, "CHUNK_BYTES", chunk)
         content = json.dumps(rows, indent=indent, ensure_ascii=ascii).encode()
         found = read(content, "json")
     assert found == rows
