@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.cluster.conftest import Work
+from tests.cluster.conftest import START_S, Work
 from tests.cluster.harness.commands import CommandFailed, until
 from tests.cluster.harness.kubectl import Kubectl
 from tests.cluster.harness.reach import Target, reached, stranger, targets
@@ -65,7 +65,7 @@ def foreigner(release: Release) -> Iterator[tuple[Kubectl, dict[str, object]]]:
     image = release.pod("gateway")["spec"]["containers"][0]["image"]
     release.kubectl.apply({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": "stranger"}})
     kubectl.apply(stranger("stranger", image))
-    kubectl.run("wait", "--for=condition=Ready", "pod/stranger", "--timeout=60s")
+    kubectl.run("wait", "--for=condition=Ready", "pod/stranger", "--timeout=180s", timeout=200)
     yield kubectl, kubectl.get("pod", "stranger")
     release.kubectl.run("delete", "namespace", "stranger", "--wait=false")
 
@@ -113,6 +113,7 @@ def allowed(kubectl: Kubectl, account: str) -> set[tuple[str, str]]:
 
 @pytest.mark.parametrize("component", [*SERVICES, "engine"])
 def test_accounts_have_the_least_rights(release: Release, work: Work, component: str) -> None:
-    account = until(lambda: release.pod(component), 60, component)["spec"]["serviceAccountName"]
+    [pod, *_] = until(lambda: release.ready_pods(component), START_S, f"a pod of {component}")
+    account = pod["spec"]["serviceAccountName"]
     assert account != "default"
     assert allowed(release.kubectl, account) == (JOBS_MAY if component == "jobs" else set())

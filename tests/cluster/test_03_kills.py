@@ -11,9 +11,10 @@ from tests.cluster.harness.commands import until
 from tests.cluster.harness.release import SERVERS, SERVICES, Release
 from tests.cluster.harness.streams import Streams, open_streams
 
-# A stream whose end of the wire died, and one whose engine died: the gateway notices and says so.
-BROKEN_S = 5.0
-SAID_S = 20.0
+# A stream whose end of the wire died: the client asks for a sign of life and gives up within 20 s; before that comes
+# what killing a pod takes. One whose engine died: the gateway notices and says so.
+BROKEN_S = 30.0
+SAID_S = 30.0
 
 
 @pytest.mark.fast

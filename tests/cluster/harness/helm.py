@@ -20,7 +20,7 @@ class Helm:
 
     kubeconfig: Path
 
-    def install(self, release: str, namespace: str, values: Values, timeout: float = 180.0) -> str:
+    def install(self, release: str, namespace: str, values: Values, timeout: float = 300.0) -> str:
         """What helm printed, when everything is ready. Raises CommandFailed."""
         return self._change("install", release, namespace, values, timeout)
 

@@ -61,8 +61,8 @@ class Kubectl:
         return self.run("exec", *tty, target, *where, "--", *argv, stdin=stdin, timeout=timeout)
 
     def kill(self, pod: str) -> None:
-        """The pod is gone at once, without a grace."""
-        self.run("delete", "pod", pod, "--grace-period=0", "--force", "--wait=false")
+        """The pod is gone at once, without a grace; if it has not gone by itself."""
+        self.run("delete", "pod", pod, "--grace-period=0", "--force", "--wait=false", "--ignore-not-found")
 
     def rollout(self, *workloads: str, timeout: float = 120.0) -> None:
         """Wait until each deploy/NAME or statefulset/NAME is as it should be."""

@@ -51,12 +51,11 @@ class Target:
 
 
 def targets(release: Release) -> list[Target]:
-    """Every port of every component that runs."""
+    """Every port of every component that is ready: another pod of it may be on its way out."""
     found = []
     for component, ports in PORTS.items():
-        for pod in release.pods(component)[:1]:
-            address = str(pod["status"].get("podIP", ""))
-            found += [Target(component, port, address) for port in ports if address]
+        for pod in release.ready_pods(component)[:1]:
+            found += [Target(component, port, pod["status"]["podIP"]) for port in ports]
     return found
 
 
