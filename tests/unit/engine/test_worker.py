@@ -34,6 +34,7 @@ from tests.fakes.clock import FakeClock
 from tests.fakes.engine import FakeEngine
 from tests.fakes.objectstore import MemoryObjectStore
 from tests.fakes.worker_jobs import FakeJob, FakeJobs
+from tests.fixtures.threads import Threads
 
 OBJECT = b"tokens"
 PLAN = SlicePlan(16, 2, "float32", "cpu")
@@ -62,10 +63,11 @@ def read_rows(path: Path) -> list[TrainRow]:
 
 
 class Bench:
-    """An engine process with everything around it faked; another one can be started on the same store."""
+    """An engine process with everything around it faked; another one can be started on the same store. Inside a running
+    event loop."""
 
     def __init__(self, folder: Path) -> None:
-        self.clock, self.folder = FakeClock(), folder
+        self.clock, self.folder, self.threads = FakeClock(), folder, Threads()
         self.store, self.jobs = MemoryObjectStore(self.clock), FakeJobs(self.clock)
         self.parent_dead = False
         self._tasks: list[asyncio.Task[Left]] = []
@@ -108,7 +110,7 @@ class Bench:
         """Let the event loop work while the clock moves a little; files are hashed in real threads."""
         for _ in range(3):
             await self.clock.advance(seconds / 3)
-            await asyncio.sleep(0.002)
+            await self.threads.rest()
 
     async def turns(self, n: int, seconds: float = 0.25) -> None:
         for _ in range(n):
