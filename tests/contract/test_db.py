@@ -192,7 +192,7 @@ async def test_a_postgres_that_comes_back_is_used_again(postgres: PostgresEndpoi
 
 
 async def test_a_postgres_that_stands_still_is_unavailable(postgres: PostgresEndpoint) -> None:
-    db = Database(postgres.new_database(f"test_{uuid.uuid4().hex[:12]}"), pool_size=1, answer_timeout_s=0.5)
+    db = Database(postgres.new_database(f"test_{uuid.uuid4().hex[:12]}"), pool_size=1, answer_timeout_s=1.5)
     stopped: list[int] = []
     try:
         with pytest.raises(Unavailable) as caught:

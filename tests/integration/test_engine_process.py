@@ -136,7 +136,8 @@ async def lathe_engine_drain(place: Place, port: str) -> tuple[int | None, str]:
 
 async def test_drain_gives_the_attempt_back_and_ends_the_process(place: Place) -> None:
     engine = await place.start("eng-1")
-    place.jobs.offer(place.attempt("job", 1))
+    # Far longer than the command takes to start, on any machine.
+    place.jobs.offer(place.attempt("job", 1, n_epochs=100 * EPOCHS))
     await place.until(lambda: bool(place.jobs.job.metrics))
     port = place.jobs.registered[-1].address.rpartition(":")[2]
     assert await lathe_engine_drain(place, port) == (0, "The engine is drained.\n")
