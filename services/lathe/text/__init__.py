@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-VERSION = "4"
+VERSION = "5"
 """Version of the parsing, rendering and mask rules: raised whenever the same row could give other tokens,
 or another finding."""

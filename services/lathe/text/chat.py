@@ -8,7 +8,7 @@ null and no `weight` (it lives in `Chat.weights`).
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,7 +58,12 @@ def parse_chat(data: Mapping[str, Any]) -> Chat:
     for key, value in data.items():
         if key not in CHAT_KEYS and value is not None:
             known = ", ".join(sorted(CHAT_KEYS))
-            raise RowError(key, "message_unrecognized_key", f"unknown key; a row may have {known}")
+            raise RowError(
+                key,
+                "message_unrecognized_key",
+                f"unknown key; a row may have {known}. Leave it out, or give a mapping of columns (such as "
+                "messages=messages), which takes only what it names",
+            )
     messages, weights = parse_turns(data["messages"], "messages")
     if not any(message["role"] == "assistant" for message in messages):
         raise RowError("messages", "example_missing_assistant_message", "no message has the role assistant")
@@ -202,12 +207,13 @@ def _check_keys(message: Mapping[str, Any], role: str, path: str) -> None:
                 "invalid_weight",
                 "only a message of the assistant can be trained; give it weight 0",
             )
-        known = ", ".join(sorted(allowed))
-        raise RowError(
-            f"{path}.{key}",
-            "message_unrecognized_key",
-            f"unknown key; a message of role {role} may have {known}",
-        )
+        raise RowError(f"{path}.{key}", "message_unrecognized_key", _unknown_key(key, role, allowed))
+
+
+def _unknown_key(key: str, role: str, allowed: Collection[str]) -> str:
+    if role == "assistant" and key == "refusal":
+        return "a refusal is not trained from here; write what the assistant should say under content"
+    return f"unknown key; a message of role {role} may have {', '.join(sorted(allowed))}"
 
 
 def _weight(message: Mapping[str, Any], path: str) -> int:

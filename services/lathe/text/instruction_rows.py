@@ -14,6 +14,7 @@ from lathe.text.parts import (
     TrainingRow,
     answered,
     check_different,
+    check_outcomes,
     check_prompt,
     pair,
     text_of,
@@ -26,6 +27,7 @@ ANSWER_KEYS = ("answer", "response")
 _SYSTEM_KEYS = ("system", "system_prompt")
 _INPUT_KEYS = ("input", "context")
 _OUTPUT_KEYS = ("output", "response")
+_INSTRUCTION_KEYS = frozenset({"instruction", "history", *_INPUT_KEYS, *_SYSTEM_KEYS})
 
 _SPEAKERS = {
     **dict.fromkeys(("human", "user"), "user"),
@@ -41,27 +43,52 @@ def alpaca_row(data: Mapping[str, Any]) -> TrainingRow:
 
     The user's message is the instruction and, after an empty line, the input.
     """
-    known = {"instruction", "history", *_INPUT_KEYS, *_OUTPUT_KEYS, *_SYSTEM_KEYS}
-    # Stanford's own file repeats the row as one text.
-    unused = unused_keys(data, known, repeated=("text",))
+    # Stanford's own file, and sets made after it, repeat the row as one text.
+    prompt, asked = data.get("prompt"), data.get("instruction")
+    whole = isinstance(prompt, str) and isinstance(asked, str) and asked in prompt
+    repeated = ("text", "prompt") if whole else ("text",)
+    unused = unused_keys(data, {*_INSTRUCTION_KEYS, *_OUTPUT_KEYS}, repeated=repeated)
+    return _chat(_instructed(data), text_of(data, _one_of(data, _OUTPUT_KEYS)), Layout.ALPACA, unused)
+
+
+def _instructed(data: Mapping[str, Any]) -> list[Message]:
+    """What an Alpaca row's output answers."""
     asked = text_of(data, "instruction")
     given = _optional(data, _INPUT_KEYS)
     question = f"{asked}\n\n{given}" if given else asked
-    messages = [*_system(data), *_history(data.get("history"))]
-    return _chat(messages, question, text_of(data, _one_of(data, _OUTPUT_KEYS)), Layout.ALPACA, unused)
+    return [*_system(data), *_history(data.get("history")), {"role": "user", "content": question}]
 
 
 def question_row(data: Mapping[str, Any]) -> TrainingRow:
     """`question` (or `query`; `prompt` beside `response`) and `answer` (or `response`), and optionally `system`."""
     asked, said = _one_of(data, (*QUESTION_KEYS, "prompt")), _one_of(data, ANSWER_KEYS)
     unused = unused_keys(data, {asked, said, *_SYSTEM_KEYS})
-    return _chat(_system(data), text_of(data, asked), text_of(data, said), Layout.QUESTION_ANSWER, unused)
+    return _chat(_questioned(data, asked), text_of(data, said), Layout.QUESTION_ANSWER, unused)
 
 
-def _chat(
-    before: list[Message], question: str, answer: str, layout: Layout, unused: tuple[str, ...]
-) -> TrainingRow:
-    messages = (*before, {"role": "user", "content": question}, {"role": "assistant", "content": answer})
+def _questioned(data: Mapping[str, Any], asked: str) -> list[Message]:
+    """What the answer to the question under the key `asked` answers."""
+    return [*_system(data), {"role": "user", "content": text_of(data, asked)}]
+
+
+def compared_row(data: Mapping[str, Any]) -> TrainingRow:
+    """Two answers as texts, `chosen` and `rejected`, to an Alpaca row's instruction or to a question."""
+    instructed = data.get("instruction") is not None
+    asked = "instruction" if instructed else _one_of(data, QUESTION_KEYS)
+    known = _INSTRUCTION_KEYS if instructed else {asked, *_SYSTEM_KEYS}
+    unused = unused_keys(data, {*known, "chosen", "rejected"})
+    check_outcomes(data)
+    chosen, rejected = (
+        {"role": "assistant", "content": text_of(data, name)} for name in ("chosen", "rejected")
+    )
+    check_different(chosen, rejected, ("chosen", "rejected"))
+    prompt = _instructed(data) if instructed else _questioned(data, asked)
+    layout = Layout.ALPACA if instructed else Layout.QUESTION_ANSWER
+    return pair(answered(prompt, chosen, {}), answered(prompt, rejected, {}), layout, unused)
+
+
+def _chat(prompt: list[Message], answer: str, layout: Layout, unused: tuple[str, ...]) -> TrainingRow:
+    messages = (*prompt, {"role": "assistant", "content": answer})
     weights = tuple(int(message["role"] == "assistant") for message in messages)
     part = Part(Role.EXAMPLE, Chat(messages, None, None, weights))
     return TrainingRow(RowFormat.CHAT, (part,), layout, None, unused)
@@ -109,7 +136,9 @@ def sharegpt_row(data: Mapping[str, Any]) -> TrainingRow:
     unused = unused_keys(data, {key, "tools", "chosen", "rejected", *_SYSTEM_KEYS})
     turns, weights = _turns(data[key], key)
     system = _system(data)
-    if system and turns and turns[0]["role"] == "system":
+    if system == turns[:1]:
+        system = []
+    elif system and turns[0]["role"] == "system":
         raise RowError(
             _one_of(data, _SYSTEM_KEYS), "message_unrecognized_key", f"{key} has a system turn already"
         )

@@ -165,6 +165,11 @@ def _marked_spans(source: Source, text: str, failed: int) -> Rendered:
 
 def _why_not(source: Source, index: int) -> str:
     """What keeps a turn from being trained, and what helps."""
+    if index == 0:
+        return (
+            "nothing precedes this turn, and this base model's chat template cannot begin a conversation with an "
+            "answer, so that it cannot be told which tokens to train; give the message weight 0, or leave it out"
+        )
     try:
         fits = source.text(index + 1).startswith(source.text(index, add_generation_prompt=True))
     except TemplateError:

@@ -133,6 +133,13 @@ def answered(prompt: list[Message], answer: Message, data: Mapping[str, Any], pr
     return Chat((*prompt, answer), tools, parallel, (0,) * len(prompt) + (1,))
 
 
+def check_outcomes(data: Mapping[str, Any]) -> None:
+    """Raises RowError unless there is something `chosen` and something `rejected`."""
+    for name in ("chosen", "rejected"):
+        if data.get(name) is None:
+            raise RowError(name, "missing_output", f"the row has no {name}")
+
+
 def check_different(chosen: object, rejected: object, names: tuple[str, str]) -> None:
     """Raises RowError for outputs that are the same."""
     if chosen == rejected:

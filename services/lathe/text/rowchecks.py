@@ -30,6 +30,7 @@ class RowChecks:
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self._stops = frozenset(tokenizer.eos_ids)
+        self._end = (tokenizer.eos_id is not None and tokenizer.token_of(tokenizer.eos_id)) or ""
 
     def check(self, line: int, row: TrainingRow, found: Tokenised) -> Iterator[Finding]:
         """All findings of a row; several of one code stand side by side."""
@@ -38,11 +39,13 @@ class RowChecks:
 
     def _all(self, row: TrainingRow, found: Tokenised) -> Iterator[tuple[str, str, str]]:
         yield from self._tokens(row, found)
-        chat = row.parts[0].content
-        if isinstance(chat, Chat) and self._probe is not None:
-            yield from self._template(row.format, chat, self._probe)
+        content = row.parts[0].content
+        if isinstance(content, Chat) and self._probe is not None:
+            yield from self._template(row.format, content, self._probe)
+        # A text that writes its own end gets no second one.
+        end = self._end if isinstance(content, Plain) else ""
         for field, text in texts_of(row):
-            yield from self._text(field, text)
+            yield from self._text(field, text if field == "prompt" else text.removesuffix(end))
 
     @cached_property
     def _probe(self) -> TemplateProbe | None:

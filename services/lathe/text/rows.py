@@ -13,6 +13,7 @@ from lathe.text.instruction_rows import (
     CONVERSATION_KEYS,
     QUESTION_KEYS,
     alpaca_row,
+    compared_row,
     question_row,
     sharegpt_row,
 )
@@ -27,6 +28,7 @@ _CONVERSATIONS = frozenset(CONVERSATION_KEYS)
 _OUTCOMES = frozenset({"chosen", "rejected"})
 _PREFERENCE = frozenset({"input", *PREFERRED, *NON_PREFERRED})
 _QUESTIONS = frozenset(QUESTION_KEYS)
+_ASKED = _QUESTIONS | {"instruction"}
 _ANSWERS = frozenset(ANSWER_KEYS)
 _PROMPTED = frozenset({"prompt", "completion"})
 
@@ -46,7 +48,7 @@ def parse_row(data: object) -> TrainingRow:
     if _has(data, _CONVERSATIONS):
         return sharegpt_row(data)
     if _has(data, _OUTCOMES):
-        return pair_row(data)
+        return compared_row(data) if _answers_a_question(data) else pair_row(data)
     if "label" in data:
         return _labelled(data)
     if data.get("messages") is not None:
@@ -58,6 +60,12 @@ def _has(data: Mapping[str, Any], names: frozenset[str]) -> bool:
     """Whether one of these keys says something: sets that were joined have the keys of both, null where they were not
     known."""
     return not data.keys().isdisjoint(names) and any(data.get(name) is not None for name in names)
+
+
+def _answers_a_question(data: Mapping[str, Any]) -> bool:
+    """Whether the better answer is a text whose prompt stands under other names than TRL's."""
+    asked = data.get("prompt") is None and _has(data, _ASKED)
+    return asked and isinstance(data.get("chosen"), str)
 
 
 def _labelled(data: Mapping[str, Any]) -> TrainingRow:

@@ -23,6 +23,7 @@ from lathe.text.parts import (
     answered,
     check_answer,
     check_different,
+    check_outcomes,
     check_prompt,
     one_answer,
     pair,
@@ -85,12 +86,8 @@ def _refuse_tools(data: Mapping[str, Any]) -> None:
 
 def pair_row(data: Mapping[str, Any]) -> TrainingRow:
     """`chosen` and `rejected`, with a `prompt` or beginning with it."""
-    # Published sets of conversations repeat them, with the prompt as a text, under keys for supervised tuning.
-    repeated = ("messages",) if isinstance(data.get("chosen"), list) else ()
-    unused = unused_keys(data, {"prompt", *_NAMES, *TOOL_KEYS}, repeated=repeated)
-    for name in _NAMES:
-        if data.get(name) is None:
-            raise RowError(name, "missing_output", f"the row has no {name}")
+    unused = unused_keys(data, {"prompt", *_NAMES, *TOOL_KEYS}, repeated=_repeated(data))
+    check_outcomes(data)
     texts = [isinstance(data[name], str) for name in _NAMES]
     if texts[0] != texts[1]:
         raise RowError(
@@ -102,6 +99,16 @@ def pair_row(data: Mapping[str, Any]) -> TrainingRow:
         repeated_by = {message.get("content") for message in chosen.messages}
         unused = unused if prompt in repeated_by else (*unused, "prompt")
     return pair(chosen, rejected, Layout.TRL, unused)
+
+
+def _repeated(data: Mapping[str, Any]) -> tuple[str, ...]:
+    """The keys under which a row says its conversations again, as published sets do: whole, for supervised tuning, or
+    what one of their messages says."""
+    chosen = data.get("chosen")
+    if not isinstance(chosen, list):
+        return ()
+    said = [turn.get("content") for turn in chosen if isinstance(turn, dict)]
+    return ("messages", *(key for key, value in data.items() if isinstance(value, str) and value in said))
 
 
 def _texts(data: Mapping[str, Any]) -> tuple[Chat, Chat] | tuple[Plain, Plain]:

@@ -111,6 +111,19 @@ def test_what_is_wrong_is_named(line: bytes, code: str, field: str) -> None:
     assert (caught.value.code, caught.value.field) == (code, field)
 
 
+@pytest.mark.parametrize(
+    ("line", "help"),
+    [
+        (row(USER, ANSWER, source="a set"), "messages=messages"),
+        (row(USER, {"role": "assistant", "content": None, "refusal": "I will not."}), "under content"),
+    ],
+)
+def test_an_unknown_key_that_many_sets_have_says_what_to_do(line: bytes, help: str) -> None:
+    with pytest.raises(RowError, match=help) as caught:
+        parse_row(line)
+    assert caught.value.code == "message_unrecognized_key"
+
+
 def test_null_says_nothing_wherever_it_stands() -> None:
     """As `datasets` and SDKs write messages: with each key that some message has."""
     call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}

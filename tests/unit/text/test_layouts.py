@@ -47,6 +47,9 @@ FILES: dict[str, tuple[RowFormat, Layout, str]] = {
         Layout.TRL,
         "prompt_id, messages, score_chosen, score_rejected",
     ),
+    "alpaca_preference": (PREFERENCE, Layout.ALPACA, ""),
+    "question_preference": (PREFERENCE, Layout.QUESTION_ANSWER, ""),
+    "orpo_mix": (PREFERENCE, Layout.TRL, "source, question"),
     "trl_unpaired": (UNPAIRED, Layout.TRL, ""),
     "trl_unpaired_chat": (UNPAIRED, Layout.OPENAI, ""),
     "question_answer": (CHAT, Layout.QUESTION_ANSWER, ""),
@@ -115,6 +118,13 @@ COMPARED = parse_row(
         {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}], "system": "s"},
         {"conversation": [{"from": "system", "value": "s"}, user("q"), {"from": "assistant", "value": "a"}]},
         {"conversations": [{"role": "system", "content": "s"}, user("q"), said("a")]},
+        {"conversations": [{"role": "system", "content": "s"}, user("q"), said("a")], "system_prompt": "s"},
+        {
+            "instruction": "q",
+            "output": "a",
+            "system": "s",
+            "prompt": "### Instruction:\nq\n\n### Response:\na",
+        },
         {
             "conversations": [
                 {"from": "system", "value": "s", "weight": None, "markdown": None},
@@ -149,6 +159,15 @@ def test_one_conversation_in_many_layouts(row: dict[str, Any]) -> None:
         {"prompt": [user("q")], "chosen": [user("q"), said("a")], "rejected": [user("q"), said("b")]},
         {"prompt": "q", "chosen": [said("a")], "rejected": [said("b")]},
         {"chosen": [user("q"), said("a")], "rejected": [user("q"), said("b")]},
+        {
+            "chosen": [user("q"), said("a")],
+            "rejected": [user("q"), said("b")],
+            "question": "q",
+            "prompt": "q",
+        },
+        {"question": "q", "chosen": "a", "rejected": "b", "system": ""},
+        {"query": "q", "chosen": "a", "rejected": "b", "prompt": None},
+        {"instruction": "q", "input": "", "chosen": "a", "rejected": "b"},
         {
             "conversations": [{"from": "human", "value": "q"}],
             "chosen": {"from": "gpt", "value": "a"},
@@ -192,6 +211,29 @@ def test_an_instruction_and_its_input_are_two_paragraphs_and_history_comes_befor
         ("user", "Sum up.\n\nLong."),
         ("assistant", "S."),
     ]
+
+
+@pytest.mark.parametrize(
+    ("row", "layout", "asked"),
+    [
+        ({"system": "s", "question": "q"}, Layout.QUESTION_ANSWER, [("system", "s"), ("user", "q")]),
+        (
+            {"instruction": "Sum up.", "input": "Long.", "history": [["q", "a"]], "system": "s"},
+            Layout.ALPACA,
+            [("system", "s"), ("user", "q"), ("assistant", "a"), ("user", "Sum up.\n\nLong.")],
+        ),
+    ],
+)
+def test_two_answers_to_a_question_or_an_instruction_are_turns_of_a_conversation(
+    row: dict[str, Any], layout: Layout, asked: list[tuple[str, str]]
+) -> None:
+    found = parse_row({**row, "chosen": "good", "rejected": "bad", "id": 7})
+    assert (found.format, found.layout, found.unused) == (PREFERENCE, layout, ("id",))
+    assert [turns(found, index) for index in (0, 1)] == [
+        [*asked, ("assistant", "good")],
+        [*asked, ("assistant", "bad")],
+    ]
+    assert all(sum(part.content.weights) == 1 for part in found.parts if isinstance(part.content, Chat))
 
 
 def test_sharegpt_calls_tools_and_weighs_turns() -> None:
@@ -292,6 +334,20 @@ HUMAN = {"from": "human", "value": "q"}
             "system",
         ),
         ({"chosen": "a"}, "missing_output", "rejected"),
+        ({"question": "q", "chosen": "a"}, "missing_output", "rejected"),
+        ({"question": "q", "chosen": "a", "rejected": "a"}, "identical_outputs", "rejected"),
+        ({"question": "", "chosen": "a", "rejected": "b"}, "missing_content", "question"),
+        ({"question": "q", "query": "r", "chosen": "a", "rejected": "b"}, "message_unrecognized_key", "query"),
+        ({"question": "q", "instruction": "r", "chosen": "a", "rejected": "b"}, "message_unrecognized_key", "question"),
+        ({"question": "q", "prompt": "p", "chosen": "a", "rejected": "b"}, "message_unrecognized_key", "question"),
+        ({"question": "q", "tools": [], "chosen": "a", "rejected": "b"}, "message_unrecognized_key", "tools"),
+        ({"instruction": "q", "output": "a", "chosen": "a", "rejected": "b"}, "message_unrecognized_key", "output"),
+        ({"instruction": "q", "output": "a", "prompt": "Another."}, "message_unrecognized_key", "prompt"),
+        (
+            {"chosen": [user("q"), said("a")], "rejected": [user("q"), said("b")], "question": "r"},
+            "message_unrecognized_key",
+            "question",
+        ),
         ({"chosen": "a", "rejected": "a"}, "identical_outputs", "rejected"),
         ({"chosen": "a b", "rejected": "a"}, "missing_output", "rejected"),
         ({"chosen": "a", "rejected": [said("b")]}, "data_type", "rejected"),

@@ -241,6 +241,18 @@ def test_a_turn_that_has_another_end_where_others_follow(make_tokenizer: MakeTok
     assert (caught.value.code, caught.value.field) == ("turn_not_maskable", "messages[1]")
 
 
+@pytest.mark.parametrize("name", ["qwen", "llama3"])
+def test_an_answer_to_nothing_is_named_where_the_template_cannot_begin_with_one(name: str) -> None:
+    """Sets of shared conversations have some that begin with the assistant."""
+    turns = (("assistant", "Hello, how can I help?"), ("user", "a"), ("assistant", "one"))
+    with pytest.raises(RowError) as caught:
+        render_example(FAMILIES[name], row(*turns), OPTIONS)
+    assert (caught.value.code, caught.value.field) == ("turn_not_maskable", "messages[0]")
+    assert "nothing precedes" in caught.value.detail and "weight 0" in caught.value.detail
+    example = render_example(FAMILIES[name], row(*turns, weights={0: 0}), OPTIONS)
+    assert trained_text(FAMILIES[name], example) == [f"one{ENDS[name]}"]
+
+
 def test_a_template_that_opens_an_answer_as_it_writes_none(make_tokenizer: MakeTokenizer) -> None:
     tokenizer = make_tokenizer(CHATML.replace("assistant\n' }}", "assistant\n<think>\n' }}"))
     with pytest.raises(RowError) as caught:

@@ -118,6 +118,22 @@ def test_special_tokens_in_a_text_are_found():
     assert "character 9" in finding.message and "<|im_end|>" in finding.message
 
 
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"text": "A whole document.<|im_end|>"},
+        {"prompt": "The capital of France is", "completion": " Paris, of course.<|im_end|>"},
+        {"prompt": "Capital?", "chosen": "It is Paris.<|im_end|>", "rejected": "It is Lyon.<|im_end|>"},
+    ],
+)
+def test_the_end_that_a_text_writes_itself_is_its_end(row):
+    line = json.dumps(row).encode()
+    assert codes(parse_line(line)) == []
+    assert set(codes(parse_line(line.replace(b"<|im_end|>", b"<|im_end|> ")))) == {"special_token_in_text"}
+    asked = parsed(("user", "What is it?<|im_end|>"), ("assistant", "It ends a turn of mine.<|im_end|>"))
+    assert codes(asked) == ["special_token_in_text"] * 2
+
+
 def test_empty_and_tiny_answers_are_found():
     assert codes(parsed(("user", "Hi"), ("assistant", " \n"))) == ["empty_answer"]
     assert codes(parsed(("user", "Hi"), ("assistant", "\u200b\ufeff\u00ad"))) == ["empty_answer"]
