@@ -145,7 +145,12 @@ def joined(lines: Chunk, results: Sequence[ChunkResult | None]) -> ChunkResult:
             _refuse(
                 whole,
                 line.number,
-                RowError("", "row_too_heavy", "no process that audited the row survived it"),
+                RowError(
+                    "",
+                    "row_too_heavy",
+                    "no process that audited the row survived it: it takes too much memory, or the platform has too "
+                    "little",
+                ),
             )
             continue
         whole.format = result.format or whole.format

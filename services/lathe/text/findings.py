@@ -132,8 +132,9 @@ _ERRORS = {
         "Bring the roles into the order that the template wants, or choose another base model.",
     ),
     "row_too_heavy": (
-        "a row takes more memory than its audit may have",
-        "Split the row, or write it more simply.",
+        "a row takes more memory than its audit may have, or each process that audited it was ended",
+        "Split the row, or write it more simply; if it is a small one, tell your operator: its machine may have too "
+        "little memory.",
     ),
     "text_too_long": (
         "a text is longer than the base model's tokenizer may take at once",
