@@ -60,7 +60,7 @@ class Collector:
         self._rows += chunk.rows
         self._truncated += chunk.truncated
         self._tokens += len(chunk.tokens)
-        self._trained += sum(chunk.mask)
+        self._trained += chunk.mask.count(1)
         self._longest = max(self._longest, *chunk.sizes, 0)
         places = pairwise(accumulate(chunk.sizes, initial=0))
         mask = bytes(chunk.mask)

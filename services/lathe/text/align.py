@@ -12,7 +12,6 @@ from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import compress, count
 
 from lathe.text.mask import Rendered, Span
 
@@ -31,13 +30,16 @@ class Marks:
 def find_marks(text: str, ids: Sequence[int], contents: Mapping[int, str]) -> Marks | None:
     """None where text and ids do not have the same added tokens. contents: id -> text of every added token."""
     # No Python instruction for each token.
-    indexes = list(compress(count(), map(contents.__contains__, ids)))
-    present = {contents[ids[index]]: ids[index] for index in indexes}
-    if not present:
+    added = list(filter(contents.__contains__, ids))
+    if not added:
         return Marks((), (), ())
+    present = {contents[token]: token for token in added}
     matches = list(_pattern(frozenset(present)).finditer(text))
-    if [present[match[0]] for match in matches] != [ids[index] for index in indexes]:
+    if [present[match[0]] for match in matches] != added:
         return None
+    indexes: list[int] = []
+    for token in added:
+        indexes.append(ids.index(token, indexes[-1] + 1 if indexes else 0))
     starts, ends = (tuple(place(match) for match in matches) for place in (re.Match.start, re.Match.end))
     return Marks(tuple(indexes), starts, ends)
 

@@ -197,8 +197,9 @@ class _Rows:
         for block in self.blocks():
             hashes, owners = _shingles(block)
             hashes, owners = hashes[owners < _FIRST_ROWS - rows], owners[owners < _FIRST_ROWS - rows]
-            order = np.lexsort([hashes, owners])
-            hashes, owners = hashes[order], owners[order]
+            # A row's lie side by side.
+            for row in np.split(hashes, np.flatnonzero(np.diff(owners)) + 1):
+                row.sort()
             again = (hashes[1:] == hashes[:-1]) & (owners[1:] == owners[:-1])
             seen.append(hashes[np.concatenate([[True], ~again])[: len(hashes)]])
             rows += len(block.lines)

@@ -72,6 +72,8 @@ _CARD = re.compile(
     r"(?![\w-])(?!\.\d)",
     re.ASCII,
 )
+# Every card begins with them: most texts have none, which is told in a fifth of the time.
+_FOUR_DIGITS = re.compile(r"\d\d\d\d", re.ASCII)
 # Issuers' first digits and lengths (ISO/IEC 7812).
 _ISSUERS = re.compile(
     r"4(?:\d{15}|\d{18})|5[1-5]\d{14}|2(?:22[1-9]|2[3-9]\d|[3-6]\d\d|7[01]\d|720)\d{12}|3[47]\d{13}"
@@ -109,7 +111,8 @@ def find_sensitive(text: str) -> Iterator[Sensitive]:
         found = shape.search(text) if literal in text else None
         if found is not None:
             yield Sensitive("secret", *found.span(), what)
-    card = next((m for m in _CARD.finditer(text) if is_card_number(m[0])), None)
+    cards = _CARD.finditer(text) if _FOUR_DIGITS.search(text) else ()
+    card = next((m for m in cards if is_card_number(m[0])), None)
     if card is not None:
         yield Sensitive("card_number", *card.span(), "a payment card's number")
     account = next((m for m in _IBAN.finditer(text) if is_iban(m[0] + m[1])), None)

@@ -129,12 +129,12 @@ def cut(example: Example, options: RenderOptions) -> Example:
             f"the row has {size} tokens, the limit is {limit}; shorten it by {over}",
         )
     kept = example.mask[:limit]
-    if not any(kept):
+    if 1 not in kept:
         cause = f"all that would be trained lies after token {limit}" if over else "no token is left"
         raise RowError("messages", "nothing_trained", f"the row has nothing to train: {cause}")
     if not over:
         return example
-    trained = sum(kept)
+    trained = kept.count(1)
     lost = example.trained_tokens - trained
     return Example(example.tokens[:limit], kept, over, trained, example.boundary_stable, lost)
 
@@ -210,7 +210,7 @@ def _example(tokenizer: Tokenizer, item: Rendered, ids: list[int]) -> Example:
     if item.document:
         tokens, mask = _as_document(tokenizer, tokens, mask)
     mask[:1] = b"\0" * bool(mask)
-    return Example(tokens, bytes(mask), 0, sum(mask), stable)
+    return Example(tokens, bytes(mask), 0, mask.count(1), stable)
 
 
 def _ranges(

@@ -54,10 +54,7 @@ class RowChecks:
     @cached_property
     def _special(self) -> re.Pattern[str] | None:
         texts = sorted(self._tokenizer.special_texts, key=lambda text: (-len(text), text))
-        # The first characters are looked for first: there may be hundreds of special tokens.
-        firsts = "".join(sorted({text[0] for text in texts}))
-        wanted = "|".join(map(re.escape, texts))
-        return re.compile(f"(?=[{re.escape(firsts)}])(?:{wanted})") if texts else None
+        return re.compile("|".join(map(re.escape, texts))) if texts else None
 
     def _tokens(self, row: TrainingRow, found: Tokenised) -> Iterator[tuple[str, str, str]]:
         for part, (_, example) in zip(row.parts, found.sequences, strict=False):

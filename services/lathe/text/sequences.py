@@ -104,7 +104,7 @@ def split(whole: Example, limit: int) -> Iterator[Example]:
     for begin in range(0, len(whole.tokens) - 1, limit - 1):
         tokens = whole.tokens[begin : begin + limit]
         mask = b"\0" + whole.mask[begin + 1 : begin + limit]
-        yield Example(tokens, mask, 0, sum(mask), whole.boundary_stable)
+        yield Example(tokens, mask, 0, mask.count(1), whole.boundary_stable)
 
 
 def _outputs(layout: Layout) -> tuple[str, str]:
