@@ -156,7 +156,6 @@ def test_a_stream_says_the_same(sdk: openai.OpenAI, model: str) -> None:
     deltas = [chunk.choices[0] for chunk in chunks[:-1]]
     assert "".join(choice.delta.content or "" for choice in deltas) == GREETING
     assert [choice.finish_reason for choice in deltas if choice.finish_reason] == ["stop"]
-    assert len(chunks) > 4
     assert len({chunk.id for chunk in chunks}) == 1
 
 

@@ -157,6 +157,7 @@ def test_all_weights_of_a_small_model(
     made = sdk.fine_tuning.jobs.create(
         model=base_model,
         training_file=file,
+        seed=1,
         hyperparameters={"n_epochs": 10, "batch_size": 4, "learning_rate_multiplier": 10.0},
         extra_body={"training": training},
     )
