@@ -1,34 +1,24 @@
-"""Preparation: which operations there are, what they need to be, and which rows each one keeps.
-
-All of it is pure and depends on the rows alone: the same operation on the same bytes keeps the same rows, on every
-machine and in every version (the hashes below are part of the contract).
-"""
+"""Preparation: which operations there are, what they need to be, and how they are stored. `selection` says which rows
+each one keeps."""
 
 from __future__ import annotations
 
-import json
-import re
-from array import array
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from hashlib import blake2b
 from typing import Any
 
 from lathe.common.errors import FieldViolation, InvalidArgument
+from lathe.datasets.strata import check_path
 from lathe.text.findings import KINDS
 from lathe.text.jsonl import MIN_EXAMPLES
-from lathe.text.rows import Plain, TrainingRow, parse_line
 from lathe.text.shortening import Policy
 
-MAX_STRATA = 1000
 MAX_LINES = 10_000
 TRAIN, HELD_OUT = "train", "held_out"
 TOO_LONG = ("truncated", "tail_cut", "split", "nothing_trained", "identical_outputs", "context_exceeded")
 """What an audit can find of a row that is longer than its limit; the last three also of others."""
 FROZEN_ROW = "frozen_row"
 _SEED_LIMIT = 2**63
-_POSITION = re.compile(r"-?[0-9]{1,9}\]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,23 +124,27 @@ def check_operation(operation: Operation) -> None:
         case Split(seed, fraction, count, stratify_by):
             _check_seed("split", seed)
             if stratify_by:
-                _path(stratify_by)
+                check_path(stratify_by)
             if (fraction != 0) == (count != 0):
-                raise _invalid("split", "give either fraction or count: how much is held out")
+                raise invalid_operation("split", "give either fraction or count: how much is held out")
             if count < 0 or (fraction != 0 and not 0 < fraction < 1):
-                raise _invalid("split", "fraction must be above 0 and below 1, count 1 or more")
+                raise invalid_operation("split", "fraction must be above 0 and below 1, count 1 or more")
         case Sample(seed, count):
             _check_seed("sample", seed)
             if count < 1:
-                raise _invalid("sample.count", "must be 1 or more")
+                raise invalid_operation("sample.count", "must be 1 or more")
         case Drop(lines, codes, audit, _):
             if not (lines or codes) or len(lines) > MAX_LINES or min(lines, default=1) < 1:
-                raise _invalid("drop.lines", f"must be 1 to {MAX_LINES} lines, counted from 1, or give codes")
+                raise invalid_operation(
+                    "drop.lines", f"must be 1 to {MAX_LINES} lines, counted from 1, or give codes"
+                )
             unknown = [code for code in codes if code not in KINDS]
             if unknown:
-                raise _invalid("drop.codes", f"{unknown[0]!r} is no code; docs/audit.md lists them")
+                raise invalid_operation("drop.codes", f"{unknown[0]!r} is no code; docs/audit.md lists them")
             if bool(codes) != (audit is not None):
-                raise _invalid("drop.base_model", "findings are of an audit: give codes and a base model")
+                raise invalid_operation(
+                    "drop.base_model", "findings are of an audit: give codes and a base model"
+                )
         case Truncate():
             _check_truncate(operation)
         case Dedupe():
@@ -159,9 +153,11 @@ def check_operation(operation: Operation) -> None:
 
 def _check_truncate(operation: Truncate) -> None:
     if operation.policy not in list(Policy):
-        raise _invalid("truncate.policy", f"{operation.policy!r} must be one of {', '.join(Policy)}")
+        raise invalid_operation("truncate.policy", f"{operation.policy!r} must be one of {', '.join(Policy)}")
     if operation.keep_unfit and operation.policy == Policy.DROP_ROW:
-        raise _invalid("truncate.keep_unfit", "drop_row drops what does not fit; take another policy")
+        raise invalid_operation(
+            "truncate.keep_unfit", "drop_row drops what does not fit; take another policy"
+        )
 
 
 def check_size(operation: Operation, rows: int) -> None:
@@ -173,7 +169,9 @@ def check_size(operation: Operation, rows: int) -> None:
             check_parts(operation, (rows - held_out, held_out))
         case Sample(_, count):
             if count > rows:
-                raise _invalid("sample.count", f"{count} rows were asked for; the dataset has {rows}")
+                raise invalid_operation(
+                    "sample.count", f"{count} rows were asked for; the dataset has {rows}"
+                )
             check_parts(operation, (count,))
         case Drop(lines):
             check_parts(operation, (rows - len(set(lines)),))
@@ -189,11 +187,11 @@ def check_parts(operation: Operation, sizes: Sequence[int]) -> None:
     least = f"a dataset has at least {MIN_EXAMPLES} rows"
     if isinstance(operation, Split):
         train, held_out = sizes
-        raise _invalid(
+        raise invalid_operation(
             "split",
             f"{held_out} rows would be held out and {train} left to train on (equal rows stay together), and {least}",
         )
-    raise _invalid(name_of(operation), f"{sizes[0]} rows would be left, and {least}")
+    raise invalid_operation(name_of(operation), f"{sizes[0]} rows would be left, and {least}")
 
 
 def audit_of(operation: Operation) -> AuditChoice | None:
@@ -211,7 +209,7 @@ def with_frozen(operation: Operation, frozen: Sequence[str]) -> Operation:
     if not isinstance(operation, Drop) or FROZEN_ROW not in operation.codes:
         return operation
     if not frozen:
-        raise _invalid("drop.codes", f"{FROZEN_ROW}: the project has no held-out set")
+        raise invalid_operation("drop.codes", f"{FROZEN_ROW}: the project has no held-out set")
     return replace(operation, frozen=tuple(sorted(set(frozen))))
 
 
@@ -249,14 +247,11 @@ def from_json(stored: Mapping[str, Any]) -> Preparation:
     return Preparation(parents, kind(**settings), stored["part"])
 
 
-# --- which rows ---------------------------------------------------------------------------------------------------
-
-
 def held_out_rows(total: int, fraction: float, count: int) -> int:
     """How many of `total` rows a split holds out. Raises InvalidArgument if it would leave a side without rows."""
     wanted = count or round(total * fraction)
     if not 0 < wanted < total:
-        raise _invalid(
+        raise invalid_operation(
             "split",
             f"the dataset has {total} rows; holding out {wanted} of them leaves "
             f"{'nothing to train on' if wanted else 'nothing held out'}",
@@ -264,145 +259,12 @@ def held_out_rows(total: int, fraction: float, count: int) -> int:
     return wanted
 
 
-def shares(sizes: Sequence[int], wanted: int) -> list[int]:
-    """`wanted` rows dealt out to groups of these sizes in proportion (largest remainders; ties to the earlier)."""
-    total = sum(sizes)
-    exact = [size * wanted for size in sizes]
-    dealt = [value // total for value in exact]
-    by_remainder = sorted(range(len(sizes)), key=lambda n: (-(exact[n] % total), n))
-    for number in by_remainder[: wanted - sum(dealt)]:
-        dealt[number] += 1
-    return dealt
-
-
-def tickets(seed: int, keys: Iterable[bytes]) -> array[int]:
-    """A random number (64 bits) for each key, the same for equal keys: its BLAKE2b keyed with the seed."""
-    secret = seed.to_bytes(8, "big", signed=True)
-    drawn = array("Q")
-    for key in keys:
-        drawn.append(int.from_bytes(blake2b(key, digest_size=8, key=secret).digest(), "big"))
-    return drawn
-
-
-def choose_held_out(
-    order: Sequence[int], drawn: Sequence[int], strata: Sequence[int], wanted: int
-) -> bytearray:
-    """One byte a row, 1 where it is held out.
-
-    order: positions by ticket. drawn: each row's ticket. strata: each row's stratum. Rows of one ticket (equal rows)
-    go together, with the stratum of the first of them; a set that does not fit into what its stratum has left stays
-    out, so that never more than `wanted` rows are held out.
-    """
-    sizes = Counter(strata)
-    numbers = sorted(sizes)
-    room = dict(zip(numbers, shares([sizes[number] for number in numbers], wanted), strict=True))
-    held_out = bytearray(len(strata))
-    start = 0
-    while start < len(order):
-        end = start + 1
-        while end < len(order) and drawn[order[end]] == drawn[order[start]]:
-            end += 1
-        stratum = strata[order[start]]
-        if end - start <= room[stratum]:
-            room[stratum] -= end - start
-            for position in order[start:end]:
-                held_out[position] = 1
-        start = end
-    return held_out
-
-
-class Strata:
-    """Numbers for the values that rows are stratified by, in the order in which they first occur."""
-
-    def __init__(self, field: str) -> None:
-        """Raises InvalidArgument for a field that is no path."""
-        self._path = _path(field)
-        self._field = field
-        # By digest: a value may be as long as a row.
-        self._numbers: dict[bytes, int] = {}
-        self._has_value = False
-        self.rows = array("H")
-
-    def add(self, line: bytes) -> None:
-        """The next row. Raises InvalidArgument for too many values."""
-        value = _value(line, self._path)
-        self._has_value = self._has_value or value is not None
-        digest = blake2b(json.dumps(value, sort_keys=True).encode(), digest_size=16).digest()
-        number = self._numbers.setdefault(digest, len(self._numbers))
-        if number >= MAX_STRATA:
-            raise _invalid(
-                "split.stratify_by",
-                f"{self._field} has more than {MAX_STRATA} different values; take a field with few",
-            )
-        self.rows.append(number)
-
-    def finish(self) -> array[int]:
-        """Each row's stratum. Raises InvalidArgument where no row has a value: the field is misspelt."""
-        if self.rows and not self._has_value:
-            raise _invalid(
-                "split.stratify_by", f"no row has {self._field}; write answer or a path in the rows"
-            )
-        return self.rows
-
-
-def _path(field: str) -> list[str | int]:
-    """`messages[0].content` as keys and positions."""
-    path: list[str | int] = []
-    for part in field.split("."):
-        key, *positions = part.split("[")
-        if key:
-            path.append(key)
-        for position in positions:
-            if not _POSITION.fullmatch(position):
-                raise _invalid(
-                    "split.stratify_by", f"{field!r} is no path; write messages[0].content, label or answer"
-                )
-            path.append(int(position[:-1]))
-    if not path:
-        raise _invalid("split.stratify_by", "the path is empty")
-    return path
-
-
-def _value(line: bytes, path: Sequence[str | int]) -> Any:
-    """What is at a path of a row; None where nothing is."""
-    if path[0] != "answer":
-        return _value_at(json.loads(line), path)
-    answer = _answer(parse_line(line))
-    return _value_at(_as_json(answer), path[1:]) if len(path) > 1 else answer
-
-
-def _value_at(value: Any, path: Sequence[str | int]) -> Any:
-    for step in path:
-        if isinstance(step, str) and isinstance(value, dict):
-            value = value.get(step)
-        elif isinstance(step, int) and isinstance(value, list) and -len(value) <= step < len(value):
-            value = value[step]
-        else:
-            return None
-    return value
-
-
-def _answer(row: TrainingRow) -> str:
-    """The last text that a row teaches, whatever its format; of a pair the preferred one."""
-    content = row.parts[0].content
-    if isinstance(content, Plain):
-        return content.completion
-    answers = (message for message in reversed(content.messages) if message["role"] == "assistant")
-    return str(next(answers, {}).get("content") or "")
-
-
-def _as_json(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        return None
-
-
 def _check_seed(kind: str, seed: int) -> None:
     if not -_SEED_LIMIT <= seed < _SEED_LIMIT:
-        raise _invalid(f"{kind}.seed", "must fit into 64 bits")
+        raise invalid_operation(f"{kind}.seed", "must fit into 64 bits")
 
 
-def _invalid(field: str, cause: str) -> InvalidArgument:
+def invalid_operation(field: str, cause: str) -> InvalidArgument:
+    """An InvalidArgument about one field of an operation."""
     message = f"operation.{field}: {cause}."
     return InvalidArgument(message, violations=[FieldViolation(f"operation.{field}", message)])

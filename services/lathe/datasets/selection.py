@@ -1,17 +1,31 @@
-"""Which rows of one dataset an operation keeps, worked out from its row index and, to stratify, its bytes."""
+"""Which rows of one dataset an operation keeps, worked out from its row index and, to stratify, its bytes.
+
+It depends on the rows alone: the same operation on the same bytes keeps the same rows, on every machine and in every
+version (the hashes of `tickets` are part of the contract).
+"""
 
 from __future__ import annotations
 
 from array import array
-from collections.abc import Collection, Iterator
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from hashlib import blake2b
 from typing import Any
 
 import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.compute as pc  # type: ignore[import-untyped]
 
-from lathe.common.errors import FieldViolation, InvalidArgument
-from lathe.datasets import operations
-from lathe.datasets.operations import Choosing, Dedupe, Drop, Sample, Split, Strata
+from lathe.datasets.operations import (
+    Choosing,
+    Dedupe,
+    Drop,
+    Sample,
+    Split,
+    held_out_rows,
+    invalid_operation,
+    parts_of,
+)
+from lathe.datasets.strata import Strata
 from lathe.text.jsonl import Line, LineSplitter
 from lathe.text.rowindex import RowIndex
 
@@ -34,25 +48,72 @@ def select(
     rows = len(index)
     match operation:
         case Split(seed, fraction, count, _):
-            wanted = operations.held_out_rows(rows, fraction, count)
-            drawn = operations.tickets(seed, _digests(index))
+            wanted = held_out_rows(rows, fraction, count)
+            drawn = tickets(seed, _digests(index))
             groups = strata if strata is not None else array("H", bytes(2 * rows))
-            return operations.choose_held_out(_ascending(drawn), drawn, groups, wanted)
+            return choose_held_out(_ascending(drawn), drawn, groups, wanted)
         case Sample(seed, count):
-            drawn = operations.tickets(seed, (position.to_bytes(8, "big") for position in range(rows)))
+            drawn = tickets(seed, (position.to_bytes(8, "big") for position in range(rows)))
             return _only(_ascending(drawn)[:count], rows)
         case Dedupe():
             return _without(_first_of_equals(index), index, found)
         case Drop(lines):
             missing = next((line for line in lines if index.at_line(line) is None), None)
             if missing is not None:
-                raise _invalid("drop.lines", f"the dataset has no row on line {missing}")
+                raise invalid_operation("drop.lines", f"the dataset has no row on line {missing}")
             return _without(Selection(rows), index, {*lines, *found})
 
 
 def counts(operation: Choosing, selection: Selection) -> list[int]:
     """Rows of each of the operation's parts."""
-    return [selection.count(part) for part in range(len(operations.parts_of(operation)))]
+    return [selection.count(part) for part in range(len(parts_of(operation)))]
+
+
+def shares(sizes: Sequence[int], wanted: int) -> list[int]:
+    """`wanted` rows dealt out to groups of these sizes in proportion (largest remainders; ties to the earlier)."""
+    total = sum(sizes)
+    exact = [size * wanted for size in sizes]
+    dealt = [value // total for value in exact]
+    by_remainder = sorted(range(len(sizes)), key=lambda n: (-(exact[n] % total), n))
+    for number in by_remainder[: wanted - sum(dealt)]:
+        dealt[number] += 1
+    return dealt
+
+
+def tickets(seed: int, keys: Iterable[bytes]) -> array[int]:
+    """A random number (64 bits) for each key, the same for equal keys: its BLAKE2b keyed with the seed."""
+    secret = seed.to_bytes(8, "big", signed=True)
+    drawn = array("Q")
+    for key in keys:
+        drawn.append(int.from_bytes(blake2b(key, digest_size=8, key=secret).digest(), "big"))
+    return drawn
+
+
+def choose_held_out(
+    order: Sequence[int], drawn: Sequence[int], strata: Sequence[int], wanted: int
+) -> bytearray:
+    """One byte a row, 1 where it is held out.
+
+    order: positions by ticket. drawn: each row's ticket. strata: each row's stratum. Rows of one ticket (equal rows)
+    go together, with the stratum of the first of them; a set that does not fit into what its stratum has left stays
+    out, so that never more than `wanted` rows are held out.
+    """
+    sizes = Counter(strata)
+    numbers = sorted(sizes)
+    room = dict(zip(numbers, shares([sizes[number] for number in numbers], wanted), strict=True))
+    held_out = bytearray(len(strata))
+    start = 0
+    while start < len(order):
+        end = start + 1
+        while end < len(order) and drawn[order[end]] == drawn[order[start]]:
+            end += 1
+        stratum = strata[order[start]]
+        if end - start <= room[stratum]:
+            room[stratum] -= end - start
+            for position in order[start:end]:
+                held_out[position] = 1
+        start = end
+    return held_out
 
 
 class StrataPass:
@@ -136,8 +197,3 @@ def _without(selection: Selection, index: RowIndex, lines: Collection[int]) -> S
         if line in lines:
             selection[position] = DROPPED
     return selection
-
-
-def _invalid(field: str, cause: str) -> InvalidArgument:
-    message = f"operation.{field}: {cause}."
-    return InvalidArgument(message, violations=[FieldViolation(f"operation.{field}", message)])

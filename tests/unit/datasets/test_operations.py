@@ -13,7 +13,8 @@ from lathe.common.errors import InvalidArgument
 from lathe.datasets import operations
 from lathe.datasets.differences import difference, longest_increasing
 from lathe.datasets.operations import AuditChoice, Dedupe, Drop, Parent, Preparation, Sample, Split, Truncate
-from lathe.datasets.selection import DROPPED, Cut, StrataPass, counts, select
+from lathe.datasets.selection import DROPPED, Cut, StrataPass, counts, select, shares
+from lathe.datasets.strata import Strata
 from lathe.text.rowindex import RowIndex, RowIndexWriter
 
 AUDIT = AuditChoice("baseModels/tiny", "supervised", 100, "end", "a" * 64)
@@ -110,14 +111,14 @@ def test_another_seed_is_another_split_and_more_rows_move_no_one(indexed):
 @given(sizes=st.lists(st.integers(1, 50), min_size=1, max_size=8), data=st.data())
 def test_shares_add_up_and_stay_within_one_of_the_proportion(sizes, data):
     wanted = data.draw(st.integers(0, sum(sizes)))
-    dealt = operations.shares(sizes, wanted)
+    dealt = shares(sizes, wanted)
     assert sum(dealt) == wanted
     for got, size in zip(dealt, sizes, strict=True):
         assert 0 <= got <= size and abs(got - size * wanted / sum(sizes)) < 1
 
 
 def test_strata_keep_no_values():
-    work = operations.Strata("text")
+    work = Strata("text")
     tracemalloc.start()
     for n in range(20):
         work.add(json.dumps({"text": str(n) * 200_000}).encode())
@@ -133,7 +134,7 @@ def test_strata_by_answer_by_a_key_of_it_and_by_a_path():
         ).encode()
 
     def numbers(field, *lines):
-        work = operations.Strata(field)
+        work = Strata(field)
         for line in lines:
             work.add(line)
         return list(work.finish())
@@ -149,7 +150,7 @@ def test_strata_by_answer_by_a_key_of_it_and_by_a_path():
     assert numbers("label", b'{"label": true}', b'{"label": "true"}', b"{}") == [0, 1, 2]
     for path in ("", "messages[x]", "messages[0"):
         with pytest.raises(InvalidArgument, match="path"):
-            operations.Strata(path)
+            Strata(path)
     with pytest.raises(InvalidArgument, match="more than 1000 different"):
         numbers("text", *(json.dumps({"text": str(n)}).encode() for n in range(1001)))
     with pytest.raises(InvalidArgument, match="no row has lable"):
