@@ -146,8 +146,8 @@ _ERRORS = {
     ),
     "turn_not_maskable": (
         "it cannot be told which tokens of a turn to train",
-        "Give the turn weight 0, or split the row so that the turn is its last; where the message names the template, "
-        "correct that or choose another base model.",
+        "Give the turn weight 0, split the row so that the turn is its last, or drop such rows (lathe datasets drop); "
+        "where the message says to correct the template, do that or choose another base model.",
     ),
     "context_exceeded": (
         "a row is longer than the context limit",
