@@ -5,6 +5,7 @@ import tracemalloc
 from collections import Counter
 from itertools import combinations
 
+import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -166,6 +167,21 @@ def test_dedupe_keeps_the_first_of_equals_and_twice_is_once(indexed, texts):
     kept = taken(texts, select(Dedupe(), indexed(texts)))
     assert kept == list(dict.fromkeys(texts))
     assert taken(kept, select(Dedupe(), indexed(kept))) == kept
+
+
+def test_what_is_left_of_equal_rows_is_chosen_with_80_bytes_a_row(indexed):
+    rows = 20_000
+    index = indexed([str(number) for number in range(rows)])
+    pool, usual = pa.proxy_memory_pool(pa.default_memory_pool()), pa.default_memory_pool()
+    pa.set_memory_pool(pool)
+    tracemalloc.start()
+    try:
+        assert set(select(Dedupe(), index)) == {0}
+        peak = tracemalloc.get_traced_memory()[1] + pool.max_memory()
+    finally:
+        tracemalloc.stop()
+        pa.set_memory_pool(usual)
+    assert peak < 80 * rows
 
 
 def test_what_an_audit_found_is_left_out_beside_what_is_named(indexed):
