@@ -17,7 +17,7 @@ from lathe.v1 import diagnosis_pb2
 from tests.fixtures.platforms import Platform
 
 SERVICES = {"gateway", "accounts", "datasets", "models", "jobs"}
-LONG_ENOUGH_S = 60
+LONG_ENOUGH_S = 180
 
 
 def lathe(*arguments: str, contexts: Path, given: str = "") -> subprocess.CompletedProcess[str]:

@@ -73,7 +73,7 @@ def test_the_tuned_model_answers_in_llama_cpp(
         env={**os.environ, "LATHE_ADDRESS": platform.grpc, "LATHE_API_KEY": platform.api_key},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
         check=False,
     )
     assert done.returncode == 0, done.stderr
