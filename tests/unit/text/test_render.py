@@ -12,16 +12,10 @@ from tokenizers import Tokenizer as Backend
 
 from lathe.text.chat import Chat
 from lathe.text.errors import RowError
-from lathe.text.render import (
-    Example,
-    RenderOptions,
-    render_batch,
-    render_example,
-    render_prompt,
-    trained_text,
-)
+from lathe.text.render import Example, RenderOptions, render_prompt
 from lathe.text.rows import parse_line
 from lathe.text.tokenizer import Tokenizer
+from tests.fixtures.rendering import render_batch, render_example, trained_text
 from tests.fixtures.templates import BOS, ENDS, EOS, GENERATION, REAL, SPECIAL, STRIPPING
 from tests.fixtures.tiny import CHATML, tiny_tokenizer_json
 from tests.unit.text.conftest import MakeTokenizer

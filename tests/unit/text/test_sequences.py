@@ -12,10 +12,11 @@ from hypothesis import strategies as st
 
 from lathe.text.errors import RowError
 from lathe.text.formats import Role
-from lathe.text.render import Example, RenderOptions, render_prompt, trained_text
+from lathe.text.render import Example, RenderOptions, render_prompt
 from lathe.text.rows import parse_line
 from lathe.text.sequences import Tokenised, split, tokenise_rows
 from lathe.text.tokenizer import Tokenizer
+from tests.fixtures.rendering import trained_text
 from tests.fixtures.templates import ENDS, REAL
 from tests.fixtures.tiny import tiny_tokenizer_json
 from tests.unit.text.test_render import CONTENT, FAMILIES, merged_newlines
