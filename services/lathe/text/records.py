@@ -1,4 +1,4 @@
-"""One row of a file that is not JSONL, as its reader gives it."""
+"""One row of a file that is converted, as its reader gives it."""
 
 from __future__ import annotations
 
